@@ -1,0 +1,190 @@
+"""`lynx-learn collect`: run a model over text and write its router traces."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import corpus as corpora
+from .errors import OptionError, TraceError
+from .families import MoeLayer, Routing, find_moe_layers, intercept, model_type, router_fingerprint
+from .models import LoadedModel, load_model
+from .progress import track
+from .traces import PHASES, Trace, TraceOptions, TraceWriter
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """Options of `lynx-learn collect`.
+
+    Attributes:
+        model: folder or Hub id of a transformers MoE model.
+        out: trace directory; an interrupted run goes on there.
+        corpus: `python-stdlib`, a .jsonl, .jsonl.gz or .txt file, a folder of them, or the name of a data set.
+        split: part of the corpus to read, by document; calibrate and evaluate read the other parts.
+        tokens: tokens to collect.
+        mode: `teacher`: the text itself; `generate`: the model's own continuations of prompts from the text.
+        length: tokens of a sequence.
+        prompt: in mode `generate`, tokens of the prompt.
+        batch_size: sequences run together, and stored in one shard.
+        device: cpu, cuda, cuda:1, …; or auto, which spreads a large model over the GPUs.
+        dtype: float32, bfloat16, float16; or auto, the checkpoint's own.
+        seed: of the sampling in mode `generate`.
+    """
+
+    model: str
+    out: str
+    corpus: str = corpora.BUILT_IN
+    split: corpora.Split = "fit"
+    tokens: int = 100_000
+    mode: Literal["teacher", "generate"] = "teacher"
+    length: int = 256
+    prompt: int = 32
+    batch_size: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if self.mode == "generate" and not 0 < self.prompt < self.length:
+            raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 1 ({self.length - 1})")
+
+
+def collect(options: CollectOptions) -> Trace:
+    """Write the trace directory `options.out` and return it opened."""
+    loaded = load_model(options.model, options.device, options.dtype)
+    layers = find_moe_layers(loaded.model)
+    trace_options = describe(options, loaded, layers)
+    out = Path(options.out)
+    check_room(out, trace_options)
+    writer = TraceWriter(out, trace_options)
+    if not writer.complete:
+        _write_shards(writer, loaded, layers)
+    return Trace.open(out)
+
+
+def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer]) -> TraceOptions:
+    """The trace's identity, from the options and the model."""
+    first = layers[0]
+    for layer in layers:
+        if (layer.num_experts, layer.top_k, layer.hidden_size) != (first.num_experts, first.top_k, first.hidden_size):
+            raise OptionError(f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected")
+    return TraceOptions(
+        model=options.model,
+        revision=loaded.revision,
+        model_type=model_type(loaded.model),
+        router_fingerprint=router_fingerprint(layers),
+        layers=tuple(layer.name for layer in layers),
+        num_experts=first.num_experts,
+        top_k=first.top_k,
+        hidden_size=first.hidden_size,
+        expert_bytes=first.expert_bytes,
+        dtype=str(first.dtype).removeprefix("torch."),
+        corpus=options.corpus,
+        split=options.split,
+        mode=options.mode,
+        tokens=options.tokens,
+        length=options.length,
+        prompt=options.prompt if options.mode == "generate" else 0,
+        sequences_per_shard=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def check_room(out: Path, options: TraceOptions) -> None:
+    """Say what will be written, and refuse when the disk has no room for it."""
+    needed = options.tokens * options.bytes_per_token
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    print(f"{options.tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)")
+    if needed - there > free:
+        raise TraceError(f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer --tokens or another --out")
+
+
+def _write_shards(writer: TraceWriter, loaded: LoadedModel, layers: list[MoeLayer]) -> None:
+    options = writer.options
+    sequences = corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, options.split)  # type: ignore[arg-type]
+    wanted = -(-options.tokens // options.length)
+    batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
+    sources: list[str] = []
+    phases = dict.fromkeys(PHASES, 0)
+    shards = 0
+    for rows, names in track(batches, "collect", -(-wanted // options.sequences_per_shard), options.sequences_per_shard * options.length, "tokens"):
+        for name in names:
+            if name not in sources:
+                sources.append(name)
+        prompt = options.prompt if options.mode == "generate" else 0
+        phases["prompt"] += rows.shape[0] * prompt
+        phases["generated" if prompt else "teacher"] += rows.shape[0] * (rows.shape[1] - prompt)
+        if not writer.has(shards):
+            if prompt:
+                rows = _continue(loaded, rows[:, :prompt], options, shards)
+            first = shards * options.sequences_per_shard
+            writer.write(shards, record(loaded.model, layers, rows), _index(rows, first, prompt, [sources.index(n) for n in names]))
+        shards += 1
+    writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
+
+
+def _batches(sequences: Iterator[tuple[list[int], str]], size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    while chunk := list(islice(sequences, size)):
+        yield torch.tensor([tokens for tokens, _ in chunk]), [source for _, source in chunk]
+
+
+@torch.no_grad()
+def _continue(loaded: LoadedModel, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:
+    """The model's own continuation of each prompt, sampled at temperature 1, to the full length.
+
+    Seeded by the shard alone, so that a resumed run samples the same.
+    """
+    torch.manual_seed(options.seed * 1_000_003 + shard)
+    prompts = prompts.to(loaded.input_device)
+    out = loaded.model.generate(  # type: ignore[operator]
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=options.length - options.prompt,
+        max_new_tokens=options.length - options.prompt,
+    )
+    return out.cpu()
+
+
+@torch.no_grad()
+def record(model: nn.Module, layers: list[MoeLayer], rows: Tensor) -> list[dict[str, Tensor]]:
+    """Hidden states, logits, indices and weights of every MoE layer for token rows `(sequences, positions)`."""
+    kept: list[dict[str, Tensor]] = [{} for _ in layers]
+
+    def on_layer(layer: MoeLayer, routing: Routing) -> None:
+        kept[layer.index] = {
+            "hidden": routing.hidden.to("cpu", layer.dtype),
+            "logits": routing.logits.to("cpu", torch.float32),
+            "indices": routing.indices.to("cpu", torch.int16),
+            "weights": routing.weights.to("cpu", torch.float32),
+        }
+
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in model.forward.__code__.co_varnames else {}
+    with intercept(model, layers, on_layer):
+        model(input_ids=rows.to(next(model.parameters()).device), use_cache=False, **extra)
+    return kept
+
+
+def _index(rows: Tensor, first: int, prompt: int, sources: list[int]) -> dict[str, Tensor]:
+    sequences, positions = rows.shape
+    position = torch.arange(positions).expand(sequences, -1)
+    later = PHASES.index("generated" if prompt else "teacher")
+    return {
+        "tokens": rows.flatten().to(torch.int32),
+        "sequence": torch.arange(first, first + sequences, dtype=torch.int32).repeat_interleave(positions),
+        "position": position.flatten().to(torch.int32),
+        "phase": torch.where(position < prompt, 0, later).flatten().to(torch.uint8),
+        "source": torch.tensor(sources, dtype=torch.int16).repeat_interleave(positions),
+    }

@@ -1,0 +1,73 @@
+"""What a selector directory says of itself, read strictly."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import SelectorError
+
+FORMAT_VERSION = 1
+# metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
+Thresholds = dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """The base model a selector belongs to, its shape, and its calibrated thresholds.
+
+    Attributes:
+        base_model, base_revision: where the model came from, for people.
+        router_fingerprint: identity of the model's routers; what attaching checks.
+        layers: names of the MoE blocks, in order.
+        scorer, rank: kind of scorer, rank of the surrogates (0: none).
+        keep_top1: every token keeps its first expert.
+        thresholds: see `Thresholds`.
+        calibration: how the thresholds were found (bound, confidence, text, groups), for people.
+    """
+
+    base_model: str
+    base_revision: str
+    model_type: str
+    router_fingerprint: str
+    layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    scorer: str
+    rank: int
+    keep_top1: bool = False
+    thresholds: Thresholds = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "SelectorConfig":
+        """Read `config.json`; refuses unknown or missing keys and other format versions.
+
+        Raises:
+            SelectorError: with what is wrong.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SelectorError(f"{path.parent} is no selector: it has no {path.name}; `lynx-learn train` writes one") from None
+        except (OSError, ValueError) as error:
+            raise SelectorError(f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes") from None
+        if not isinstance(values, dict):
+            raise SelectorError(f"{path} holds no JSON object: expected the one that `lynx-learn train` writes")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SelectorError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}: train again")
+        known = {f.name for f in fields(cls)}
+        optional = {"keep_top1", "thresholds", "calibration"}
+        if unknown := sorted(values.keys() - known):
+            raise SelectorError(f"{path} has unknown keys {', '.join(unknown)}: remove them or update lynx-learn")
+        if missing := sorted(known - optional - values.keys()):
+            raise SelectorError(f"{path} lacks {', '.join(missing)}: train again")
+        values["layers"] = tuple(values["layers"])
+        return cls(**values)

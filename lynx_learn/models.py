@@ -1,0 +1,77 @@
+"""Load a transformers model from a folder or the Hub, safely."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+
+REFERENCE = "reference-moe"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for inference, its tokenizer and the revision that was loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    revision: str
+
+    @property
+    def input_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def reference_moe() -> str:
+    """Folder of the small trained MoE that ships with this package."""
+    return str(files("lynx_learn") / "reference_moe")
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load model and tokenizer; safetensors weights only, no code from the repository.
+
+    Args:
+        name: folder, Hub id, or `reference-moe` for the one in this package.
+        device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
+        dtype: one of DTYPES.
+
+    Raises:
+        ModelError: the model cannot be loaded; with the reason.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
+    path = reference_moe() if name == REFERENCE else name
+    placement: dict[str, Any] = {}
+    if device == "auto" and torch.cuda.device_count() > 1:
+        placement["device_map"] = "auto"
+    try:
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise ModelError(f"--device {device} is not usable: no GPU is visible to torch; take cpu")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **placement)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not placement:
+            model = model.to(target)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model") from error
+    revision = getattr(model.config, "_commit_hash", None) or _folder_revision(Path(path))
+    return LoadedModel(model.eval(), tokenizer, revision)
+
+
+def _folder_revision(path: Path) -> str:
+    """A local folder has no revision; one that the reference recipe wrote says when it was trained."""
+    training = path / "training.json"
+    if training.exists():
+        return f"{json.loads(training.read_text())['tokens_seen']} tokens"
+    return "local"

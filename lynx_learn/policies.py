@@ -1,0 +1,75 @@
+"""What decides at decode: the small interface that a selector and every published rule share."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .families import MoeLayer
+
+
+class Groups(NamedTuple):
+    """One MoE layer's routing of G decode batches of T tokens each (at decode G is 1; a simulation has many)."""
+
+    hidden: Tensor
+    """(G, T, hidden)."""
+    logits: Tensor
+    """(G, T, experts)."""
+    indices: Tensor
+    """(G, T, top_k)."""
+    weights: Tensor
+    """(G, T, top_k)."""
+    active: Tensor
+    """(G, T) False for padding and ended sequences, which neither vote nor load experts."""
+
+
+class Decision(NamedTuple):
+    """What to run instead.
+
+    An assignment that is left out points at an expert that is kept, with weight 0: no expert is loaded for it, and no
+    experts implementation needs to know of it.
+    """
+
+    indices: Tensor
+    """(G, T, top_k)."""
+    weights: Tensor
+    """(G, T, top_k)."""
+    addition: Tensor | None = None
+    """(G, T, hidden), what surrogates answer; None: nothing."""
+    answered: Tensor | None = None
+    """(G, T, top_k) True where a surrogate answers."""
+
+
+class Policy(Protocol):
+    """Decides which experts each decode batch keeps. No host synchronisation, no shapes that depend on values."""
+
+    name: str
+    setting: str
+    """The parameters, for tables."""
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        """Check that it fits these layers and move what it holds to their devices."""
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        """Rewrite one layer's assignments."""
+
+    def surrogate_bytes(self, layer: MoeLayer) -> int:
+        """Bytes it reads beside the experts in a step of this layer."""
+
+
+def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:
+    """Which experts the active tokens' assignments load: `(G, experts)`, bool."""
+    votes = torch.zeros(*indices.shape[:-2], experts, dtype=torch.int32, device=indices.device)
+    counted = active.unsqueeze(-1).expand_as(indices).flatten(-2).to(torch.int32)
+    return votes.scatter_add(-1, indices.flatten(-2).long(), counted) > 0
+
+
+def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
+    """Point the assignments of tokens that are not active at an expert that is loaded anyway, with weight 0."""
+    anchor = used_experts(decision.indices, active, experts).to(torch.int8).argmax(-1)
+    live = active.unsqueeze(-1)
+    indices = torch.where(live, decision.indices, anchor[:, None, None])
+    weights = torch.where(live, decision.weights, torch.zeros_like(decision.weights))
+    addition = None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
+    answered = None if decision.answered is None else decision.answered & live
+    return Decision(indices, weights, addition, answered)

@@ -1,0 +1,237 @@
+"""`LynxSelector`: per MoE layer a scorer, surrogates and a sensitivity; with thresholds, a policy for a budget."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import SelectorConfig
+from .errors import OptionError, SelectorError
+from .families import MoeLayer, router_fingerprint
+from .features import assignment_features
+from .policies import Decision, Groups
+from .scorers import SCORERS
+from .surrogates import Surrogates
+
+CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
+
+
+class LayerSelector(nn.Module):
+    """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
+
+    sensitivity: Tensor
+
+    def __init__(self, config: SelectorConfig) -> None:
+        super().__init__()
+        self.keep_top1 = config.keep_top1
+        self.scorer = SCORERS[config.scorer](config.num_experts)
+        self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
+        self.register_buffer("sensitivity", torch.ones(()))
+
+    def costs(self, groups: Groups) -> Tensor:
+        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
+        features = assignment_features(groups.logits, groups.indices, groups.weights)
+        costs = self.scorer(features, groups.indices).exp() * self.sensitivity
+        return torch.where(groups.active.unsqueeze(-1), costs, torch.zeros_like(costs))
+
+    def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
+        """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
+
+        The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
+        """
+        costs = self.costs(groups) if costs is None else costs
+        flat = groups.indices.flatten(-2).long()
+        total = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], device=costs.device)
+        total = total.scatter_add(-1, flat, costs.flatten(-2))
+        anchor = total.argmax(-1, keepdim=True)
+        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
+        if self.keep_top1:
+            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
+            votes = torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float())
+            keep = keep | (votes > 0)
+        kept = keep.gather(-1, flat).view_as(groups.indices)
+        indices = torch.where(kept, groups.indices, anchor.unsqueeze(-1))
+        nothing = torch.zeros_like(groups.weights)
+        weights = torch.where(kept, groups.weights, nothing)
+        if not self.surrogates.rank:
+            return Decision(indices, weights)
+        dropped = torch.where(kept, nothing, groups.weights)
+        by_expert = torch.zeros_like(groups.logits, dtype=dropped.dtype).scatter_add(-1, groups.indices.long(), dropped)
+        return Decision(indices, weights, self.surrogates(groups.hidden, by_expert), ~kept)
+
+
+class LynxSelector(nn.Module):
+    """Learned selectors for all MoE layers of one model."""
+
+    def __init__(self, config: SelectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(LayerSelector(config) for _ in config.layers)
+        self.requires_grad_(False)
+
+    def check(self, layers: list[MoeLayer]) -> None:
+        """Refuse a model that this selector was not trained for.
+
+        Raises:
+            SelectorError: the model's MoE layers or its routers' fingerprint differ.
+        """
+        names = tuple(layer.name for layer in layers)
+        if names != self.config.layers:
+            raise SelectorError(f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for")
+        found = router_fingerprint(layers)
+        if found != self.config.router_fingerprint:
+            raise SelectorError(
+                f"the selector was trained for {self.config.base_model} (revision {self.config.base_revision}, routers "
+                f"{self.config.router_fingerprint[:12]}), the model's routers are {found[:12]}: load that model and "
+                "revision, or train a selector for this one"
+            )
+
+    def policy(self, budget: float, metric: str = "kl") -> "ThresholdPolicy":
+        """The calibrated policy for a budget (nats of KL, or the unit of `metric`).
+
+        Raises:
+            OptionError: the budget is negative, or the selector was not calibrated for it.
+        """
+        if not budget >= 0:
+            raise OptionError(f"budget {budget:g} is not usable: expected 0 or more")
+        if budget == 0:
+            return ThresholdPolicy(self, {1: 0.0}, "budget=0")
+        table = self.config.thresholds.get(metric)
+        if not table:
+            known = ", ".join(self.config.thresholds) or "none"
+            raise OptionError(f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first")
+        for text, buckets in table.items():
+            if float(text) == budget:
+                return ThresholdPolicy(self, {int(n): tau for n, tau in buckets.items()}, f"budget={budget:g}")
+        raise OptionError(f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these")
+
+    def at_threshold(self, threshold: float) -> "ThresholdPolicy":
+        """The policy with one threshold (nats) for every batch size, calibrated or not."""
+        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}")
+
+    def save_pretrained(self, folder: str | os.PathLike[str], files: dict[str, str] | None = None) -> None:
+        """Write config and weights, and `files` (name -> text) beside them; other files already there stay.
+
+        All files are written beside the folder and then put in place, so an interrupted save leaves the old state.
+        """
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, part / WEIGHTS)
+            for name, text in {CONFIG: self.config.to_json(), **(files or {})}.items():
+                (part / name).write_text(text, encoding="utf-8")
+            target.mkdir(exist_ok=True)
+            for file in sorted(part.iterdir()):
+                os.replace(file, target / file.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> "LynxSelector":
+        """Load a selector from a folder or a Hub repository.
+
+        Raises:
+            SelectorError: the folder is missing, incomplete, damaged, or of another format.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(str(name), revision)
+        config = SelectorConfig.read(folder / CONFIG)
+        if config.scorer not in SCORERS:
+            raise SelectorError(f"{folder / CONFIG} names the scorer {config.scorer!r}: expected one of {', '.join(SCORERS)}")
+        selector = cls(config)
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            selector.load_state_dict(tensors, strict=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SelectorError(f"{folder / WEIGHTS} cannot be loaded ({reason}): copy or train the selector again") from None
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise SelectorError(f"{folder / WEIGHTS} holds values that are not finite in {key}: train the selector again")
+        return selector
+
+    def push_to_hub(self, repo_id: str, private: bool = False, folder: str | os.PathLike[str] | None = None) -> str:
+        """Upload to the Hub, with card and metrics if `folder` (where it was trained) is given; returns the address."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as scratch:
+            if folder is not None:
+                shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("logs"))
+            self.save_pretrained(scratch)
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=scratch))
+
+    def with_config(self, **changes: object) -> "LynxSelector":
+        """The same selector with another configuration, e.g. new thresholds."""
+        other = LynxSelector(replace(self.config, **changes))  # type: ignore[arg-type]
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, METRICS, CARD]))
+    except Exception as error:  # the hub raises many kinds; to the user they are one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SelectorError(f"selector {name!r} is neither a folder nor a Hub repository that can be read ({reason})") from None
+
+
+class ThresholdPolicy:
+    """A selector with a threshold per decode batch size.
+
+    The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
+    over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
+    """
+
+    name = "learned"
+
+    def __init__(self, selector: LynxSelector, thresholds: dict[int, float], setting: str) -> None:
+        self.selector, self.setting = selector, setting
+        sizes = sorted(thresholds)
+        self.sizes = torch.tensor(sizes)
+        self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
+        self.by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.enabled: frozenset[int] | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether any batch size skips at all."""
+        return bool((self.thresholds > 0).any())
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        self.selector.check(layers)
+        for layer, own in zip(layers, self.selector.layers, strict=True):
+            own.to(layer.device)
+            own.surrogates.to(layer.dtype)
+            self.by_device[layer.device] = (self.sizes.to(layer.device), self.thresholds.to(layer.device))
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        if self.enabled is not None and layer.index not in self.enabled:
+            return Decision(groups.indices, groups.weights)
+        sizes, thresholds = self.by_device[groups.logits.device]
+        count = groups.active.sum(-1, keepdim=True)
+        chosen = thresholds[(count >= sizes).sum(-1)]
+        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
+        return own.decide(groups, chosen)
+
+    def surrogate_bytes(self, layer: MoeLayer) -> int:
+        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
+        return own.surrogates.bytes if self.enabled is None or layer.index in self.enabled else 0
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:
+    """The figures measured so far for the selector in `folder`; empty where there are none."""
+    path = Path(folder) / METRICS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,116 @@
+"""Low-rank stand-ins for experts: `f(x) = B A x + c`, fitted in closed form by weighted reduced-rank ridge regression.
+
+Reduced-rank regression after Izenman (1975), "Reduced-rank regression for the multivariate linear model"; with a ridge
+penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Ridge penalties tried, as multiples of the mean diagonal of the Gram matrix; the last leaves little but the mean.
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+class Surrogates(nn.Module):
+    """The surrogates of one layer's experts, all in one dense operation.
+
+    `down` `(experts, rank, hidden)`, `up` `(experts, rank, hidden)` and `constant` `(experts, hidden)`; rank 0 means no
+    surrogate: what is left out then adds nothing.
+    """
+
+    down: Tensor
+    up: Tensor
+    constant: Tensor
+
+    def __init__(self, experts: int, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.register_buffer("down", torch.zeros(experts, rank, hidden))
+        self.register_buffer("up", torch.zeros(experts, rank, hidden))
+        self.register_buffer("constant", torch.zeros(experts, hidden))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read when they answer; the dense form reads those of every expert."""
+        if not self.rank:
+            return 0
+        return sum(t.numel() * t.element_size() for t in (self.down, self.up, self.constant))
+
+    def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of the surrogates' outputs `(..., hidden)`.
+
+        Args:
+            hidden: what enters the block `(..., hidden)`.
+            weights: weight of each expert's surrogate for each token `(..., experts)`, 0 where it does not answer.
+        """
+        x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
+        codes = (x @ self.down.flatten(0, 1).T).unflatten(-1, self.down.shape[:2])
+        return (codes * weights.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1) + weights @ self.constant
+
+
+@dataclass
+class Moments:
+    """Weighted sums of one expert's inputs x and outputs y, which are all that fitting and scoring a map needs.
+
+    Accumulated in float64 over chunks, so any number of tokens fits.
+    """
+
+    weight: float
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: float
+
+    @classmethod
+    def empty(cls, hidden: int) -> "Moments":
+        vector, matrix = torch.zeros(hidden, dtype=torch.float64), torch.zeros(hidden, hidden, dtype=torch.float64)
+        return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
+
+    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add tokens: x and y `(tokens, hidden)`, weights `(tokens,)`."""
+        x, y, weights = x.double().cpu(), y.double().cpu(), weights.double().cpu()
+        weighted = x * weights.unsqueeze(1)
+        self.weight += float(weights.sum())
+        self.x += weighted.sum(0)
+        self.y += weights @ y
+        self.xx += weighted.T @ x
+        self.xy += weighted.T @ y
+        self.yy += float(weights @ y.square().sum(1))
+
+    def error(self, matrix: Tensor, constant: Tensor) -> float:
+        """Weighted sum of squared errors of `x @ matrix + constant`."""
+        squares = (matrix * (self.xx @ matrix)).sum() + self.weight * constant @ constant
+        cross = (matrix * self.xy).sum() + self.y @ constant - (self.x @ matrix) @ constant
+        return float(self.yy + squares - 2 * cross)
+
+
+def fit_surrogate(fit: Moments, check: Moments, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The surrogate of one expert: down and up, both `(rank, hidden)`, and the constant `(hidden,)`, in float32.
+
+    `fit` holds the tokens to fit on, `check` others by which the ridge penalty is chosen. An expert that saw no token
+    gets the zero map.
+    """
+    hidden = fit.x.shape[0]
+    zero = torch.zeros(rank, hidden)
+    if fit.weight <= 0.0:
+        return zero, zero.clone(), torch.zeros(hidden)
+    mean_x, mean_y = fit.x / fit.weight, fit.y / fit.weight
+    xx = fit.xx - fit.weight * torch.outer(mean_x, mean_x)
+    xy = fit.xy - fit.weight * torch.outer(mean_x, mean_y)
+    best = (check.error(torch.zeros_like(xx), mean_y), zero, zero.clone(), mean_y)
+    scale = float(xx.diagonal().mean())
+    for penalty in PENALTIES if scale > 0 else ():
+        ridged = xx + penalty * scale * torch.eye(hidden, dtype=torch.float64)
+        full = torch.linalg.solve(ridged, xy)
+        # Directions of the output along which the ridge fit carries the most energy.
+        up = torch.linalg.eigh(full.T @ ridged @ full).eigenvectors[:, -rank:].T
+        down = (full @ up.T).T
+        matrix = down.T @ up
+        constant = mean_y - mean_x @ matrix
+        error = check.error(matrix, constant)
+        if error < best[0]:
+            best = (error, down, up, constant)
+    return best[1].float(), best[2].float(), best[3].float()

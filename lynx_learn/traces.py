@@ -1,0 +1,199 @@
+"""The trace directory: what `collect` writes and `train` reads.
+
+    manifest.json            written last; its presence means the trace is complete
+    options.json             written first; what an interrupted run must match to go on
+    index/00000.safetensors  per shard: token, sequence, position, phase and source of each token
+    layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights
+
+Every file is written under a temporary name, flushed and renamed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import TraceError
+
+FORMAT_VERSION = 1
+MANIFEST, OPTIONS = "manifest.json", "options.json"
+PHASES = ("prompt", "generated", "teacher")
+LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
+INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Everything that decides a trace's content, and the shape of the model it is of."""
+
+    model: str
+    revision: str
+    model_type: str
+    router_fingerprint: str
+    layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    dtype: str
+    corpus: str
+    split: str
+    mode: str
+    tokens: int
+    length: int
+    prompt: int
+    sequences_per_shard: int
+    seed: int
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all files, headers aside."""
+        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        layer = self.hidden_size * size + 4 * self.num_experts + self.top_k * (2 + 4)
+        return layer * len(self.layers) + 4 + 4 + 4 + 1 + 2
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+class TraceWriter:
+    """Writes shards into a folder, going on where an interrupted run with the same options stopped.
+
+    Raises:
+        TraceError: the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, options: TraceOptions) -> None:
+        self.folder, self.options = folder, options
+        text = json.dumps(asdict(options), indent=2) + "\n"
+        mark = folder / OPTIONS
+        if mark.exists():
+            if json.loads(mark.read_text()) != json.loads(text):
+                raise TraceError(f"{folder} holds a trace with other options (see {OPTIONS}): choose another --out or remove it")
+        elif folder.exists() and any(folder.iterdir()):
+            raise TraceError(f"{folder} is not empty and holds no trace: choose another --out")
+        else:
+            write_atomically(mark, text.encode())
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / MANIFEST).exists()
+
+    def names(self, shard: int) -> list[str]:
+        file = f"{shard:05d}.safetensors"
+        return [*(f"layer-{i:02d}/{file}" for i in range(len(self.options.layers))), f"index/{file}"]
+
+    def has(self, shard: int) -> bool:
+        """Whether a shard is there; its index is written last, so that suffices."""
+        return (self.folder / self.names(shard)[-1]).exists()
+
+    def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
+        for name, tensors in zip(self.names(shard), [*layers, index], strict=True):
+            write_atomically(self.folder / name, save({k: v.contiguous() for k, v in tensors.items()}))
+
+    def finish(self, shards: int, sources: list[str], phases: dict[str, int]) -> None:
+        """Check what was written and write the manifest."""
+        files = {name: checksum(self.folder / name) for shard in range(shards) for name in self.names(shard)}
+        tokens = sum(phases.values())
+        manifest = {
+            **asdict(self.options),
+            "shards": shards,
+            "collected_tokens": tokens,
+            "sources": sources,
+            "phases": phases,
+            "sha256": files,
+        }
+        write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+class Trace:
+    """A complete trace directory, read shard by shard from memory-mapped files."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.shards = int(manifest.pop("shards"))
+        self.collected_tokens = int(manifest.pop("collected_tokens"))
+        self.sources: list[str] = manifest.pop("sources")
+        self.phases: dict[str, int] = manifest.pop("phases")
+        self.sha256: dict[str, str] = manifest.pop("sha256")
+        self.options = TraceOptions(**{**manifest, "layers": tuple(manifest["layers"])})
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Trace":
+        """Open a trace and verify every file's checksum.
+
+        Raises:
+            TraceError: it is missing, incomplete, of another format, or a file is damaged; named.
+        """
+        path = Path(folder)
+        if not (path / MANIFEST).exists():
+            state = "is not complete: run `lynx-learn collect` again with the same options" if (path / OPTIONS).exists() else "holds no trace: `lynx-learn collect` writes one"
+            raise TraceError(f"{path} {state}")
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            if manifest.get("format_version") != FORMAT_VERSION:
+                raise TraceError(f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again")
+            trace = cls(path, manifest)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TraceError(f"{path / MANIFEST} is damaged ({error}): collect again") from None
+        for name, expected in trace.sha256.items():
+            file = path / name
+            if not file.exists() or checksum(file) != expected:
+                state = "is damaged" if file.exists() else "is missing"
+                raise TraceError(f"{file} {state} (checksum differs from the manifest): remove {path} and collect again")
+        return trace
+
+    def layer_shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The layer's tensors, shard by shard.
+
+        Raises:
+            TraceError: a value is not finite, or an index is no expert.
+        """
+        for shard in range(self.shards):
+            name = f"layer-{layer:02d}/{shard:05d}.safetensors"
+            tensors = self._load(name, LAYER_TENSORS)
+            for key in ("hidden", "logits", "weights"):
+                if not torch.isfinite(tensors[key]).all():
+                    raise TraceError(f"{self.folder / name}: {key} holds values that are not finite; the model overflowed: collect in --dtype float32")
+            indices = tensors["indices"] = tensors["indices"].long()
+            if int(indices.min()) < 0 or int(indices.max()) >= self.options.num_experts:
+                raise TraceError(f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again")
+            yield tensors
+
+    def index(self) -> dict[str, Tensor]:
+        """Token, sequence, position, phase and source of every token, each `(tokens,)`."""
+        parts = [self._load(f"index/{shard:05d}.safetensors", INDEX_TENSORS) for shard in range(self.shards)]
+        return {key: torch.cat([part[key] for part in parts]).long() for key in INDEX_TENSORS}
+
+    def _load(self, name: str, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                return {key: file.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise TraceError(f"{self.folder / name} cannot be read ({error}): remove {self.folder} and collect again") from None

@@ -1,0 +1,324 @@
+"""Train the reference MoE: a small Qwen3-MoE language model on math, code and prose.
+
+    python train/reference_moe.py --config train/reference-moe.yaml
+
+The run is a folder: tokenizer, token files, checkpoints, logs, and at the end `model/`, which is what ships in
+`lynx_learn/reference_moe/`. Started again with the same folder it continues from its last checkpoint. The budget is
+wall-clock minutes of training, and the learning rate follows the share of it that is spent, so the recipe fits any
+machine; the tokens seen are in the card.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from lynx_learn.corpus import read_documents
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the recipe file sets.
+
+    Attributes:
+        corpus: folder with one `.jsonl.gz` per source; the run reads the `fit` split of each.
+        heldout: folder of test text, for the card's loss per source; never trained or selected on.
+        out: folder of the run.
+        mix: share of each source among the training windows.
+        minutes: wall-clock minutes of training, summed over restarts.
+        windows: windows of 512 tokens in a step.
+        long_share: share of the budget, at the end, in which windows stay whole; before, they are cut in two.
+        rate: peak learning rate of AdamW.
+        router_rate: factor on `rate` for the routers; a slow router keeps its gates flat.
+        balance, z_loss, flatness: weights of the load-balancing loss (per layer), of the router z-loss
+            (arXiv 2202.08906) and of the mean sum of squared gate weights, which flattens the top-k weights.
+        seed: of the initial weights and the order of the text.
+    """
+
+    corpus: str
+    heldout: str
+    out: str
+    mix: dict[str, float]
+    model: dict[str, Any]
+    minutes: float = 120.0
+    windows: int = 8
+    long_share: float = 0.2
+    warmup_share: float = 0.02
+    decay_share: float = 0.6
+    rate: float = 6e-3
+    router_rate: float = 0.25
+    weight_decay: float = 0.1
+    balance: float = 0.01
+    z_loss: float = 1e-3
+    flatness: float = 0.02
+    seed: int = 0
+
+
+def train_tokenizer(options: Options, path: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, digits one by one, on an equal share of every source."""
+    if not path.exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"\d|\s+(?=\S)|[^\s\d]+|\s+"), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=options.model["vocab_size"],
+            special_tokens=[END, PAD],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(_sample(options, 8_000_000), trainer)
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, pad_token=PAD)
+        wrapped.save_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def _sample(options: Options, characters: int) -> Iterator[str]:
+    for source in options.mix:
+        seen = 0
+        for document in read_documents(f"{options.corpus}/{source}.jsonl.gz", "fit"):
+            seen += len(document.text)
+            yield document.text
+            if seen > characters:
+                break
+
+
+def tokenize(options: Options, tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Path]:
+    """Token files (uint16), one per source, documents joined by the end-of-text token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {source: folder / f"{source}.bin" for source in options.mix}
+    for source, path in files.items():
+        if path.exists():
+            continue
+        with open(f"{path}.part", "wb") as out:
+            texts: list[str] = []
+            for document in read_documents(f"{options.corpus}/{source}.jsonl.gz", "fit"):
+                texts.append(document.text)
+                if len(texts) == 256:
+                    out.write(_encode(tokenizer, texts))
+                    texts = []
+            out.write(_encode(tokenizer, texts))
+        os.replace(f"{path}.part", path)
+    return files
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> bytes:
+    rows = tokenizer(texts)["input_ids"] if texts else []
+    return b"".join(np.asarray([*row, tokenizer.eos_token_id], dtype=np.uint16).tobytes() for row in rows)
+
+
+class Windows:
+    """Endless random windows `(windows, length + 1)`; the step number is its whole state, so a run resumes exactly."""
+
+    def __init__(self, files: dict[str, Path], options: Options, length: int) -> None:
+        self.tokens = [np.memmap(path, dtype=np.uint16, mode="r") for path in files.values()]
+        shares = np.array([options.mix[source] for source in files])
+        self.shares = shares / shares.sum()
+        self.options, self.length, self.step = options, length, 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            rng = np.random.default_rng([self.options.seed, self.step])
+            picks = rng.choice(len(self.tokens), size=self.options.windows, p=self.shares)
+            starts = rng.random(len(picks))
+            rows = []
+            for source, start in zip(picks, starts, strict=True):
+                tokens = self.tokens[source]
+                begin = int(start * (len(tokens) - self.length - 1))
+                rows.append(tokens[begin : begin + self.length + 1].astype(np.int64))
+            self.step += 1
+            yield torch.from_numpy(np.stack(rows))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+class ReferenceMoe(L.LightningModule):
+    """Next-token loss plus the router losses; the learning rate follows the share of the minutes spent."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.config = Qwen3MoeConfig(**options.model)
+        self.model = AutoModelForCausalLM.from_config(self.config)
+        self.model.set_experts_implementation("grouped_mm")
+        self.spent, self.tokens_seen = 0.0, 0
+        self.last = time.monotonic()
+
+    @property
+    def progress(self) -> float:
+        return self.spent / (60 * self.options.minutes)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        routers = [p for name, p in self.model.named_parameters() if name.endswith("gate.weight")]
+        chosen = {id(p) for p in routers}
+        rest = [p for p in self.model.parameters() if id(p) not in chosen]
+        groups = [
+            {"params": [p for p in rest if p.ndim > 1], "weight_decay": self.options.weight_decay, "factor": 1.0},
+            {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "factor": 1.0},
+            {
+                "params": routers,
+                "weight_decay": self.options.weight_decay,
+                "factor": self.options.router_rate,
+            },
+        ]
+        return torch.optim.AdamW(groups, lr=self.options.rate, betas=(0.9, 0.95), foreach=True)
+
+    def on_train_batch_start(self, batch: torch.Tensor, batch_idx: int) -> None:
+        o, p = self.options, self.progress
+        scale = min(1.0, p / o.warmup_share + 1e-3, max(0.0, 1.0 - p) / o.decay_share)
+        for group in self.optimizers().param_groups:
+            group["lr"] = o.rate * group["factor"] * scale
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.progress < 1.0 - self.options.long_share:
+            half = (batch.shape[1] - 1) // 2
+            batch = torch.cat([batch[:, : half + 1], batch[:, half:]])
+        out = self.model(batch[:, :-1], output_router_logits=True, use_cache=False)
+        lm = functional.cross_entropy(out.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        balance, z_loss, squares, top1 = router_losses(out.router_logits, self.config.num_experts_per_tok)
+        o = self.options
+        loss = lm + o.balance * balance + o.z_loss * z_loss + o.flatness * squares
+        self.tokens_seen += batch[:, 1:].numel()
+        self.log_dict(
+            {"lm": lm, "balance": balance, "z": z_loss, "top1_share": top1, "progress": self.progress}, prog_bar=True
+        )
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: torch.Tensor, batch_idx: int) -> None:
+        now = time.monotonic()
+        self.spent, self.last = self.spent + now - self.last, now
+        if self.progress >= 1.0:
+            self.trainer.should_stop = True
+
+    def on_train_start(self) -> None:
+        self.last = time.monotonic()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["budget"] = {"spent": self.spent, "tokens_seen": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.spent, self.tokens_seen = checkpoint["budget"]["spent"], checkpoint["budget"]["tokens_seen"]
+
+
+def router_losses(logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.Tensor, ...]:
+    """Means over layers of: load balance, squared log-partition, sum of squared gate weights, top-1 gate weight.
+
+    The balance is taken layer by layer: summed over layers first, it would let an expert starve in one of them.
+    """
+    balance, z_loss, squares, top1 = [], [], [], []
+    for layer in logits:
+        layer = layer.float()
+        balance.append(load_balancing_loss_func((layer,), layer.shape[-1], top_k))
+        z_loss.append(layer.logsumexp(-1).square().mean())
+        gates = layer.topk(top_k, dim=-1).values.softmax(-1)
+        squares.append(gates.square().sum(-1).mean())
+        top1.append(gates[:, 0].mean().detach())
+    return tuple(torch.stack(values).mean() for values in (balance, z_loss, squares, top1))
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout: str, length: int) -> dict[str, Any]:
+    """Loss in nats per token, top-1 gate share and heaviest load over mean load, per held-out source."""
+    import gzip
+
+    results: dict[str, Any] = {}
+    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
+    load = torch.zeros(model.config.num_hidden_layers, experts)
+    for path in sorted(Path(heldout).glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line in lines]
+        tokens = np.frombuffer(_encode(tokenizer, texts), dtype=np.uint16).astype(np.int64)
+        rows = torch.from_numpy(tokens[: (len(tokens) - 1) // length * length + 1])
+        rows = torch.stack([rows[i : i + length + 1] for i in range(0, len(rows) - 1, length)])[:128]
+        total, share = 0.0, []
+        for batch in rows.split(8):
+            out = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+            total += functional.cross_entropy(
+                out.logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+            ).item()
+            for index, logits in enumerate(out.router_logits):
+                top = logits.float().topk(top_k, dim=-1)
+                load[index] += torch.bincount(top.indices.flatten(), minlength=experts)
+                share.append(top.values.softmax(-1)[:, 0].mean().item())
+        results[path.name.split(".")[0]] = {
+            "nats_per_token": total / rows[:, 1:].numel(),
+            "nats_per_byte": total / len(tokenizer.decode(rows[:, 1:].flatten().tolist()).encode()),
+            "tokens": rows[:, 1:].numel(),
+            "top1_gate_share": sum(share) / len(share),
+        }
+    relative = load / load.mean(dim=1, keepdim=True)
+    results["load"] = {
+        "heaviest_over_mean": relative.max(dim=1).values.tolist(),
+        "lightest_over_mean": relative.min(dim=1).values.tolist(),
+    }
+    return results
+
+
+def main(options: Options) -> None:
+    """Train (or go on training) the reference MoE and write `OUT/model`."""
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    L.seed_everything(options.seed)
+    tokenizer = train_tokenizer(options, out / "tokenizer")
+    files = tokenize(options, tokenizer, out / "tokens")
+    length = options.model["max_position_embeddings"]
+    module = ReferenceMoe(options)
+    checkpoints = ModelCheckpoint(out / "checkpoints", save_last=True, every_n_train_steps=100, save_top_k=1)
+    trainer = L.Trainer(
+        max_steps=-1,
+        max_epochs=-1,
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=CSVLogger(out, name="logs"),
+        callbacks=[checkpoints],
+        log_every_n_steps=20,
+        enable_progress_bar=False,
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    trainer.fit(module, Windows(files, options, length), ckpt_path=last if last.exists() else None, weights_only=True)
+    model = module.model.cpu().to(torch.bfloat16).eval()
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    figures = {
+        "minutes": module.spent / 60,
+        "tokens_seen": module.tokens_seen,
+        "steps": trainer.global_step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.strategy.root_device),
+        "heldout": measure(model.float(), tokenizer, options.heldout, length // 2),
+    }
+    if not math.isfinite(figures["heldout"]["load"]["heaviest_over_mean"][0]):
+        raise SystemExit("the trained model gives non-finite router logits: lower --rate and train again")
+    (out / "model" / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(auto_cli(Options, as_positional=False))
