@@ -22,7 +22,9 @@ class KeepSet:
     def bind(self, layers: list[MoeLayer]) -> None:
         for layer in layers:
             if not layer.top_k <= self.experts <= layer.num_experts:
-                raise ValueError(f"{self.name} keeps {self.experts} experts, layer {layer.name} allows {layer.top_k} to {layer.num_experts}")
+                raise ValueError(
+                    f"{self.name} keeps {self.experts} experts, layer {layer.name} allows {layer.top_k} to {layer.num_experts}"
+                )
 
     def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
         """Scores `(G, experts)`; the best are kept."""
@@ -56,7 +58,9 @@ class Random(KeepSet):
 
     def bind(self, layers: list[MoeLayer]) -> None:
         super().bind(layers)
-        self.generators = {layer.index: torch.Generator(layer.device).manual_seed(self.seed + layer.index) for layer in layers}
+        self.generators = {
+            layer.index: torch.Generator(layer.device).manual_seed(self.seed + layer.index) for layer in layers
+        }
 
     def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
         shape = (groups.logits.shape[0], layer.num_experts)

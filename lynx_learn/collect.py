@@ -1,5 +1,6 @@
 """`lynx-learn collect`: run a model over text and write its router traces."""
 
+import inspect
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,11 +65,15 @@ def collect(options: CollectOptions) -> Trace:
     layers = find_moe_layers(loaded.model)
     trace_options = describe(options, loaded, layers)
     out = Path(options.out)
-    check_room(out, trace_options)
     writer = TraceWriter(out, trace_options)
     if not writer.complete:
+        check_room(out, trace_options)
         _write_shards(writer, loaded, layers)
-    return Trace.open(out)
+    trace = Trace.open(out)
+    if trace.collected_tokens < options.tokens:
+        text = f"{options.corpus!r} ({options.split} split)"
+        print(f"{text} holds {trace.collected_tokens:,} of the {options.tokens:,} tokens asked for")
+    return trace
 
 
 def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer]) -> TraceOptions:
@@ -76,7 +81,9 @@ def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer
     first = layers[0]
     for layer in layers:
         if (layer.num_experts, layer.top_k, layer.hidden_size) != (first.num_experts, first.top_k, first.hidden_size):
-            raise OptionError(f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected")
+            raise OptionError(
+                f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
+            )
     return TraceOptions(
         model=options.model,
         revision=loaded.revision,
@@ -101,13 +108,18 @@ def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer
 
 def check_room(out: Path, options: TraceOptions) -> None:
     """Say what will be written, and refuse when the disk has no room for it."""
-    needed = options.tokens * options.bytes_per_token
+    tokens = -(-options.tokens // options.length) * options.length
+    needed = tokens * options.bytes_per_token
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
     free = shutil.disk_usage(existing).free
-    print(f"{options.tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)")
+    print(
+        f"{tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)"
+    )
     if needed - there > free:
-        raise TraceError(f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer --tokens or another --out")
+        raise TraceError(
+            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer --tokens or another --out"
+        )
 
 
 def _write_shards(writer: TraceWriter, loaded: LoadedModel, layers: list[MoeLayer]) -> None:
@@ -118,20 +130,43 @@ def _write_shards(writer: TraceWriter, loaded: LoadedModel, layers: list[MoeLaye
     sources: list[str] = []
     phases = dict.fromkeys(PHASES, 0)
     shards = 0
-    for rows, names in track(batches, "collect", -(-wanted // options.sequences_per_shard), options.sequences_per_shard * options.length, "tokens"):
+    for rows, names in track(
+        batches,
+        "collect",
+        -(-wanted // options.sequences_per_shard),
+        options.sequences_per_shard * options.length,
+        "tokens",
+    ):
         for name in names:
             if name not in sources:
                 sources.append(name)
         prompt = options.prompt if options.mode == "generate" else 0
         phases["prompt"] += rows.shape[0] * prompt
         phases["generated" if prompt else "teacher"] += rows.shape[0] * (rows.shape[1] - prompt)
-        if not writer.has(shards):
+        stored = writer.stored(shards)
+        if stored is not None:
+            _check_text(writer, rows[:, : prompt or None], stored)
+        else:
             if prompt:
                 rows = _continue(loaded, rows[:, :prompt], options, shards)
             first = shards * options.sequences_per_shard
-            writer.write(shards, record(loaded.model, layers, rows), _index(rows, first, prompt, [sources.index(n) for n in names]))
+            writer.write(
+                shards,
+                record(loaded.model, layers, rows),
+                _index(rows, first, prompt, [sources.index(n) for n in names]),
+            )
         shards += 1
     writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
+
+
+def _check_text(writer: TraceWriter, rows: Tensor, stored: dict[str, Tensor]) -> None:
+    """Refuse to go on with a trace whose text has changed since."""
+    tokens = stored["tokens"].view(-1, writer.options.length)[:, : rows.shape[1]]
+    if not torch.equal(tokens.long(), rows):
+        raise TraceError(
+            f"{writer.folder} was begun with other text: {writer.options.corpus!r} has changed since; "
+            "restore it, or choose another --out or remove the folder"
+        )
 
 
 def _batches(sequences: Iterator[tuple[list[int], str]], size: int) -> Iterator[tuple[Tensor, list[str]]]:
@@ -171,7 +206,8 @@ def record(model: nn.Module, layers: list[MoeLayer], rows: Tensor) -> list[dict[
             "weights": routing.weights.to("cpu", torch.float32),
         }
 
-    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in model.forward.__code__.co_varnames else {}
+    known = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     with intercept(model, layers, on_layer):
         model(input_ids=rows.to(next(model.parameters()).device), use_cache=False, **extra)
     return kept

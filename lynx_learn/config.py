@@ -55,19 +55,43 @@ class SelectorConfig:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SelectorError(f"{path.parent} is no selector: it has no {path.name}; `lynx-learn train` writes one") from None
+            raise SelectorError(
+                f"{path.parent} is no selector: it has no {path.name}; `lynx-learn train` writes one"
+            ) from None
         except (OSError, ValueError) as error:
-            raise SelectorError(f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes") from None
+            raise SelectorError(
+                f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes"
+            ) from None
         if not isinstance(values, dict):
             raise SelectorError(f"{path} holds no JSON object: expected the one that `lynx-learn train` writes")
         version = values.get("format_version")
         if version != FORMAT_VERSION:
-            raise SelectorError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}: train again")
+            raise SelectorError(
+                f"{path} has format version {version}, this package reads {FORMAT_VERSION}: train again"
+            )
         known = {f.name for f in fields(cls)}
         optional = {"keep_top1", "thresholds", "calibration"}
         if unknown := sorted(values.keys() - known):
             raise SelectorError(f"{path} has unknown keys {', '.join(unknown)}: remove them or update lynx-learn")
         if missing := sorted(known - optional - values.keys()):
             raise SelectorError(f"{path} lacks {', '.join(missing)}: train again")
+        if wrong := _unusable(values):
+            raise SelectorError(f"{path} has values that cannot be used for {', '.join(wrong)}: train again")
         values["layers"] = tuple(values["layers"])
         return cls(**values)
+
+
+def _unusable(values: dict[str, Any]) -> list[str]:
+    """Keys whose values have another type or range than `lynx-learn train` writes."""
+    lowest = {"num_experts": 1, "top_k": 1, "hidden_size": 1, "expert_bytes": 1, "rank": 0}
+    wrong = [key for key, low in lowest.items() if type(values[key]) is not int or values[key] < low]
+    layers = values["layers"]
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        wrong.append("layers")
+    try:
+        budgets = [entry for table in values.get("thresholds", {}).values() for entry in table.items()]
+        sizes = [(float(budget), *entry) for budget, buckets in budgets for entry in buckets.items()]
+        usable = all(budget >= 0 and int(size) > 0 and float(tau) >= 0 for budget, size, tau in sizes)
+    except (AttributeError, TypeError, ValueError):
+        usable = False
+    return wrong if usable else [*wrong, "thresholds"]

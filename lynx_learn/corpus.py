@@ -7,15 +7,19 @@ A document's split follows from the hash of its text alone, so the same corpus c
 import gzip
 import hashlib
 import json
-import os
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import CorpusError
+
+if TYPE_CHECKING:
+    import torch
 
 Split = Literal["fit", "calibrate", "test", "all"]
 BUILT_IN = "python-stdlib"
@@ -51,7 +55,7 @@ def read_documents(corpus: str, split: Split = "all") -> Iterator[Document]:
         split: which documents to yield; `all` for no split.
 
     Raises:
-        CorpusError: the source is missing, unreadable or holds no text.
+        CorpusError: the source is missing or cannot be read; a source without any text yields nothing.
     """
     for stream in open_sources(corpus, split):
         yield from stream
@@ -61,7 +65,7 @@ def open_sources(corpus: str, split: Split = "all") -> list[Iterator[Document]]:
     """One stream of documents per source of the corpus (a file, or a kind of text); see `read_documents`."""
     if corpus == BUILT_IN:
         streams = [_read_interpreter_code(), _read_help_topics()]
-    elif os.path.exists(corpus):
+    elif Path(corpus).exists():
         streams = [_read_file(file) for file in _files(Path(corpus))]
     elif corpus.endswith(SUFFIXES) or corpus.startswith((".", "/", "~")):
         raise CorpusError(f"corpus {corpus!r} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a name")
@@ -91,7 +95,9 @@ class Encoder(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
 
 
-def read_sequences(corpus: str, tokenizer: Encoder, length: int, split: Split = "all") -> Iterator[tuple[list[int], str]]:
+def read_sequences(
+    corpus: str, tokenizer: Encoder, length: int, split: Split = "all"
+) -> Iterator[tuple[list[int], str]]:
     """Stream of token sequences of one length, each from one source, sources taking turns.
 
     Documents of a source are joined by the end-of-text token and cut; of a long document at most its first
@@ -111,14 +117,16 @@ def read_sequences(corpus: str, tokenizer: Encoder, length: int, split: Split = 
             found = True
             yield sequence
     if not found:
-        raise CorpusError(f"corpus {corpus!r} ({split} split) holds less than one sequence of {length} tokens: give more text or shorter sequences")
+        raise CorpusError(
+            f"corpus {corpus!r} ({split} split) holds less than one sequence of {length} tokens: give more text or shorter sequences"
+        )
 
 
 def _pack(documents: Iterator[Document], tokenizer: Encoder, length: int) -> Iterator[tuple[list[int], str]]:
     pending: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for document in documents:
-        # No token is longer in characters than this, so the rest of a long document need not be encoded.
+        # Text has far fewer characters to a token than 16, so the rest of a long document need not be encoded.
         text = document.text[: LONGEST * length * 16]
         pending += [*tokenizer(text, add_special_tokens=False)["input_ids"][: LONGEST * length], *end]
         while len(pending) >= length:
@@ -139,18 +147,18 @@ def _read_file(path: Path) -> Iterator[Document]:
                         yield Document(_text_of(line, path, number), source)
         else:
             raise CorpusError(f"corpus file {path} has an unknown ending: expected one of {', '.join(SUFFIXES)}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorpusError(f"corpus file {path} cannot be read ({error}): expected UTF-8 text") from error
 
 
 def _text_of(line: str, path: Path, number: int) -> str:
     try:
         text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise CorpusError(f'corpus file {path}, line {number}: expected one JSON object with a string "text"')
-    return text
+    return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, which tokenizers refuse
 
 
 def _read_interpreter_code() -> Iterator[Document]:
@@ -172,9 +180,9 @@ def _read_help_topics() -> Iterator[Document]:
 
 
 def _read_dataset(name: str) -> Iterator[Document]:
-    from datasets import load_dataset  # heavy, and needed here alone
-
     try:
+        from datasets import load_dataset  # heavy, and needed here alone
+
         rows = load_dataset(name, split="train", streaming=True)
         for row in rows:
             if not isinstance(row.get("text"), str):
@@ -185,3 +193,31 @@ def _read_dataset(name: str) -> Iterator[Document]:
     except Exception as error:  # datasets raises many kinds, all of them meaning the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorpusError(f"corpus {name!r} is neither a path nor a data set that can be loaded ({reason})") from error
+
+
+def decode_groups(
+    corpus: str, tokenizer: Encoder, split: Split, size: int, length: int, most: int, seed: int, fewest: int = 2
+) -> list[tuple["torch.Tensor", list[str]]]:
+    """Groups of `size` sequences that decode together, sources mixed at random: token rows and each row's source.
+
+    Args:
+        length: tokens of a sequence.
+        most, fewest: groups wanted, and without which there is nothing to compute.
+
+    Raises:
+        CorpusError: the split holds too few sequences.
+    """
+    import torch
+
+    rows = list(islice(read_sequences(corpus, tokenizer, length, split), most * size))
+    if len(rows) < fewest * size:
+        raise CorpusError(
+            f"corpus {corpus!r} ({split} split) holds {len(rows)} sequences of {length} tokens, {fewest} groups of "
+            f"{size} are needed: give more text, shorter sequences or smaller batches"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = []
+    for start in range(0, len(order) - size + 1, size):
+        chosen = [rows[i] for i in order[start : start + size]]
+        groups.append((torch.tensor([tokens for tokens, _ in chosen]), [source for _, source in chosen]))
+    return groups

@@ -63,10 +63,10 @@ class ScoringRule:
         choice = scores if self.activation != "topk_softmax" else logits
         if self.bias is not None:
             choice = choice + self.bias.to(choice)
-        if self.groups > 1:
-            choice = choice.masked_fill(~self._open_groups(choice), float("-inf"))
         if allowed is not None:
             choice = choice.masked_fill(~allowed, float("-inf"))
+        if self.groups > 1:
+            choice = choice.masked_fill(~self._open_groups(choice), float("-inf"))
         values, indices = choice.topk(self.top_k, dim=-1)
         weights = values.softmax(-1) if self.activation == "topk_softmax" else scores.gather(-1, indices)
         if allowed is not None:
@@ -79,7 +79,10 @@ class ScoringRule:
 
     def _open_groups(self, choice: Tensor) -> Tensor:
         grouped = choice.unflatten(-1, (self.groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+        first, second = grouped.topk(2, dim=-1).values.unbind(-1)
+        # An absent second adds nothing, so a group with one expert left can open, and one with none cannot be best.
+        strength = first + second.masked_fill(second == float("-inf"), 0.0)
+        best = strength.topk(self.top_groups, dim=-1).indices
         open_groups = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, best, True)
         return open_groups.unsqueeze(-1).expand_as(grouped).flatten(-2)
 
@@ -152,7 +155,9 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             layers.append(_read_block(len(layers), name, module, experts))
         except ModelError as error:
             kind = type(module).__name__
-            raise ModelError(f"model type {model_type(model)!r} is not supported: block {name} ({kind}) {error}") from None
+            raise ModelError(
+                f"model type {model_type(model)!r} is not supported: block {name} ({kind}) {error}"
+            ) from None
     if not layers:
         raise ModelError(
             f"model type {model_type(model)!r} has no Mixture-of-Experts block of a known shape: expected modules "
@@ -172,7 +177,9 @@ def _read_block(index: int, name: str, block: nn.Module, experts: nn.Module) -> 
     if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[0] != stacked[0].shape[0]:
         raise ModelError("has a router without a weight of shape (experts, hidden)")
     arguments = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if len(arguments) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(experts.forward).parameters.values()):
+    if len(arguments) < 3 and not any(
+        p.kind is p.VAR_POSITIONAL for p in inspect.signature(experts.forward).parameters.values()
+    ):
         raise ModelError("runs every expert for every token, so there is nothing to skip")
     num_experts, hidden_size = weight.shape
     if num_experts < 2:
@@ -193,7 +200,9 @@ def _read_router(router: nn.Module, experts: int, hidden: int) -> tuple[ScoringR
     try:
         out = router(probe)
     except Exception as error:
-        raise ModelError(f"has a router that cannot be called with hidden states alone ({type(error).__name__})") from None
+        raise ModelError(
+            f"has a router that cannot be called with hidden states alone ({type(error).__name__})"
+        ) from None
     parts = [part for part in out if isinstance(part, Tensor)] if isinstance(out, tuple | list) else []
     indices = next((p for p in parts if not p.is_floating_point() and p.ndim == 2), None)
     floats = {i: p for i, p in enumerate(out) if isinstance(p, Tensor) and p.is_floating_point()} if parts else {}
@@ -280,7 +289,9 @@ OnLayer = Callable[[MoeLayer, Routing], Rewrite | None]
 
 
 @contextmanager
-def intercept(model: nn.Module, layers: list[MoeLayer], on_layer: OnLayer, on_call: OnCall | None = None) -> Iterator[None]:
+def intercept(
+    model: nn.Module, layers: list[MoeLayer], on_layer: OnLayer, on_call: OnCall | None = None
+) -> Iterator[None]:
     """While open, `on_call` sees each call of the model and `on_layer` each MoE block's routing, and may rewrite it.
 
     Every hook is removed when the context ends, also by an exception.
@@ -307,7 +318,9 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
     def after_router(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         held["logits"] = output[layer.logits_at]
 
-    def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def before_experts(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         values = list(args) + list(kwargs.values())
         hidden, indices, weights = values[:3]
         logits = held.pop("logits")
@@ -340,7 +353,7 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Tell a decode step from anything else (prefill, training, chunks), and which of its sequences still run.
 
     A decode step brings one token per sequence and a cache that already holds some. A sequence has ended when its
-    token is the padding token; with a padding token equal to the end token, when it is that. Rows whose attention
+    token is the padding token; without one, the first end token, which `generate` then pads with. Rows whose attention
     mask ends in 0 do not run either.
     """
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -351,6 +364,9 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     active: Tensor | None = None
     generation = getattr(model, "generation_config", None)
     pad = getattr(generation, "pad_token_id", None)
+    if pad is None:
+        ends = getattr(generation, "eos_token_id", None)
+        pad = ends[0] if isinstance(ends, list) and ends else ends
     if isinstance(ids, Tensor) and isinstance(pad, int):
         active = ids[:, -1] != pad
     mask = kwargs.get("attention_mask")

@@ -56,15 +56,27 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         if target.type == "cuda" and not torch.cuda.is_available():
             raise ModelError(f"--device {device} is not usable: no GPU is visible to torch; take cpu")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **placement)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
+        safe: dict[str, Any] = {"trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
+        )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …), which would be random: its files are "
+                "not whole or not of this kind of model"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         if not placement:
             model = model.to(target)
     except ModelError:
         raise
     except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model") from error
+        raise ModelError(
+            f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model"
+        ) from error
     revision = getattr(model.config, "_commit_hash", None) or _folder_revision(Path(path))
     return LoadedModel(model.eval(), tokenizer, revision)
 
@@ -72,6 +84,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
 def _folder_revision(path: Path) -> str:
     """A local folder has no revision; one that the reference recipe wrote says when it was trained."""
     training = path / "training.json"
-    if training.exists():
+    try:
         return f"{json.loads(training.read_text())['tokens_seen']} tokens"
-    return "local"
+    except (OSError, ValueError, KeyError, TypeError):  # none, or somebody else's
+        return "local"

@@ -43,9 +43,13 @@ class Decision(NamedTuple):
 class Policy(Protocol):
     """Decides which experts each decode batch keeps. No host synchronisation, no shapes that depend on values."""
 
-    name: str
-    setting: str
-    """The parameters, for tables."""
+    @property
+    def name(self) -> str:
+        """Of the method, for tables."""
+
+    @property
+    def setting(self) -> str:
+        """Its parameters, for tables."""
 
     def bind(self, layers: list[MoeLayer]) -> None:
         """Check that it fits these layers and move what it holds to their devices."""
@@ -70,6 +74,8 @@ def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
     live = active.unsqueeze(-1)
     indices = torch.where(live, decision.indices, anchor[:, None, None])
     weights = torch.where(live, decision.weights, torch.zeros_like(decision.weights))
-    addition = None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
+    addition = (
+        None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
+    )
     answered = None if decision.answered is None else decision.answered & live
     return Decision(indices, weights, addition, answered)

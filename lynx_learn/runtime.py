@@ -131,7 +131,9 @@ class Skipping:
     def __enter__(self) -> "Skipping":
         return self.attach()
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,12 +147,15 @@ class Skipping:
         active = self.call.active
         if active is None:
             active = torch.ones(tokens, dtype=torch.bool, device=routing.hidden.device)
-        groups = Groups(*(part.unsqueeze(0) for part in routing), active.to(routing.hidden.device).unsqueeze(0))
+        hidden, logits, indices, weights = (part.unsqueeze(0) for part in routing)
+        groups = Groups(hidden, logits, indices, weights, active.to(routing.hidden.device).unsqueeze(0))
         indices, weights, addition = act(self.policy, layer, groups, self.tally)
         return Rewrite(indices[0], weights[0], None if addition is None else addition[0])
 
 
-def skip_experts(model: nn.Module, selector: LynxSelector | Policy, budget: float | None = None, metric: str = "kl") -> Skipping:
+def skip_experts(
+    model: nn.Module, selector: LynxSelector | Policy, budget: float | None = None, metric: str = "kl"
+) -> Skipping:
     """Let `model` skip experts at decode, within a budget.
 
     Args:

@@ -84,7 +84,9 @@ class LynxSelector(nn.Module):
         """
         names = tuple(layer.name for layer in layers)
         if names != self.config.layers:
-            raise SelectorError(f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for")
+            raise SelectorError(
+                f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for"
+            )
         found = router_fingerprint(layers)
         if found != self.config.router_fingerprint:
             raise SelectorError(
@@ -106,11 +108,15 @@ class LynxSelector(nn.Module):
         table = self.config.thresholds.get(metric)
         if not table:
             known = ", ".join(self.config.thresholds) or "none"
-            raise OptionError(f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first")
+            raise OptionError(
+                f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first"
+            )
         for text, buckets in table.items():
             if float(text) == budget:
                 return ThresholdPolicy(self, {int(n): tau for n, tau in buckets.items()}, f"budget={budget:g}")
-        raise OptionError(f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these")
+        raise OptionError(
+            f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
+        )
 
     def at_threshold(self, threshold: float) -> "ThresholdPolicy":
         """The policy with one threshold (nats) for every batch size, calibrated or not."""
@@ -127,10 +133,12 @@ class LynxSelector(nn.Module):
         try:
             save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, part / WEIGHTS)
             for name, text in {CONFIG: self.config.to_json(), **(files or {})}.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_text(text, encoding="utf-8")
-            target.mkdir(exist_ok=True)
-            for file in sorted(part.iterdir()):
-                os.replace(file, target / file.name)
+            for file in sorted(p for p in part.rglob("*") if p.is_file()):
+                place = target / file.relative_to(part)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -146,17 +154,23 @@ class LynxSelector(nn.Module):
             folder = _download(str(name), revision)
         config = SelectorConfig.read(folder / CONFIG)
         if config.scorer not in SCORERS:
-            raise SelectorError(f"{folder / CONFIG} names the scorer {config.scorer!r}: expected one of {', '.join(SCORERS)}")
+            raise SelectorError(
+                f"{folder / CONFIG} names the scorer {config.scorer!r}: expected one of {', '.join(SCORERS)}"
+            )
         selector = cls(config)
         try:
             tensors = load_file(folder / WEIGHTS)
             selector.load_state_dict(tensors, strict=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise SelectorError(f"{folder / WEIGHTS} cannot be loaded ({reason}): copy or train the selector again") from None
+            raise SelectorError(
+                f"{folder / WEIGHTS} cannot be loaded ({reason}): copy or train the selector again"
+            ) from None
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise SelectorError(f"{folder / WEIGHTS} holds values that are not finite in {key}: train the selector again")
+                raise SelectorError(
+                    f"{folder / WEIGHTS} holds values that are not finite in {key}: train the selector again"
+                )
         return selector
 
     def push_to_hub(self, repo_id: str, private: bool = False, folder: str | os.PathLike[str] | None = None) -> str:
@@ -185,7 +199,9 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, METRICS, CARD]))
     except Exception as error:  # the hub raises many kinds; to the user they are one
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SelectorError(f"selector {name!r} is neither a folder nor a Hub repository that can be read ({reason})") from None
+        raise SelectorError(
+            f"selector {name!r} is neither a folder nor a Hub repository that can be read ({reason})"
+        ) from None
 
 
 class ThresholdPolicy:

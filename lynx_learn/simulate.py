@@ -22,7 +22,9 @@ ROWS_AT_A_TIME = 2048
 
 
 @torch.no_grad()
-def simulated_logits(model: nn.Module, layers: list[MoeLayer], tokens: Tensor, policy: Policy | None, prompt: int) -> tuple[Tensor, Stats]:
+def simulated_logits(
+    model: nn.Module, layers: list[MoeLayer], tokens: Tensor, policy: Policy | None, prompt: int
+) -> tuple[Tensor, Stats]:
     """Logits `(sequences, positions - prompt, vocabulary)` of a simulated decode, and what skipping did.
 
     Args:
@@ -42,9 +44,10 @@ def simulated_logits(model: nn.Module, layers: list[MoeLayer], tokens: Tensor, p
             head = whole.unflatten(0, (sequences, positions))[:, :prompt]
             return torch.cat([head, part.transpose(0, 1).to(head.dtype)], dim=1).flatten(0, 1)
 
-        groups = [by_position(part) for part in routing]
-        active = torch.ones(groups[0].shape[:2], dtype=torch.bool, device=routing.hidden.device)
-        indices, weights, addition = act(policy, layer, Groups(*groups, active), tally)
+        hidden, logits, indices, weights = (by_position(part) for part in routing)
+        active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        groups = Groups(hidden, logits, indices, weights, active)
+        indices, weights, addition = act(policy, layer, groups, tally)
         if policy is None:
             return None
         added = None if addition is None else put_back(torch.zeros_like(routing.hidden), addition)
@@ -88,6 +91,8 @@ class Comparison:
     losses: Tensor
     stats: list[Stats]
     sources: list[list[str]]
+    tokens: int
+    """Decode tokens scored."""
 
     def group_means(self, metric: str) -> Tensor:
         """One value per group: the unit of independence."""
@@ -141,7 +146,8 @@ def compare(
             other, stats = simulated_logits(model, layers, tokens, policy, prompt)
             rows.append((losses(base[:, :-1], other[:, :-1], tokens[:, prompt + 1 :]), stats))
     sources = [names for _, names in groups]
+    scored = sum(part.shape[0] * (part.shape[1] - prompt - 1) for part, _ in groups)
     return [
-        Comparison(p.name, p.setting, torch.stack([loss for loss, _ in rows]), [s for _, s in rows], sources)
+        Comparison(p.name, p.setting, torch.stack([loss for loss, _ in rows]), [s for _, s in rows], sources, scored)
         for p, rows in zip(policies, found, strict=True)
     ]

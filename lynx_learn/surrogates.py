@@ -106,7 +106,7 @@ def fit_surrogate(fit: Moments, check: Moments, rank: int) -> tuple[Tensor, Tens
         ridged = xx + penalty * scale * torch.eye(hidden, dtype=torch.float64)
         full = torch.linalg.solve(ridged, xy)
         # Directions of the output along which the ridge fit carries the most energy.
-        up = torch.linalg.eigh(full.T @ ridged @ full).eigenvectors[:, -rank:].T
+        up = torch.linalg.eigh(full.T @ ridged @ full).eigenvectors[:, hidden - rank :].T
         down = (full @ up.T).T
         matrix = down.T @ up
         constant = mean_y - mean_x @ matrix

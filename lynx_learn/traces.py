@@ -2,7 +2,8 @@
 
     manifest.json            written last; its presence means the trace is complete
     options.json             written first; what an interrupted run must match to go on
-    index/00000.safetensors  per shard: token, sequence, position, phase and source of each token
+    index/00000.safetensors  per shard: token, sequence, position, phase and source of each token; in its metadata the
+                             checksums of the shard's other files, by which an interrupted run knows what is whole
     layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights
 
 Every file is written under a temporary name, flushed and renamed.
@@ -82,44 +83,64 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
+def shard_names(layers: int, shard: int) -> list[str]:
+    """Files of one shard in the order they are written: one for each layer, then the index."""
+    file = f"{shard:05d}.safetensors"
+    return [*(f"layer-{i:02d}/{file}" for i in range(layers)), f"index/{file}"]
+
+
 class TraceWriter:
     """Writes shards into a folder, going on where an interrupted run with the same options stopped.
 
+    Nothing is written before the first shard.
+
     Raises:
-        TraceError: the folder holds something else.
+        TraceError: the folder holds something else, or cannot be written to.
     """
 
     def __init__(self, folder: Path, options: TraceOptions) -> None:
         self.folder, self.options = folder, options
-        text = json.dumps(asdict(options), indent=2) + "\n"
+        self.text = (json.dumps(asdict(options), indent=2) + "\n").encode()
         mark = folder / OPTIONS
         if mark.exists():
-            if json.loads(mark.read_text()) != json.loads(text):
-                raise TraceError(f"{folder} holds a trace with other options (see {OPTIONS}): choose another --out or remove it")
-        elif folder.exists() and any(folder.iterdir()):
+            if mark.read_bytes() != self.text:
+                raise TraceError(
+                    f"{folder} holds a trace with other options (see {OPTIONS}): choose another --out or remove it"
+                )
+        elif folder.exists() and not folder.is_dir():
+            raise TraceError(f"{folder} is a file: choose another --out")
+        elif folder.exists() and any(f.name != f".{OPTIONS}.part" for f in folder.iterdir()):
             raise TraceError(f"{folder} is not empty and holds no trace: choose another --out")
-        else:
-            write_atomically(mark, text.encode())
 
     @property
     def complete(self) -> bool:
         return (self.folder / MANIFEST).exists()
 
-    def names(self, shard: int) -> list[str]:
-        file = f"{shard:05d}.safetensors"
-        return [*(f"layer-{i:02d}/{file}" for i in range(len(self.options.layers))), f"index/{file}"]
-
-    def has(self, shard: int) -> bool:
-        """Whether a shard is there; its index is written last, so that suffices."""
-        return (self.folder / self.names(shard)[-1]).exists()
+    def stored(self, shard: int) -> dict[str, Tensor] | None:
+        """The index of a shard that is there whole, or None: a crash of the machine may have damaged any file."""
+        *layers, index = shard_names(len(self.options.layers), shard)
+        try:
+            with safe_open(self.folder / index, "pt") as file:
+                expected = json.loads(file.metadata()["sha256"])
+                tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
+            found = [*(checksum(self.folder / name) for name in layers), _digest(save(tensors))]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        return tensors if found == expected else None
 
     def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
-        for name, tensors in zip(self.names(shard), [*layers, index], strict=True):
-            write_atomically(self.folder / name, save({k: v.contiguous() for k, v in tensors.items()}))
+        if not (self.folder / OPTIONS).exists():
+            self._put(OPTIONS, self.text)
+        files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
+        sums = json.dumps([_digest(data) for data in files])
+        files[-1] = save({k: v.contiguous() for k, v in index.items()}, {"sha256": sums})
+        for name, data in zip(shard_names(len(self.options.layers), shard), files, strict=True):
+            self._put(name, data)
 
     def finish(self, shards: int, sources: list[str], phases: dict[str, int]) -> None:
         """Check what was written and write the manifest."""
-        files = {name: checksum(self.folder / name) for shard in range(shards) for name in self.names(shard)}
+        layers = len(self.options.layers)
+        files = {name: checksum(self.folder / name) for shard in range(shards) for name in shard_names(layers, shard)}
         tokens = sum(phases.values())
         manifest = {
             **asdict(self.options),
@@ -129,7 +150,20 @@ class TraceWriter:
             "phases": phases,
             "sha256": files,
         }
-        write_atomically(self.folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+        self._put(MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.folder / name, data)
+        except OSError as error:
+            raise TraceError(
+                f"{self.folder / name} cannot be written ({error.strerror or error}): mend that and run the same command again, "
+                "it goes on from there"
+            ) from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Trace:
@@ -153,20 +187,32 @@ class Trace:
         """
         path = Path(folder)
         if not (path / MANIFEST).exists():
-            state = "is not complete: run `lynx-learn collect` again with the same options" if (path / OPTIONS).exists() else "holds no trace: `lynx-learn collect` writes one"
+            state = (
+                "is not complete: run `lynx-learn collect` again with the same options"
+                if (path / OPTIONS).exists()
+                else "holds no trace: `lynx-learn collect` writes one"
+            )
             raise TraceError(f"{path} {state}")
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             if manifest.get("format_version") != FORMAT_VERSION:
-                raise TraceError(f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again")
+                raise TraceError(
+                    f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again"
+                )
             trace = cls(path, manifest)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            layers, listed = len(trace.options.layers), trace.sha256.keys()
+            wanted = (name for shard in range(trace.shards) for name in shard_names(layers, shard))
+            if len(listed) != trace.shards * (layers + 1) or any(name not in listed for name in wanted):
+                raise ValueError("the files listed are not those of its shards and layers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TraceError(f"{path / MANIFEST} is damaged ({error}): collect again") from None
         for name, expected in trace.sha256.items():
             file = path / name
             if not file.exists() or checksum(file) != expected:
                 state = "is damaged" if file.exists() else "is missing"
-                raise TraceError(f"{file} {state} (checksum differs from the manifest): remove {path} and collect again")
+                raise TraceError(
+                    f"{file} {state} (checksum differs from the manifest): remove {path} and collect again"
+                )
         return trace
 
     def layer_shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
@@ -180,10 +226,14 @@ class Trace:
             tensors = self._load(name, LAYER_TENSORS)
             for key in ("hidden", "logits", "weights"):
                 if not torch.isfinite(tensors[key]).all():
-                    raise TraceError(f"{self.folder / name}: {key} holds values that are not finite; the model overflowed: collect in --dtype float32")
+                    raise TraceError(
+                        f"{self.folder / name}: {key} holds values that are not finite; the model overflowed: collect in --dtype float32"
+                    )
             indices = tensors["indices"] = tensors["indices"].long()
             if int(indices.min()) < 0 or int(indices.max()) >= self.options.num_experts:
-                raise TraceError(f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again")
+                raise TraceError(
+                    f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again"
+                )
             yield tensors
 
     def index(self) -> dict[str, Tensor]:
@@ -196,4 +246,6 @@ class Trace:
             with safe_open(self.folder / name, "pt") as file:
                 return {key: file.get_tensor(key) for key in keys}
         except (OSError, SafetensorError) as error:
-            raise TraceError(f"{self.folder / name} cannot be read ({error}): remove {self.folder} and collect again") from None
+            raise TraceError(
+                f"{self.folder / name} cannot be read ({error}): remove {self.folder} and collect again"
+            ) from None

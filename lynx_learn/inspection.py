@@ -1,0 +1,53 @@
+"""`lynx-learn inspect`: what a model is made of, and whether this package can act on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ModelError
+from .families import find_moe_layers, model_type, router_fingerprint
+from .models import load_model
+from .report import show, table
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Options of `lynx-learn inspect`.
+
+    Attributes:
+        model: folder or Hub id, or `reference-moe`.
+        device, dtype: as in `collect`.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def inspect_model(options: InspectOptions) -> dict[str, Any]:
+    """Print the MoE layers of a model; raises ModelError, with the reason, when it is not supported."""
+    loaded = load_model(options.model, options.device, options.dtype)
+    layers = find_moe_layers(loaded.model)
+    if not layers:
+        raise ModelError(f"{options.model} has no MoE layer")
+    rows = [
+        [
+            la.name,
+            type(la.router).__name__,
+            str(la.num_experts),
+            str(la.top_k),
+            str(la.hidden_size),
+            f"{la.expert_bytes / 1e6:.2f} MB",
+            la.rule.describe(),
+        ]
+        for la in layers
+    ]
+    fingerprint = router_fingerprint(layers)
+    show(
+        table(
+            f"{options.model} ({model_type(loaded.model)}): supported",
+            ["MoE block", "router", "experts", "top-k", "width", "per expert", "scoring rule"],
+            rows,
+        ),
+        f"routers {fingerprint[:12]}, revision {loaded.revision}",
+    )
+    return {"model_type": model_type(loaded.model), "layers": len(layers), "router_fingerprint": fingerprint}

@@ -1,0 +1,155 @@
+"""`lynx-learn quickstart`: the whole flow on the reference MoE and text that every Python carries."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import corpus as corpora
+from .bench import StepTimes, time_steps
+from .calibrate import CalibrateOptions, calibrate
+from .collect import CollectOptions, collect
+from .errors import SelectorError
+from .evaluate import EvaluateOptions, evaluate
+from .fit import TrainOptions, train
+from .models import REFERENCE, LoadedModel, load_model
+from .report import calibration_table, matched_table, show, table, training_table
+from .runtime import skip_experts
+from .selector import LynxSelector, read_metrics
+
+BATCH = 16
+PROMPT = "def read_lines(path):\n"
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Options of `lynx-learn quickstart`.
+
+    Attributes:
+        out: folder for the trace, the selector and the report; must be new or empty.
+        model: folder or Hub id; by default the reference MoE in this package.
+        corpus: text; fitted, calibrated and tested on disjoint documents of it.
+        tokens: tokens to collect.
+        groups: groups of 16 sequences that the test measures.
+        budget: nats of KL per token for the closing table.
+        device, dtype: of the model, as in `collect`.
+    """
+
+    out: str = "lynx-quickstart"
+    model: str = REFERENCE
+    corpus: str = corpora.BUILT_IN
+    tokens: int = 60_000
+    groups: int = 16
+    budget: float = 0.01
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def quickstart(options: QuickstartOptions) -> dict[str, Any]:
+    """Run collect, train, calibrate, evaluate and a paired timing; prints and returns the closing figures."""
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise SelectorError(f"{out} is not empty: choose another --out, or remove it")
+    device, dtype = options.device, options.dtype
+    trace, selector_folder = str(out / "trace"), str(out / "selector")
+    show(f"1/5 collect router traces of {options.model} on {options.corpus}")
+    collect(CollectOptions(options.model, trace, options.corpus, tokens=options.tokens, device=device, dtype=dtype))
+    show("2/5 train surrogates and scorers")
+    train(TrainOptions(trace, selector_folder, device=device, dtype=dtype))
+    show(training_table(read_metrics(selector_folder)["train"]["layers"]))  # type: ignore[index]
+    show("3/5 calibrate thresholds on other documents")
+    budgets = sorted({0.003, options.budget, 0.03})
+    selector = calibrate(
+        CalibrateOptions(
+            selector_folder,
+            corpus=options.corpus,
+            budgets=budgets,
+            batch_sizes=[BATCH],
+            groups=28,
+            device=device,
+            dtype=dtype,
+        )
+    )
+    show(calibration_table(selector.config.calibration))
+    show("4/5 evaluate on documents used for nothing else")
+    report = evaluate(
+        EvaluateOptions(
+            selector_folder,
+            str(out),
+            corpus=options.corpus,
+            batch_sizes=[BATCH],
+            groups=options.groups,
+            card=True,
+            device=device,
+            dtype=dtype,
+        )
+    )
+    show(matched_table(report))
+    show("5/5 time decode steps, skipping on and off in turns")
+    loaded = load_model(options.model, options.device, options.dtype)
+    times = _time(loaded, selector, options)
+    summary = {
+        "points": [
+            p for p in report["points"] if p["method"] == "untouched" or p["setting"] == f"budget={options.budget:g}"
+        ],
+        "decode_step": times,
+    }
+    show(_closing_table(report, times, options), *_continue(loaded, selector, options.budget))
+    (out / "quickstart.json").write_text(json.dumps(summary, indent=2, default=lambda o: o.__dict__) + "\n")
+    return summary
+
+
+def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> StepTimes:
+    rows, _ = corpora.decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, 160, 1, 3, fewest=1)[0]
+    return time_steps(loaded.model, selector.policy(options.budget), rows.to(loaded.input_device), prompt=64)
+
+
+def _closing_table(report: dict[str, Any], times: StepTimes, options: QuickstartOptions) -> object:
+    rows = []
+    for p in report["points"]:
+        if p["method"] == "untouched":
+            rows.append(["untouched", f"{p['experts']:.1f}", "100%", "", "", f"{times.off_ms:.1f} ms"])
+        elif p["setting"].startswith("budget="):
+            budget = p["setting"].removeprefix("budget=")
+            step = f"{times.on_ms:.1f} ms ({times.ratio:.2f}×)" if budget == f"{options.budget:g}" else ""
+            rows.append(
+                [
+                    f"learned, budget {budget}",
+                    f"{p['experts']:.1f}",
+                    f"{p['bytes']:.0%}",
+                    f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
+                    f"{p['nll']:+.4f}",
+                    step,
+                ]
+            )
+    head = [
+        "batch of 16, test text",
+        "experts per layer",
+        "bytes",
+        "KL, nats (95%)",
+        "ΔNLL, nats",
+        "decode step, 1 thread",
+    ]
+    return table("Distinct experts, bytes, loss and time", head, rows)
+
+
+@torch.no_grad()
+def _continue(loaded: LoadedModel, selector: LynxSelector, budget: float) -> list[str]:
+    """One prompt in a batch of 16 continued greedily with and without skipping."""
+    rows, _ = corpora.decode_groups(corpora.BUILT_IN, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
+    texts = [PROMPT, *loaded.tokenizer.batch_decode(rows)]
+    loaded.tokenizer.padding_side = "left"
+    batch = loaded.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(loaded.input_device)
+    batch.pop("token_type_ids", None)
+    length = batch["input_ids"].shape[1]
+
+    def run() -> str:
+        ids = loaded.model.generate(**batch, max_new_tokens=32, do_sample=False)  # type: ignore[operator]
+        return str(loaded.tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+
+    plain = run()
+    with skip_experts(loaded.model, selector, budget) as skipping:
+        skipped = run()
+    return [f"prompt:    {PROMPT!r}", f"untouched: {plain!r}", f"skipping:  {skipped!r}", str(skipping.stats)]
