@@ -24,8 +24,6 @@ from .selector import LynxSelector, read_metrics
 from .simulate import METRICS, Comparison, compare
 from .traces import write_atomically
 
-# Shares of the experts that a rule with a fixed number of them is swept over.
-KEPT_SHARES = (0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75, 0.875)
 # The learned method's sweep: thresholds between and around the calibrated ones, so that its curve can be read off.
 SWEEP_FACTORS = (0.3, 3.0)
 
@@ -42,6 +40,7 @@ class EvaluateOptions:
         model: folder or Hub id; by default the selector's base model.
         corpus, split: test text; must be used for nothing else.
         methods: which to measure; `untouched` is always there.
+        kept_shares: shares of the experts that a rule with a fixed number of them is swept over.
         batch_sizes: decode batch sizes.
         groups: groups of sequences decoded together, for each batch size.
         length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
@@ -56,6 +55,7 @@ class EvaluateOptions:
     corpus: str = corpora.BUILT_IN
     split: corpora.Split = "test"
     methods: list[Method] = field(default_factory=lambda: ["random", "xshare", "gate_sum", "learned"])
+    kept_shares: list[float] = field(default_factory=lambda: [0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75])
     batch_sizes: list[int] = field(default_factory=lambda: [16])
     groups: int = 24
     length: int = 160
@@ -70,6 +70,9 @@ class EvaluateOptions:
             raise OptionError(f"--groups {self.groups} is not usable: expected 2 or more, an interval needs them")
         if not 0 < self.prompt < self.length - 1:
             raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 2 ({self.length - 2})")
+        for share in self.kept_shares:
+            if not 0 < share <= 1:
+                raise OptionError(f"--kept_shares {share:g} is not usable: expected above 0 and at most 1")
         for size in self.batch_sizes:
             if size < 1:
                 raise OptionError(f"--batch_sizes {size} is not usable: expected 1 or more")
@@ -121,7 +124,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 def policies(options: EvaluateOptions, selector: LynxSelector, layers: list[MoeLayer], size: int) -> list[Policy]:
     """Every method at every setting of its sweep."""
-    kept = sorted({max(layers[0].top_k, round(share * layers[0].num_experts)) for share in KEPT_SHARES})
+    kept = sorted({max(layers[0].top_k, round(share * layers[0].num_experts)) for share in options.kept_shares})
     found: list[Policy] = []
     if "random" in options.methods:
         found += [Random(m, options.seed) for m in kept]

@@ -38,6 +38,8 @@ class Decision(NamedTuple):
     """(G, T, hidden), what surrogates answer; None: nothing."""
     answered: Tensor | None = None
     """(G, T, top_k) True where a surrogate answers."""
+    surrogates_read: Tensor | None = None
+    """(G,) number of surrogates that a batch reads."""
 
 
 class Policy(Protocol):
@@ -58,7 +60,7 @@ class Policy(Protocol):
         """Rewrite one layer's assignments."""
 
     def surrogate_bytes(self, layer: MoeLayer) -> int:
-        """Bytes it reads beside the experts in a step of this layer."""
+        """Bytes of one expert's surrogate; 0 where there are none."""
 
 
 def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:
@@ -78,4 +80,4 @@ def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
         None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
     )
     answered = None if decision.answered is None else decision.answered & live
-    return Decision(indices, weights, addition, answered)
+    return Decision(indices, weights, addition, answered, decision.surrogates_read)

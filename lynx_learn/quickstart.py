@@ -60,14 +60,13 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     train(TrainOptions(trace, selector_folder, device=device, dtype=dtype))
     show(training_table(read_metrics(selector_folder)["train"]["layers"]))  # type: ignore[index]
     show("3/5 calibrate thresholds on other documents")
-    budgets = sorted({0.003, options.budget, 0.03})
     selector = calibrate(
         CalibrateOptions(
             selector_folder,
             corpus=options.corpus,
-            budgets=budgets,
+            budgets=sorted({options.budget, 3 * options.budget}),
             batch_sizes=[BATCH],
-            groups=28,
+            groups=24,
             device=device,
             dtype=dtype,
         )
@@ -79,8 +78,11 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             selector_folder,
             str(out),
             corpus=options.corpus,
+            methods=["random", "xshare", "learned"],
+            kept_shares=[0.375, 0.5, 0.625, 0.75],
             batch_sizes=[BATCH],
             groups=options.groups,
+            length=128,
             card=True,
             device=device,
             dtype=dtype,

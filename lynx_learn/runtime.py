@@ -7,11 +7,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ModelError
 from .families import DecodeCall, MoeLayer, Rewrite, Routing, experts_by_distinct, find_moe_layers, intercept, read_call
-from .policies import Groups, Policy, silence, used_experts
+from .policies import Decision, Groups, Policy, silence, used_experts
 from .selector import LynxSelector, ThresholdPolicy
 
 
@@ -21,13 +21,20 @@ class Tally:
     def __init__(self, layers: list[MoeLayer], policy: Policy | None) -> None:
         self.layers, self.policy = layers, policy
         self.batches = 0
-        # per layer: experts before, experts after, assignments, assignments answered by surrogates
-        self.sums = {layer.index: torch.zeros(4, dtype=torch.int64, device=layer.device) for layer in layers}
+        # per layer: experts before and after, assignments, those answered by surrogates, surrogates read
+        self.sums = {layer.index: torch.zeros(5, dtype=torch.int64, device=layer.device) for layer in layers}
 
-    def add(self, layer: MoeLayer, before: Tensor, after: Tensor, assignments: Tensor, answered: Tensor | None) -> None:
-        none = assignments.new_zeros(())
-        parts = (before.sum(), after.sum(), assignments, none if answered is None else answered.sum())
-        self.sums[layer.index] += torch.stack([p.to(torch.int64) for p in parts])
+    def add(self, layer: MoeLayer, groups: Groups, decision: Decision) -> None:
+        """Count one layer's decode batches, as routed and as run."""
+        none = groups.active.sum() * 0
+        parts = (
+            used_experts(groups.indices, groups.active, layer.num_experts).sum(),
+            used_experts(decision.indices, groups.active, layer.num_experts).sum(),
+            groups.active.sum() * layer.top_k,
+            none if decision.answered is None else decision.answered.sum(),
+            none if decision.surrogates_read is None else decision.surrogates_read.sum(),
+        )
+        self.sums[layer.index] += torch.stack(parts)
 
     def stats(self) -> "Stats":
         rows = torch.stack([self.sums[layer.index].cpu() for layer in self.layers]).double()
@@ -35,7 +42,7 @@ class Tally:
         size = torch.tensor([float(layer.expert_bytes) for layer in self.layers], dtype=torch.float64)
         extra = [float(self.policy.surrogate_bytes(layer)) if self.policy else 0.0 for layer in self.layers]
         before = float(rows[:, 0] @ size)
-        after = float(rows[:, 1] @ size) + sum(extra) * self.batches
+        after = float(rows[:, 1] @ size + rows[:, 4] @ torch.tensor(extra, dtype=torch.float64))
         return Stats(
             steps=self.batches,
             experts_before=(rows[:, 0] / count).tolist(),
@@ -72,17 +79,13 @@ class Stats:
         )
 
 
-def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Let the policy rewrite one layer's groups, and count; returns indices, weights and addition, shaped as groups."""
-    before = used_experts(groups.indices, groups.active, layer.num_experts)
-    assignments = groups.active.sum() * layer.top_k
-    if policy is None:
-        tally.add(layer, before, before, assignments, None)
-        return groups.indices, groups.weights, None
-    decision = silence(policy.decide(layer, groups), groups.active, layer.num_experts)
-    after = used_experts(decision.indices, groups.active, layer.num_experts)
-    tally.add(layer, before, after, assignments, decision.answered)
-    return decision.indices, decision.weights, decision.addition
+def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) -> Decision:
+    """Let the policy rewrite one layer's groups, and count."""
+    decision = Decision(groups.indices, groups.weights)
+    if policy is not None:
+        decision = silence(policy.decide(layer, groups), groups.active, layer.num_experts)
+    tally.add(layer, groups, decision)
+    return decision
 
 
 # Models something is attached to: two policies on one model would act on each other's output.
@@ -149,8 +152,8 @@ class Skipping:
             active = torch.ones(tokens, dtype=torch.bool, device=routing.hidden.device)
         hidden, logits, indices, weights = (part.unsqueeze(0) for part in routing)
         groups = Groups(hidden, logits, indices, weights, active.to(routing.hidden.device).unsqueeze(0))
-        indices, weights, addition = act(self.policy, layer, groups, self.tally)
-        return Rewrite(indices[0], weights[0], None if addition is None else addition[0])
+        done = act(self.policy, layer, groups, self.tally)
+        return Rewrite(done.indices[0], done.weights[0], None if done.addition is None else done.addition[0])
 
 
 def skip_experts(

@@ -16,7 +16,7 @@ from .config import SelectorConfig
 from .errors import OptionError, SelectorError
 from .families import MoeLayer, router_fingerprint
 from .features import assignment_features
-from .policies import Decision, Groups
+from .policies import Decision, Groups, used_experts
 from .scorers import SCORERS
 from .surrogates import Surrogates
 
@@ -63,8 +63,17 @@ class LayerSelector(nn.Module):
         if not self.surrogates.rank:
             return Decision(indices, weights)
         dropped = torch.where(kept, nothing, groups.weights)
-        by_expert = torch.zeros_like(groups.logits, dtype=dropped.dtype).scatter_add(-1, groups.indices.long(), dropped)
-        return Decision(indices, weights, self.surrogates(groups.hidden, by_expert), ~kept)
+        batches, tokens, top_k = groups.indices.shape
+        dense = self.surrogates.reads_all(tokens * top_k)
+        if dense or batches > 1:  # a simulation has too many batches to gather for, the result is the same
+            by_expert = torch.zeros_like(groups.logits, dtype=dropped.dtype)
+            addition = self.surrogates(groups.hidden, by_expert.scatter_add(-1, groups.indices.long(), dropped))
+        else:
+            addition = self.surrogates.gathered(groups.hidden, groups.indices.long(), dropped)
+        experts = total.shape[-1]
+        gone = used_experts(groups.indices, groups.active, experts) & ~keep
+        read = torch.full_like(flat[..., 0], experts) if dense else gone.sum(-1).clamp_min(1)
+        return Decision(indices, weights, addition, ~kept, read)
 
 
 class LynxSelector(nn.Module):
@@ -219,7 +228,6 @@ class ThresholdPolicy:
         self.sizes = torch.tensor(sizes)
         self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
         self.by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.enabled: frozenset[int] | None = None
 
     @property
     def skips(self) -> bool:
@@ -234,8 +242,6 @@ class ThresholdPolicy:
             self.by_device[layer.device] = (self.sizes.to(layer.device), self.thresholds.to(layer.device))
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        if self.enabled is not None and layer.index not in self.enabled:
-            return Decision(groups.indices, groups.weights)
         sizes, thresholds = self.by_device[groups.logits.device]
         count = groups.active.sum(-1, keepdim=True)
         chosen = thresholds[(count >= sizes).sum(-1)]
@@ -244,7 +250,7 @@ class ThresholdPolicy:
 
     def surrogate_bytes(self, layer: MoeLayer) -> int:
         own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        return own.surrogates.bytes if self.enabled is None or layer.index in self.enabled else 0
+        return own.surrogates.bytes_each
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:

@@ -18,7 +18,7 @@ from .runtime import Stats, Tally, act
 
 METRICS = ("kl", "nll", "agreement")
 # Rows of logits compared at a time, so that float32 copies of a large vocabulary stay small.
-ROWS_AT_A_TIME = 2048
+ROWS_AT_A_TIME = 512
 
 
 @torch.no_grad()
@@ -47,36 +47,49 @@ def simulated_logits(
         hidden, logits, indices, weights = (by_position(part) for part in routing)
         active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         groups = Groups(hidden, logits, indices, weights, active)
-        indices, weights, addition = act(policy, layer, groups, tally)
+        done = act(policy, layer, groups, tally)
         if policy is None:
             return None
-        added = None if addition is None else put_back(torch.zeros_like(routing.hidden), addition)
-        return Rewrite(put_back(routing.indices, indices), put_back(routing.weights, weights), added)
+        added = None if done.addition is None else put_back(torch.zeros_like(routing.hidden), done.addition)
+        return Rewrite(put_back(routing.indices, done.indices), put_back(routing.weights, done.weights), added)
 
     with intercept(model, layers, on_layer):
         logits = model(input_ids=tokens, use_cache=False).logits
     return logits[:, prompt:], tally.stats()
 
 
-@torch.no_grad()
-def losses(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
-    """Per-sequence means of KL(base, other), rise of the negative log-likelihood, and changed greedy choices.
+class Reference:
+    """The untouched model's predictions of one group, against which others are measured.
 
     Args:
-        base, other: logits `(sequences, positions, vocabulary)`.
+        logits: `(sequences, positions, vocabulary)`.
         targets: next tokens `(sequences, positions)`.
-
-    Returns:
-        `(sequences, 3)` in the order of METRICS; nats, nats, share.
     """
-    rows = []
-    for a, b, y in zip(*(t.flatten(0, 1).split(ROWS_AT_A_TIME) for t in (base, other, targets)), strict=True):
-        p, q = functional.log_softmax(a.float(), -1), functional.log_softmax(b.float(), -1)
-        kl = (p.exp() * (p - q)).sum(-1)
-        rise = (p - q).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        changed = (p.argmax(-1) != q.argmax(-1)).float()
-        rows.append(torch.stack([kl, rise, changed], dim=-1))
-    return torch.cat(rows).unflatten(0, targets.shape).mean(dim=1).double().cpu()
+
+    def __init__(self, logits: Tensor, targets: Tensor) -> None:
+        self.targets = targets
+        self.probabilities = functional.softmax(logits.float(), -1).flatten(0, 1)
+        log = functional.log_softmax(logits.float(), -1).flatten(0, 1)
+        self.negative_entropy = (self.probabilities * log).sum(-1)
+        self.target_log = log.gather(-1, targets.flatten().unsqueeze(-1)).squeeze(-1)
+        self.greedy = log.argmax(-1)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """Per-sequence means `(sequences, 3)`, in the order of METRICS: nats, nats, share.
+
+        KL(untouched, other), the rise of the negative log-likelihood, and the share of changed greedy choices.
+        """
+        rows = []
+        flat, targets = logits.flatten(0, 1), self.targets.flatten().unsqueeze(-1)
+        for start in range(0, len(flat), ROWS_AT_A_TIME):
+            part = slice(start, start + ROWS_AT_A_TIME)
+            other = flat[part].float()
+            partition = other.logsumexp(-1)
+            expected = torch.linalg.vecdot(self.probabilities[part], other)
+            kl = self.negative_entropy[part] - expected + partition
+            rise = self.target_log[part] - other.gather(-1, targets[part]).squeeze(-1) + partition
+            rows.append(torch.stack([kl, rise, (other.argmax(-1) != self.greedy[part]).float()], dim=-1))
+        return torch.cat(rows).unflatten(0, self.targets.shape).double().mean(dim=1).cpu()
 
 
 @dataclass
@@ -123,6 +136,7 @@ class Comparison:
         }
 
 
+@torch.no_grad()
 def compare(
     model: nn.Module,
     layers: list[MoeLayer],
@@ -142,9 +156,10 @@ def compare(
     for index in progress(range(len(groups))):
         tokens = groups[index][0]
         base, _ = simulated_logits(model, layers, tokens, None, prompt)
+        reference = Reference(base[:, :-1], tokens[:, prompt + 1 :])
         for rows, policy in zip(found, policies, strict=True):
             other, stats = simulated_logits(model, layers, tokens, policy, prompt)
-            rows.append((losses(base[:, :-1], other[:, :-1], tokens[:, prompt + 1 :]), stats))
+            rows.append((reference.losses(other[:, :-1]), stats))
     sources = [names for _, names in groups]
     scored = sum(part.shape[0] * (part.shape[1] - prompt - 1) for part, _ in groups)
     return [

@@ -32,11 +32,32 @@ class Surrogates(nn.Module):
         self.register_buffer("constant", torch.zeros(experts, hidden))
 
     @property
-    def bytes(self) -> int:
-        """Bytes read when they answer; the dense form reads those of every expert."""
+    def bytes_each(self) -> int:
+        """Bytes of one expert's surrogate."""
         if not self.rank:
             return 0
-        return sum(t.numel() * t.element_size() for t in (self.down, self.up, self.constant))
+        return sum(t[0].numel() * t.element_size() for t in (self.down, self.up, self.constant))
+
+    def reads_all(self, assignments: int) -> bool:
+        """Whether a batch of so many assignments is answered by the dense form, which reads every surrogate.
+
+        Gathering reads only those that answer, but copies one for each assignment: for small batches.
+        """
+        return assignments > 2 * self.down.shape[0]
+
+    def gathered(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The same as `forward` from assignments: experts and weights `(..., top_k)`, 0 where none answers.
+
+        Assignments with weight 0 are pointed at an expert that answers, so that no other surrogate is read.
+        """
+        x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
+        flat, answers = indices.flatten(), (weights != 0).flatten()
+        anchor = flat[answers.to(torch.int8).argmax()]
+        chosen = torch.where(answers, flat, anchor).view_as(indices)
+        codes = (self.down[chosen] * x[..., None, None, :]).sum(-1) * weights.unsqueeze(-1)
+        return (self.up[chosen] * codes.unsqueeze(-1)).sum((-3, -2)) + (
+            self.constant[chosen] * weights.unsqueeze(-1)
+        ).sum(-2)
 
     def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the surrogates' outputs `(..., hidden)`.

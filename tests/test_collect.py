@@ -264,6 +264,17 @@ def test_generated_text_is_the_models_own(tiny: Tiny, tmp_path: Path) -> None:
     assert not torch.equal(other.index()["tokens"], index["tokens"])
 
 
+def test_generated_text_does_not_end_early(tiny: Tiny, tmp_path: Path) -> None:
+    """A model for which every second token ends the text still gives whole sequences, without these tokens."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 320, 2))}))
+    trace = collect(choices(tiny, tmp_path / "t", model=str(model), mode="generate", tokens=6 * LENGTH))
+    rows = trace.index()["tokens"].view(6, LENGTH)
+    assert (rows[:, 6:] % 2 == 1).all()
+    assert trace.phases == {"prompt": 6 * 6, "generated": 6 * 10}
+
+
 # Stopped and gone on with.
 
 

@@ -8,6 +8,7 @@ wall-clock minutes of training, and the learning rate follows the share of it th
 machine; the tokens seen are in the card.
 """
 
+import gzip
 import json
 import math
 import os
@@ -49,6 +50,7 @@ class Options:
         router_rate: factor on `rate` for the routers; a slow router keeps its gates flat.
         balance, z_loss, flatness: weights of the load-balancing loss (per layer), of the router z-loss
             (arXiv 2202.08906) and of the mean sum of squared gate weights, which flattens the top-k weights.
+        checkpoint_steps: a checkpoint to resume from is written this often.
         seed: of the initial weights and the order of the text.
     """
 
@@ -68,6 +70,7 @@ class Options:
     balance: float = 0.01
     z_loss: float = 1e-3
     flatness: float = 0.02
+    checkpoint_steps: int = 100
     seed: int = 0
 
 
@@ -244,8 +247,6 @@ def router_losses(logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.T
 @torch.no_grad()
 def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout: str, length: int) -> dict[str, Any]:
     """Loss in nats per token, top-1 gate share and heaviest load over mean load, per held-out source."""
-    import gzip
-
     results: dict[str, Any] = {}
     experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
     load = torch.zeros(model.config.num_hidden_layers, experts)
@@ -288,7 +289,9 @@ def main(options: Options) -> None:
     files = tokenize(options, tokenizer, out / "tokens")
     length = options.model["max_position_embeddings"]
     module = ReferenceMoe(options)
-    checkpoints = ModelCheckpoint(out / "checkpoints", save_last=True, every_n_train_steps=100, save_top_k=1)
+    checkpoints = ModelCheckpoint(
+        out / "checkpoints", save_last=True, every_n_train_steps=options.checkpoint_steps, save_top_k=1
+    )
     trainer = L.Trainer(
         max_steps=-1,
         max_epochs=-1,

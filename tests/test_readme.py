@@ -1,0 +1,64 @@
+"""The README is executed: its commands and its Python, verbatim."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+
+
+def run(command: list[str], folder: Path) -> str:
+    bin_folder = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_python_block_skips_experts() -> None:
+    (code,) = blocks("python")
+    out = run([sys.executable, "-c", code], ROOT)
+    before, after = map(float, re.search(r"([\d.]+) -> ([\d.]+) distinct experts", out).groups())  # type: ignore[union-attr]
+    assert after < before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_first_command_ends_with_the_table(tmp_path: Path) -> None:
+    install = next(block for block in blocks("bash") if "quickstart" in block)
+    assert install.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && ")
+    command = install.strip().split(" && ")[-1].removeprefix(".venv/bin/")
+    out = run(command.split(), tmp_path)
+    closing = out[out.index("Distinct experts, bytes, loss and time") :]
+    assert "untouched" in closing
+    assert "learned, budget 0.01" in closing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_commands_for_an_own_model(tmp_path: Path) -> None:
+    block = next(block for block in blocks("bash") if "lynx-learn collect" in block)
+    out = run(["bash", "-euo", "pipefail", "-c", block], tmp_path)
+    assert "At equal loss" in out
+    assert (tmp_path / "my" / "report" / "report.json").exists()
+
+
+def test_second_command_is_what_ci_runs() -> None:
+    (command,) = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(".venv/bin/pytest")]
+    assert command.startswith("python3 -m venv .venv && ")
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "grep -F '.venv/bin/pytest' README.md" in script
+
+
+def test_links_to_files_exist() -> None:
+    for name in re.findall(r"`([\w./-]+\.(?:md|txt|py|sh))`", README):
+        assert (ROOT / name).exists(), name

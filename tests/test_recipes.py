@@ -1,0 +1,124 @@
+"""Every recipe in `train/` is fed to the real parser and run in a small size."""
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lynx_learn import LynxSelector, cli
+from lynx_learn.corpus import read_documents
+
+ROOT = Path(__file__).parents[1]
+SMALL_MODEL = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder with the recipe's three sources, small."""
+    documents = list(zip(read_documents("python-stdlib"), range(60), strict=False))
+    for source in ("math", "code", "prose"):
+        with gzip.open(tmp_path / f"{source}.jsonl.gz", "wt", encoding="utf-8") as out:
+            out.writelines(json.dumps({"text": document.text[:20_000]}) + "\n" for document, _ in documents)
+    return tmp_path
+
+
+def train_command(texts: Path, out: Path, minutes: float) -> list[str]:
+    recipe = [sys.executable, "train/reference_moe.py", "--config", "train/reference-moe.yaml"]
+    small = ["--model", json.dumps(SMALL_MODEL), "--minutes", str(minutes), "--checkpoint_steps", "10"]
+    return [*recipe, "--corpus", str(texts), "--heldout", str(texts), "--out", str(out), *small]
+
+
+@pytest.mark.slow
+def test_reference_moe_recipe_resumes_and_writes_a_plain_model(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = subprocess.Popen(
+        train_command(texts, out, 10.0), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.2)
+    time.sleep(1.0)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] >= 10
+    spent = saved["budget"]["spent"] / 60
+    subprocess.run(train_command(texts, out, spent + 0.1), cwd=ROOT, check=True, capture_output=True)
+    figures = json.loads((out / "model" / "training.json").read_text())
+    assert figures["steps"] > saved["global_step"]
+    assert figures["tokens_seen"] == figures["steps"] * 8 * SMALL_MODEL["max_position_embeddings"]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model.config.model_type == "qwen3_moe"
+    assert tokenizer.decode(tokenizer("def f(x):\n    return 12")["input_ids"]) == "def f(x):\n    return 12"
+    write_card(out / "model", tmp_path)
+    card = (out / "model" / "README.md").read_text()
+    assert f"{figures['tokens_seen']:,} tokens" in card
+    assert "- MIT: somebody/something" in card
+
+
+def write_card(model: Path, folder: Path) -> None:
+    sources = folder / "sources.json"
+    sources.write_text(json.dumps({"text": [{"repo": "https://github.com/somebody/something", "licence": "MIT"}]}))
+    command = [sys.executable, "train/reference_card.py", "--model", str(model), "--sources", str(sources)]
+    subprocess.run([*command, "--config_file", "train/reference-moe.yaml"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    trace, selector, report = (str(tmp_path / name) for name in ("trace", "selector", "report"))
+    small = {
+        "collect": ["--corpus", "python-stdlib", "--tokens", "6000", "--length", "64", "--out", trace],
+        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--sensitivity_groups", "1"],
+        "calibrate": ["--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "2000"],
+        "evaluate": [
+            "--selector",
+            selector,
+            "--corpus",
+            "python-stdlib",
+            "--batch_sizes",
+            "2",
+            "--groups",
+            "2",
+            "--out",
+            report,
+        ],
+    }
+    script = (ROOT / "train" / "selector.sh").read_text()
+    assert f"for step in {' '.join(small)}; do" in script
+    for step, options in small.items():
+        assert cli.main([step, "--config", f"train/selector/{step}.yaml", *options]) == 0
+    assert set(LynxSelector.from_pretrained(selector).config.thresholds["kl"]) == {"0.003", "0.01", "0.03"}
+
+
+def test_no_recipe_is_left_out() -> None:
+    recipes = {path.relative_to(ROOT / "train").as_posix() for path in (ROOT / "train").rglob("*.yaml")}
+    assert recipes == {
+        "reference-moe.yaml",
+        *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate")),
+    }
