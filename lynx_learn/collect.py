@@ -186,7 +186,10 @@ def _continue(loaded: LoadedModel, prompts: Tensor, options: TraceOptions, shard
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         do_sample=True,
+        temperature=1.0,
         top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
         min_new_tokens=options.length - options.prompt,
         max_new_tokens=options.length - options.prompt,
     )

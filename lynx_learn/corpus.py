@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Split = Literal["fit", "calibrate", "test", "all"]
 BUILT_IN = "python-stdlib"
 LONGEST = 8
+# Characters after which a plain text is cut, at a blank line, into documents.
+CHAPTER = 2000
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 # Share of the documents in each split, as cumulative upper bounds of the hash.
 BOUNDS: dict[str, tuple[float, float]] = {"fit": (0.0, 0.8), "calibrate": (0.8, 0.9), "test": (0.9, 1.0)}
@@ -138,7 +140,7 @@ def _read_file(path: Path) -> Iterator[Document]:
     source = path.name.split(".")[0]
     try:
         if path.name.endswith(".txt"):
-            yield Document(path.read_text(encoding="utf-8"), source)
+            yield from (Document(part, source) for part in _chapters(path.read_text(encoding="utf-8")))
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             opener = gzip.open if path.name.endswith(".gz") else open
             with opener(path, "rt", encoding="utf-8") as lines:
@@ -149,6 +151,17 @@ def _read_file(path: Path) -> Iterator[Document]:
             raise CorpusError(f"corpus file {path} has an unknown ending: expected one of {', '.join(SUFFIXES)}")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorpusError(f"corpus file {path} cannot be read ({error}): expected UTF-8 text") from error
+
+
+def _chapters(text: str) -> Iterator[str]:
+    """Runs of paragraphs of a plain text, since a document falls into one split as a whole."""
+    chapter: list[str] = []
+    for paragraph in text.split("\n\n"):
+        chapter.append(paragraph)
+        if sum(map(len, chapter)) >= CHAPTER:
+            yield "\n\n".join(chapter)
+            chapter = []
+    yield "\n\n".join(chapter)
 
 
 def _text_of(line: str, path: Path, number: int) -> str:

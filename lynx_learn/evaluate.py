@@ -192,11 +192,8 @@ def matched(points: list[dict[str, Any]], levels: list[float]) -> list[dict[str,
     for size in sorted({p["batch_size"] for p in points}):
         own = [p for p in points if p["batch_size"] == size]
         for metric in ("kl", "nll"):
-            reached = [
-                p[metric]
-                for p in own
-                if p["method"] == "learned" and p["setting"].startswith("budget") and p[metric] > 0
-            ]
+            budgeted = [p for p in own if p["method"] == "learned" and p["setting"].startswith("budget")]
+            reached = [p[metric] for p in budgeted if metric == "kl" and p[metric] > 0]
             for level in sorted({*levels, *reached}):
                 for method in dict.fromkeys(p["method"] for p in own if p["method"] != "untouched"):
                     curve = sorted(

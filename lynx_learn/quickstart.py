@@ -79,7 +79,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             str(out),
             corpus=options.corpus,
             methods=["random", "xshare", "learned"],
-            kept_shares=[0.375, 0.5, 0.625, 0.75],
+            kept_shares=[0.25, 0.375, 0.5, 0.625],
             batch_sizes=[BATCH],
             groups=options.groups,
             length=128,

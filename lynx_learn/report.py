@@ -54,22 +54,16 @@ def evaluation_table(report: dict[str, Any]) -> Table:
 
 
 def matched_table(report: dict[str, Any]) -> Table:
-    """Experts and bytes at equal loss."""
-    rows = []
+    """Experts and bytes of every method at equal loss, a row per loss."""
+    methods = list(dict.fromkeys(row["method"] for row in report["matched"]))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in report["matched"]:
+        loss = f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:.4f}"
         known = row["experts"] is not None
-        rows.append(
-            [
-                row["method"],
-                str(row["batch_size"]),
-                f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:.4f}",
-                f"{row['experts']:.1f}" if known else "not reached",
-                f"{row['bytes']:.0%}" if known else "",
-            ]
-        )
-    return table(
-        "At equal loss (interpolated on each method's curve)", ["method", "batch", "loss", "experts", "bytes"], rows
-    )
+        cell = f"{row['experts']:.1f} / {row['bytes']:.0%}" if known else "not reached"
+        cells.setdefault((loss, str(row["batch_size"])), {})[row["method"]] = cell
+    rows = [[loss, size, *(row[method] for method in methods)] for (loss, size), row in cells.items()]
+    return table("Experts / bytes at equal loss (on each method's measured curve)", ["loss", "batch", *methods], rows)
 
 
 def calibration_table(calibration: dict[str, Any]) -> Table:

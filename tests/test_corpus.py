@@ -323,3 +323,14 @@ def test_without_the_datasets_library_a_wrong_name_is_still_one_line(monkeypatch
     with pytest.raises(CorpusError, match="neither a path nor a data set") as error:
         list(read_documents("my-texts"))
     assert "datasets" in one_line(error)
+
+
+def test_a_plain_text_is_cut_into_documents_and_loses_nothing(tmp_path: Path) -> None:
+    text = "\n\n".join(f"paragraph {i} " + "x" * (i % 700) for i in range(1500))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    documents = [d.text for d in read_documents(str(tmp_path / "book.txt"))]
+    assert "\n\n".join(documents) == text
+    assert all(len(d) < 4000 for d in documents)
+    parts = [list(read_documents(str(tmp_path / "book.txt"), split)) for split in ("fit", "calibrate", "test")]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(documents)
