@@ -58,7 +58,7 @@ class EvaluateOptions:
     kept_shares: list[float] = field(default_factory=lambda: [0.25, 0.3125, 0.375, 0.4375, 0.5, 0.5625, 0.625, 0.75])
     batch_sizes: list[int] = field(default_factory=lambda: [16])
     groups: int = 24
-    length: int = 160
+    length: int = 128
     prompt: int = 32
     card: bool = False
     device: str = "auto"

@@ -82,7 +82,6 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             kept_shares=[0.25, 0.375, 0.5, 0.625],
             batch_sizes=[BATCH],
             groups=options.groups,
-            length=128,
             card=True,
             device=device,
             dtype=dtype,

@@ -67,7 +67,7 @@ class Reference:
     """
 
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
-        self.targets = targets
+        self.targets = targets = targets.to(logits.device)
         self.probabilities = functional.softmax(logits.float(), -1).flatten(0, 1)
         log = functional.log_softmax(logits.float(), -1).flatten(0, 1)
         self.negative_entropy = (self.probabilities * log).sum(-1)
