@@ -16,10 +16,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import corpus as corpora
-from .card import write_card
+from .card import run_record, write_card
 from .errors import OptionError
 from .families import MoeLayer, find_moe_layers
-from .fit import run_record
 from .models import load_model
 from .progress import track
 from .selector import LynxSelector, read_metrics
@@ -72,6 +71,9 @@ class CalibrateOptions:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("budgets", "batch_sizes"):
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is empty: expected one number or more")
         for budget in self.budgets:
             if not (budget > 0 and math.isfinite(budget)):
                 raise OptionError(f"--budgets {budget:g} is not usable: expected numbers above 0")

@@ -1,16 +1,40 @@
-"""The model card and metrics of a selector directory, written from measured figures alone."""
+"""The model card, metrics and run records of a selector directory, written from measured figures alone."""
 
+import importlib.metadata
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .errors import SelectorError
 from .selector import CARD, METRICS, LynxSelector
 
 
 def write_card(folder: Path, selector: LynxSelector, metrics: dict[str, Any], files: dict[str, str]) -> None:
-    """Save the selector with `metrics.json`, the card made from it, and further `files` (name -> text)."""
+    """Save the selector with `metrics.json`, the card made from it, and further `files` (name -> text).
+
+    Raises:
+        SelectorError: the folder cannot be written to.
+    """
     text = json.dumps(metrics, indent=2) + "\n"
-    selector.save_pretrained(folder, {METRICS: text, CARD: render(selector, metrics), **files})
+    try:
+        selector.save_pretrained(folder, {METRICS: text, CARD: render(selector, metrics), **files})
+    except (OSError, SafetensorError) as error:  # the latter when the disk is full while the weights are written
+        raise SelectorError(
+            f"{folder} cannot be written ({error}): make room there or choose another place, then run the command again"
+        ) from error
+
+
+def run_record(command: str, options: dict[str, Any]) -> str:
+    """YAML with the exact options and the versions of what ran."""
+    import yaml
+
+    packages = ("torch", "transformers", "lightning", "scikit-learn", "safetensors", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    record = {command: options, "versions": {"python": platform.python_version(), **versions}}
+    return yaml.safe_dump(record, sort_keys=False)
 
 
 def render(selector: LynxSelector, metrics: dict[str, Any]) -> str:

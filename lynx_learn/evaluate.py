@@ -13,10 +13,9 @@ import torch
 
 from . import corpus as corpora
 from .baselines import Random, XShare
-from .card import write_card
+from .card import run_record, write_card
 from .errors import OptionError
 from .families import MoeLayer, find_moe_layers
-from .fit import run_record
 from .models import load_model
 from .policies import Policy
 from .progress import track
@@ -66,6 +65,9 @@ class EvaluateOptions:
     seed: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("methods", "batch_sizes"):
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is empty: expected one value or more")
         if self.groups < 2:
             raise OptionError(f"--groups {self.groups} is not usable: expected 2 or more, an interval needs them")
         if not 0 < self.prompt < self.length - 1:

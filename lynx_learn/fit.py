@@ -1,7 +1,6 @@
 """`lynx-learn train`: from a trace and the model's expert weights to a selector, layer by layer."""
 
-import importlib.metadata
-import platform
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,25 +10,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .card import write_card
+from .card import run_record, write_card
 from .config import SelectorConfig
 from .errors import OptionError, SelectorError, TraceError
 from .families import MoeLayer, find_moe_layers, router_fingerprint
-from .features import assignment_features
+from .features import LOG_WEIGHT, assignment_features
 from .models import load_model
 from .progress import track
 from .selector import RUN, LayerSelector, LynxSelector
 from .sensitivity import measure_sensitivities
 from .surrogates import Moments, Surrogates, fit_surrogate
 from .traces import Trace
-from .training import Assignments, ScorerOptions, boosted_reference, new_scorer, quality, train_scorer
+from .training import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
 CHECK, HELD_OUT = 8, 9
 # Sums for this many bytes of experts are held at a time; a layer with more is read several times.
 MOMENT_BYTES = 2**29
-# Assignments a scorer learns from; more are thinned out, so that memory does not grow with the trace.
-MOST_ASSIGNMENTS = 400_000
+# Tokens a scorer learns from; more are thinned out, so that memory does not grow with the trace.
+MOST_TOKENS = 100_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class TrainOptions:
         scorer: `mlp`, `linear`, or `formula` (gate² × the expert's mean residual, nothing learned).
         rank: rank of the surrogates; 0 for none.
         keep_top1: every token keeps its first expert.
-        epochs, batch, rate: of the scorers' training.
+        epochs, batch, rate: of the scorers' training; a batch is that many tokens.
         reference: also fit scikit-learn's gradient boosting on the same features, for comparison.
         sensitivity_groups: batches of 16 sequences that the sensitivities are measured on.
         device, dtype: of the model, as in `collect`.
@@ -56,9 +55,9 @@ class TrainOptions:
     scorer: Literal["mlp", "linear", "formula"] = "mlp"
     rank: int = 8
     keep_top1: bool = False
-    epochs: int = 6
-    batch: int = 2048
-    rate: float = 5e-3
+    epochs: int = 10
+    batch: int = 512
+    rate: float = 1e-2
     reference: bool = True
     sensitivity_groups: int = 4
     device: str = "auto"
@@ -71,6 +70,8 @@ class TrainOptions:
         for name in ("epochs", "batch", "sensitivity_groups"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if not (self.rate > 0 and math.isfinite(self.rate)):
+            raise OptionError(f"--rate {self.rate:g} is not usable: expected a number above 0")
 
 
 def train(options: TrainOptions) -> LynxSelector:
@@ -136,21 +137,22 @@ def fit_layer(
     if options.rank:
         _fit_surrogates(layer, own.surrogates, trace, tenth, options.rank)
     fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
-    sums = torch.zeros(layer.num_experts).index_add(0, fit.experts, fit.costs / (2 * fit.features[:, 0]).exp())
-    counts = torch.bincount(fit.experts, minlength=layer.num_experts)
+    squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
+    sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
+    counts = torch.bincount(fit.experts.flatten(), minlength=layer.num_experts)
     seen = sums / counts.clamp_min(1)
     residuals = torch.where(counts > 0, seen, seen.sum() / (counts > 0).sum())
-    scorer = new_scorer(options.scorer, layer.num_experts, fit, residuals)
+    scorer = new_scorer(options.scorer, fit, residuals)
     training = ScorerOptions(options.scorer, options.epochs, options.batch, options.rate, options.seed)
     train_scorer(scorer, fit, held_out, training, logs, f"layer-{layer.index:02d}")
     own.scorer.load_state_dict(scorer.state_dict())
-    floor = new_scorer("formula", layer.num_experts, fit, residuals)
+    floor = new_scorer("formula", fit, residuals)
     figures: dict[str, Any] = {
         "name": layer.name,
-        "assignments": len(fit.costs),
+        "assignments": fit.costs.numel(),
         "unexplained": float(held_out.costs.sum() / energy),
-        "formula": quality(floor(held_out.features, held_out.experts).exp(), held_out.costs),
-        options.scorer: quality(own.scorer(held_out.features, held_out.experts).exp(), held_out.costs),
+        "formula": quality(predicted_costs(floor, held_out), held_out.costs),
+        options.scorer: quality(predicted_costs(own.scorer, held_out), held_out.costs),
     }
     if options.reference:
         figures["gradient_boosting"] = boosted_reference(fit, held_out, options.seed)
@@ -202,9 +204,9 @@ def _assignments(
     layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor
 ) -> tuple[Assignments, Assignments, Tensor]:
     """Features and true costs for fitting and held out, and the held-out energy without any surrogate."""
-    parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {True: [], False: []}
+    parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
     energy = torch.zeros(())
-    keep = min(1.0, MOST_ASSIGNMENTS / (trace.collected_tokens * layer.top_k))
+    keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
     thinning = torch.Generator().manual_seed(layer.index)
     start = 0
     for shard in trace.layer_shards(layer.index):
@@ -216,9 +218,7 @@ def _assignments(
         chosen = torch.rand(tokens, generator=thinning) < keep
         for held_out in (True, False):
             mine = chosen & ((own == HELD_OUT) == held_out)
-            parts[held_out].append(
-                (features[mine].flatten(0, 1), shard["indices"][mine].flatten(), costs[mine].flatten())
-            )
+            parts[held_out].append((features[mine], shard["indices"][mine], costs[mine], shard["hidden"][mine]))
         start += tokens
     joined = [
         Assignments(*(torch.cat(column) for column in zip(*parts[held_out], strict=True))) for held_out in (False, True)
@@ -274,13 +274,3 @@ def trace_summary(trace: Trace) -> dict[str, Any]:
         "tokens": trace.collected_tokens,
         "sources": trace.sources,
     }
-
-
-def run_record(command: str, options: dict[str, Any]) -> str:
-    """YAML with the exact options and the versions of what ran."""
-    import yaml
-
-    packages = ("torch", "transformers", "lightning", "scikit-learn", "safetensors", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    record = {command: options, "versions": {"python": platform.python_version(), **versions}}
-    return yaml.safe_dump(record, sort_keys=False)

@@ -1,6 +1,7 @@
 """`lynx-learn quickstart`: the whole flow on the reference MoE and text that every Python carries."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from . import corpus as corpora
 from .bench import StepTimes, time_steps
 from .calibrate import CalibrateOptions, calibrate
 from .collect import CollectOptions, collect
-from .errors import SelectorError
+from .errors import OptionError, SelectorError
 from .evaluate import EvaluateOptions, evaluate
 from .fit import TrainOptions, train
 from .models import REFERENCE, LoadedModel, load_model
@@ -45,6 +46,13 @@ class QuickstartOptions:
     budget: float = 0.01
     device: str = "auto"
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not (self.budget > 0 and math.isfinite(self.budget)):
+            raise OptionError(f"--budget {self.budget:g} is not usable: expected a number above 0")
+        for name, fewest in (("tokens", 1), ("groups", 2)):
+            if getattr(self, name) < fewest:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected {fewest} or more")
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, Any]:

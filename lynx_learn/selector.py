@@ -31,14 +31,14 @@ class LayerSelector(nn.Module):
     def __init__(self, config: SelectorConfig) -> None:
         super().__init__()
         self.keep_top1 = config.keep_top1
-        self.scorer = SCORERS[config.scorer](config.num_experts)
+        self.scorer = SCORERS[config.scorer](config.num_experts, config.hidden_size)
         self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
         self.register_buffer("sensitivity", torch.ones(()))
 
     def costs(self, groups: Groups) -> Tensor:
         """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
         features = assignment_features(groups.logits, groups.indices, groups.weights)
-        costs = self.scorer(features, groups.indices).exp() * self.sensitivity
+        costs = self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
         return torch.where(groups.active.unsqueeze(-1), costs, torch.zeros_like(costs))
 
     def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
@@ -62,7 +62,7 @@ class LayerSelector(nn.Module):
         weights = torch.where(kept, groups.weights, nothing)
         if not self.surrogates.rank:
             return Decision(indices, weights)
-        dropped = torch.where(kept, nothing, groups.weights)
+        dropped = torch.where(kept | ~groups.active.unsqueeze(-1), nothing, groups.weights)
         batches, tokens, top_k = groups.indices.shape
         dense = self.surrogates.reads_all(tokens * top_k)
         if dense or batches > 1:  # a simulation has too many batches to gather for, the result is the same

@@ -52,7 +52,7 @@ class Surrogates(nn.Module):
         """
         x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
         flat, answers = indices.flatten(), (weights != 0).flatten()
-        anchor = flat[answers.to(torch.int8).argmax()]
+        anchor = flat.gather(0, answers.to(torch.int8).argmax(0, keepdim=True))  # flat[i] would wait for the device
         chosen = torch.where(answers, flat, anchor).view_as(indices)
         codes = (self.down[chosen] * x[..., None, None, :]).sum(-1) * weights.unsqueeze(-1)
         return (self.up[chosen] * codes.unsqueeze(-1)).sum((-3, -2)) + (

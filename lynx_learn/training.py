@@ -1,6 +1,7 @@
 """Train one layer's scorer on assignment costs, with Lightning."""
 
 import logging
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,23 @@ SMALLEST_COST = 1e-6
 REFERENCE_ROWS = 60_000
 
 
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass
 class Assignments:
-    """Assignments of one layer: features `(n, features)`, experts `(n,)` and true costs `(n,)`."""
+    """Assignments of n tokens of one layer.
+
+    Attributes:
+        features: `(n, top_k, features)`.
+        experts, costs: `(n, top_k)`; costs are the true ones.
+        hidden: `(n, hidden)`, in the trace's dtype.
+    """
 
     features: Tensor
     experts: Tensor
     costs: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class ScorerOptions:
 
 
 class AssignmentData(L.LightningDataModule):
-    """Batches of assignments, drawn by index so that a batch is one gather."""
+    """Batches of tokens with their assignments, drawn by index so that a batch is one gather."""
 
     def __init__(self, fit: Assignments, check: Assignments, batch: int, seed: int) -> None:
         super().__init__()
@@ -56,7 +67,7 @@ class AssignmentData(L.LightningDataModule):
         return self._loader(self.check, shuffle=False)
 
     def _loader(self, rows: Assignments, shuffle: bool) -> DataLoader[Any]:
-        data = TensorDataset(rows.features, rows.experts, rows.costs)
+        data = TensorDataset(rows.features, rows.experts, rows.costs, rows.hidden)
         order = (
             RandomSampler(data, generator=torch.Generator().manual_seed(self.seed))
             if shuffle
@@ -76,17 +87,17 @@ class ScorerTraining(L.LightningModule):
         super().__init__()
         self.scorer, self.scale, self.rate = scorer, scale, rate
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        features, experts, costs = batch
-        predicted = self.scorer(features, experts) - np.log(self.scale)
+    def loss(self, batch: Batch) -> Tensor:
+        features, experts, costs, hidden = batch
+        predicted = self.scorer(features, experts, hidden) - np.log(self.scale)
         return (predicted + (costs / self.scale).clamp_min(SMALLEST_COST) * (-predicted).exp()).mean()
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("check_loss", self.loss(batch), on_epoch=True, batch_size=len(batch[2]))
 
     def configure_optimizers(self) -> Any:
@@ -96,11 +107,14 @@ class ScorerTraining(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def new_scorer(kind: str, num_experts: int, fit: Assignments, residuals: Tensor) -> Scorer:
+def new_scorer(kind: str, fit: Assignments, residuals: Tensor) -> Scorer:
     """An untrained scorer, which is the two-factor formula; `residuals` are the experts' mean squared residuals."""
-    scorer = SCORERS[kind](num_experts)
-    scorer.mean.copy_(fit.features.mean(0))
-    scorer.spread.copy_(fit.features.std(0).clamp_min(1e-3))
+    scorer = SCORERS[kind](len(residuals), fit.hidden.shape[1])
+    flat, hidden = fit.features.flatten(0, 1), fit.hidden.float()
+    scorer.mean.copy_(flat.mean(0))
+    scorer.spread.copy_(flat.std(0).clamp_min(1e-3))
+    scorer.hidden_mean.copy_(hidden.mean(0))
+    scorer.hidden_spread.copy_(hidden.std(0).clamp_min(1e-3))
     scorer.log_residual.copy_(residuals.clamp_min(1e-30).log())
     return scorer
 
@@ -128,8 +142,19 @@ def train_scorer(
             log_every_n_steps=10,
         )
         data = AssignmentData(fit, check, options.batch, options.seed)
-        trainer.fit(ScorerTraining(scorer, float(fit.costs.mean().clamp_min(1e-30)), options.rate), datamodule=data)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(ScorerTraining(scorer, float(fit.costs.mean().clamp_min(1e-30)), options.rate), datamodule=data)
+        except SystemExit:  # what Lightning makes of Ctrl-C, with a status of its own and further ones ignored
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from None
     scorer.requires_grad_(False)
+
+
+@torch.no_grad()
+def predicted_costs(scorer: Scorer, rows: Assignments) -> Tensor:
+    """Predicted costs `(n, top_k)`."""
+    return scorer(rows.features, rows.experts, rows.hidden).exp()
 
 
 @torch.no_grad()
@@ -138,8 +163,8 @@ def quality(predicted: Tensor, costs: Tensor) -> dict[str, float]:
 
     Both are scaled to the same mean first: a constant factor is the sensitivity's and the threshold's affair.
     """
-    true = (costs / costs.mean()).clamp_min(SMALLEST_COST).double()
-    given = (predicted / predicted.mean()).clamp_min(SMALLEST_COST).double()
+    true = (costs / costs.mean()).clamp_min(SMALLEST_COST).double().flatten()
+    given = (predicted / predicted.mean()).clamp_min(SMALLEST_COST).double().flatten()
     ratio = true / given
 
     def correlation(a: Tensor, b: Tensor) -> float:
@@ -156,18 +181,20 @@ def quality(predicted: Tensor, costs: Tensor) -> dict[str, float]:
 
 
 def boosted_reference(fit: Assignments, check: Assignments, seed: int) -> dict[str, float]:
-    """What the same features give a gradient-boosted regressor: the reference for how good a scorer could be."""
+    """What the router's features give a gradient-boosted regressor: the reference for what is in them."""
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     def table(rows: Assignments) -> np.ndarray:
-        return np.concatenate([rows.features.numpy(), rows.experts[:, None].float().numpy()], axis=1)
+        return torch.cat([rows.features, rows.experts.unsqueeze(-1)], dim=-1).flatten(0, 1).numpy()
 
-    chosen = torch.randperm(len(fit.costs), generator=torch.Generator().manual_seed(seed))[:REFERENCE_ROWS]
-    part = Assignments(fit.features[chosen], fit.experts[chosen], fit.costs[chosen])
+    chosen = torch.randperm(len(fit.costs), generator=torch.Generator().manual_seed(seed))[
+        : REFERENCE_ROWS // fit.costs.shape[1]
+    ]
+    part = Assignments(fit.features[chosen], fit.experts[chosen], fit.costs[chosen], fit.hidden[chosen])
     scale = part.costs.mean()
     experts = int(max(fit.experts.max(), check.experts.max())) + 1
     categorical = [len(NAMES)] if experts <= 255 else None  # scikit-learn's limit of categories
     # On the logarithm: its own gamma loss runs away on costs that span six orders of magnitude.
     model = HistGradientBoostingRegressor(max_iter=200, categorical_features=categorical, random_state=seed)
-    model.fit(table(part), (part.costs / scale).clamp_min(SMALLEST_COST).log().numpy())
+    model.fit(table(part), (part.costs / scale).clamp_min(SMALLEST_COST).log().flatten().numpy())
     return quality(torch.from_numpy(model.predict(table(check))).exp(), check.costs)

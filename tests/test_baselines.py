@@ -75,7 +75,8 @@ def test_random_is_seeded_keeps_m_and_reaches_every_expert() -> None:
 
     first = draws(0)
     assert first == draws(0) != draws(1)
-    assert {len(kept) for kept in first} == {2} and len(set(first)) == 6, "not every pair of experts was drawn"
+    assert {len(kept) for kept in first} == {2}
+    assert len(set(first)) == 6, "not every pair of experts was drawn"
 
 
 @pytest.mark.parametrize(

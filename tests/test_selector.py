@@ -93,19 +93,23 @@ def test_a_cost_that_is_no_number_keeps_its_expert() -> None:
     assert decision.weights[0, 2, 0] == 0.0
 
 
-def test_surrogates_answer_with_the_original_weight() -> None:
+@pytest.mark.parametrize(("batches", "tokens"), [(1, 6), (1, 12), (3, 6)], ids=["gathered", "all read", "side by side"])
+def test_surrogates_answer_with_the_original_weight(batches: int, tokens: int) -> None:
     selector = random_selector(tiny_model("mixtral"), rank=3)
     layer = find_moe_layers(tiny_model("mixtral"))[0]
-    groups = random_groups(layer)
+    groups = random_groups(layer, batches, tokens)
     part = own(selector).surrogates
-    decision = own(selector).decide(groups, torch.full((3,), 2.0))
+    decision = own(selector).decide(groups, torch.full((batches,), 2.0))
     assert decision.addition is not None
     assert decision.answered is not None
     wanted = torch.zeros_like(groups.hidden)
     for g, t, k in decision.answered.nonzero().tolist():
         expert, weight = int(groups.indices[g, t, k]), groups.weights[g, t, k]
         assert decision.weights[g, t, k] == 0
-        wanted[g, t] += weight * (part.up[expert].T @ (part.down[expert] @ groups.hidden[g, t]) + part.constant[expert])
+        if groups.active[g, t]:
+            wanted[g, t] += weight * (
+                part.up[expert].T @ (part.down[expert] @ groups.hidden[g, t]) + part.constant[expert]
+            )
     torch.testing.assert_close(decision.addition, wanted, rtol=1e-4, atol=1e-4)
     kept = ~decision.answered
     assert torch.equal(decision.indices[kept], groups.indices[kept])
@@ -119,7 +123,8 @@ def test_costs_are_scores_times_sensitivity_and_zero_for_what_does_not_run() -> 
     groups = random_groups(find_moe_layers(model)[0])
     part = own(selector)
     with torch.no_grad():
-        logarithms = part.scorer(assignment_features(groups.logits, groups.indices, groups.weights), groups.indices)
+        features = assignment_features(groups.logits, groups.indices, groups.weights)
+        logarithms = part.scorer(features, groups.indices, groups.hidden)
     wanted = logarithms.exp() * part.sensitivity * groups.active.unsqueeze(-1)
     torch.testing.assert_close(part.costs(groups), wanted)
     assert not groups.active.all()
@@ -310,18 +315,21 @@ def test_a_full_disk_leaves_the_old_selector(tmp_path: Path, monkeypatch: pytest
     assert after["selector/selector.safetensors"] != before["selector/selector.safetensors"]
 
 
-@pytest.mark.parametrize("scorer", ["formula", "linear", "mlp"])
-@pytest.mark.parametrize(("rank", "keep_top1"), [(0, False), (4, True)])
-def test_decide_traces_without_breaks_and_without_looking_at_values(scorer: str, rank: int, keep_top1: bool) -> None:
-    """One graph for any values: nothing waits for the device, no shape or branch depends on data."""
+@pytest.mark.parametrize(
+    ("scorer", "rank", "keep_top1", "batches", "tokens"),
+    [("formula", 0, False, 3, 6), ("linear", 4, True, 1, 4), ("mlp", 4, False, 1, 20), ("mlp", 4, True, 3, 6)],
+)
+def test_decide_is_one_graph_for_any_values(scorer: str, rank: int, keep_top1: bool, batches: int, tokens: int) -> None:
+    """No break, and no shape or branch that depends on data."""
     model = tiny_model("mixtral")
     part = own(random_selector(model, rank, scorer, keep_top1=keep_top1))
     layer = find_moe_layers(model)[0]
     torch.compiler.reset()
     traced = torch.compile(part.decide, fullgraph=True, backend="eager", dynamic=False)
     for seed, threshold in ((0, 2.0), (1, 0.0), (2, math.inf)):
-        groups = random_groups(layer, seed=seed)
+        groups = random_groups(layer, batches, tokens, seed)
         if seed == 2:
             groups = groups._replace(active=torch.zeros_like(groups.active))
+        limits = torch.full((batches,), threshold)
         with torch.no_grad(), torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
-            assert same(traced(groups, torch.full((3,), threshold)), part.decide(groups, torch.full((3,), threshold)))
+            assert same(traced(groups, limits), part.decide(groups, limits))

@@ -1,5 +1,6 @@
 """Closed-form fits against brute force and against scikit-learn."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -124,19 +125,33 @@ def test_rank_zero_is_the_mean_output() -> None:
     torch.testing.assert_close(constant.double(), (weights @ y) / weights.sum())
 
 
-def test_forward_is_a_loop_over_assignments() -> None:
+def test_both_forms_are_a_loop_over_assignments() -> None:
     experts, rank = 5, 3
     module = Surrogates(experts, HIDDEN, rank)
     for seed, part in enumerate((module.down, module.up, module.constant)):
         part.copy_(normal(*part.shape, seed=seed))
     hidden = normal(2, 7, HIDDEN, seed=20).float()
-    weights = normal(2, 7, experts, seed=21).float().relu()
-    wanted = torch.zeros(2, 7, HIDDEN)
-    for g, t, e in (weights > 0).nonzero().tolist():
+    indices = normal(2, 7, experts, seed=22).argsort(dim=-1)[..., :3]
+    weights = normal(2, 7, 3, seed=21).float().relu()  # about half of them answer
+    wanted, by_expert = torch.zeros(2, 7, HIDDEN), torch.zeros(2, 7, experts).scatter(-1, indices, weights)
+    for g, t, e in (by_expert > 0).nonzero().tolist():
         codes = module.down[e] @ hidden[g, t]
-        wanted[g, t] += weights[g, t, e] * (codes @ module.up[e] + module.constant[e])
-    torch.testing.assert_close(module(hidden, weights), wanted, rtol=1e-4, atol=1e-4)
-    assert not module(hidden, torch.zeros_like(weights)).any()
-    assert module.bytes == 4 * experts * (2 * rank * HIDDEN + HIDDEN)
-    assert module.bfloat16().bytes == 2 * experts * (2 * rank * HIDDEN + HIDDEN)
-    assert Surrogates(experts, HIDDEN, 0).bytes == 0
+        wanted[g, t] += by_expert[g, t, e] * (codes @ module.up[e] + module.constant[e])
+    torch.testing.assert_close(module(hidden, by_expert), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.gathered(hidden, indices, weights), wanted, rtol=1e-4, atol=1e-4)
+    assert not module(hidden, torch.zeros_like(by_expert)).any()
+    assert not module.gathered(hidden, indices, torch.zeros_like(weights)).any()
+
+
+def test_gathering_reads_no_surrogate_that_does_not_answer() -> None:
+    """A surrogate full of NaN spoils whatever reads it."""
+    module = Surrogates(4, HIDDEN, 2)
+    module.down.fill_(math.nan)[2] = 1.0
+    indices, weights = torch.tensor([[[0, 2], [1, 3], [2, 0]]]), torch.tensor([[[0.0, 0.5], [0.0, 0.0], [0.25, 0.0]]])
+    assert module.gathered(normal(1, 3, HIDDEN).float(), indices, weights).isfinite().all()
+
+
+def test_bytes_are_those_of_one_expert() -> None:
+    assert Surrogates(5, HIDDEN, 3).bytes_each == 4 * (2 * 3 * HIDDEN + HIDDEN)
+    assert Surrogates(5, HIDDEN, 3).bfloat16().bytes_each == 2 * (2 * 3 * HIDDEN + HIDDEN)
+    assert Surrogates(5, HIDDEN, 0).bytes_each == 0
