@@ -2,9 +2,10 @@
 
 Learn then Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: thresholds are chosen on pilot
 groups, then tested in increasing order on other groups, and the last one before the first failure is taken. The test of
-one threshold is a one-sided upper confidence bound of the mean loss over groups by Student's t with Johnson's correction
-for skewness (Johnson 1978, JASA 73, 536–544); the unit is a group of sequences decoded together, since the tokens of a
-group share their fate. The bound is asymptotic in the number of groups and holds for text like the calibration text.
+one threshold is a one-sided upper confidence bound of the mean loss over groups by Student's t with Hall's correction
+for skewness (Hall 1983, Annals of Statistics 11, 569–576); the unit is a group of sequences decoded together, since the
+tokens of a group share their fate. The bound is asymptotic in the number of groups and holds for text like the
+calibration text.
 """
 
 import math
@@ -24,11 +25,11 @@ from .progress import track
 from .selector import LynxSelector, read_metrics
 from .simulate import compare
 
-BOUND = "one-sided Student t with Johnson's skewness correction, fixed-sequence testing (Learn then Test)"
+BOUND = "one-sided Student t with Hall's skewness correction, fixed-sequence testing (Learn then Test)"
 # Thresholds tested for a budget, as the shares of it that the pilot groups lose at them.
-FRACTIONS = (0.4, 0.55, 0.7, 0.8, 0.9, 1.0)
-# The pilot's thresholds: powers of this, over a range that goes from skipping nearly nothing to nearly all.
-PILOT_STEP, PILOT_POINTS = 2.5, 12
+FRACTIONS = (0.5, 0.7, 0.8, 0.87, 0.94, 1.0)
+# The pilot's thresholds go down from twice the largest budget times the root of the batch size, by this factor.
+PILOT_STEP, PILOT_POINTS = 3.0, 8
 PILOT_GROUPS = 4
 FEWEST_GROUPS = 8
 
@@ -117,7 +118,8 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
         "cells": cells,
     }
     config = selector.config
-    selector = selector.with_config(
+    # Read again: what ran has been rounded to the precision that the model was loaded in.
+    selector = LynxSelector.from_pretrained(options.selector).with_config(
         thresholds={**config.thresholds, options.metric: thresholds},
         calibration={**config.calibration, options.metric: how},
     )
@@ -134,7 +136,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
 def upper_bound(values: Tensor, confidence: float) -> float:
     """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
 
-    Student's t with the correction of Johnson (1978) for the skewness that losses have.
+    Student's t with the correction of Hall (1983) for the skewness that losses have.
     """
     from scipy.stats import t
 
@@ -145,7 +147,8 @@ def upper_bound(values: Tensor, confidence: float) -> float:
     if spread == 0.0:
         return mean
     third = float((values - mean).pow(3).mean())
-    return mean + third / (6 * n * spread**2) + float(t.ppf(confidence, n - 1)) * spread / math.sqrt(n)
+    quantile = float(t.ppf(confidence, n - 1))
+    return mean + quantile * spread / math.sqrt(n) + third * (2 * quantile**2 + 1) / (6 * n * spread**2)
 
 
 def certify(
@@ -181,7 +184,7 @@ def pilot_curve(
     model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
 ) -> list[tuple[float, float]]:
     """(threshold, mean loss) at thresholds that span the budgets, made non-decreasing."""
-    top = max(options.budgets) * groups[0][0].shape[0] * PILOT_STEP
+    top = 2 * max(options.budgets) * math.sqrt(groups[0][0].shape[0])
     taus = [top * PILOT_STEP**-step for step in reversed(range(PILOT_POINTS))]
     measured = compare(model, layers, groups, [selector.at_threshold(tau) for tau in taus], options.prompt)
     curve, highest = [], 0.0

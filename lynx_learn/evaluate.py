@@ -117,7 +117,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         folder = Path(options.selector)
         write_card(
             folder,
-            selector,
+            LynxSelector.from_pretrained(folder),  # what ran has been rounded to the model's precision
             {**read_metrics(folder), "evaluate": report},
             {"run-evaluate.yaml": run_record("evaluate", asdict(options))},
         )

@@ -1,0 +1,395 @@
+"""Calibrate: the bound against scipy and by simulation, the order of the tests, and what is written when."""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_fit import contents, one_line, other_revision, reference_flow, tiny_flow
+
+from lynx_learn.calibrate import (
+    FEWEST_GROUPS,
+    FRACTIONS,
+    PILOT_GROUPS,
+    CalibrateOptions,
+    Group,
+    calibrate,
+    certify,
+    pilot_curve,
+    threshold_at,
+    upper_bound,
+)
+from lynx_learn.config import SelectorConfig
+from lynx_learn.corpus import decode_groups
+from lynx_learn.errors import CorpusError, OptionError, SelectorError
+from lynx_learn.families import MoeLayer, find_moe_layers
+from lynx_learn.models import REFERENCE, load_model
+from lynx_learn.policies import Decision, Groups
+from lynx_learn.selector import LynxSelector, ThresholdPolicy, read_metrics
+from lynx_learn.simulate import compare
+
+PROMPT, LENGTH = 8, 32
+
+
+def choices(selector: Path, **changes: Any) -> CalibrateOptions:
+    options = CalibrateOptions(
+        str(selector),
+        corpus=str(tiny_flow().texts),
+        budgets=[0.02, 0.1],
+        batch_sizes=[2],
+        groups=16,
+        length=LENGTH,
+        prompt=PROMPT,
+    )
+    return replace(options, **changes)
+
+
+@pytest.fixture
+def selector(tmp_path: Path) -> Path:
+    """A copy of the trained tiny selector that a test may write to."""
+    shutil.copytree(tiny_flow().selector, tmp_path / "selector")
+    return tmp_path / "selector"
+
+
+def blind(selector: Path) -> Path:
+    """A selector that takes every expert to be free, so that any threshold leaves out all it may."""
+    change_sensitivity(selector, 1e-15)
+    return selector
+
+
+def change_sensitivity(folder: Path, factor: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "selector.safetensors")
+    changed = {k: v * factor if k.endswith("sensitivity") else v for k, v in weights.items()}
+    save_file(changed, folder / "selector.safetensors")
+
+
+def cells(selector: LynxSelector, metric: str = "kl") -> dict[str, dict[str, dict[str, Any]]]:
+    return selector.config.calibration[metric]["cells"]
+
+
+# The bound.
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("size", [2, 8, 60])
+def test_without_skewness_the_bound_is_that_of_students_t(size: int, confidence: float) -> None:
+    from scipy.stats import ttest_1samp
+
+    half = torch.rand(size // 2, generator=torch.Generator().manual_seed(size)).double()
+    values = 3 + torch.cat([half, -half])
+    wanted = ttest_1samp(values.numpy(), 0, alternative="less").confidence_interval(confidence).high
+    assert upper_bound(values, confidence) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("groups", [20, 60])
+def test_the_bound_covers_skewed_losses(groups: int) -> None:
+    """Group means of losses have a long upper tail, on which plain t says "within the budget" too often."""
+    from scipy.stats import t
+
+    draws = torch.from_numpy(np.random.default_rng(0).gamma(4.0, size=(4000, groups)))
+    covered = np.mean([upper_bound(row, 0.95) >= 4.0 for row in draws])
+    plain = draws.mean(1) + float(t.ppf(0.95, groups - 1)) * draws.std(1) / math.sqrt(groups)
+    assert covered > 0.93
+    assert covered > (plain >= 4.0).double().mean() + 0.005
+
+
+def test_the_bound_of_values_that_do_not_vary_or_are_too_few() -> None:
+    assert upper_bound(torch.full((8,), 0.25), 0.95) == 0.25
+    assert upper_bound(torch.tensor([0.25]), 0.95) == math.inf
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 10), st.floats(0, 10)), min_size=1, max_size=8),
+    st.floats(1e-6, 20),
+    st.floats(1e-6, 20),
+)
+def test_the_pilot_reads_larger_thresholds_off_for_larger_losses(
+    points: list[tuple[float, float]], low: float, high: float
+) -> None:
+    """On any curve that does not fall, and never beyond its last threshold."""
+    curve = list(zip(sorted(tau for tau, _ in points), sorted(loss for _, loss in points), strict=True))
+    low, high = sorted((low, high))
+    first, second = threshold_at(curve, low), threshold_at(curve, high)
+    assert 0 < first <= second * (1 + 1e-9)
+    assert second <= curve[-1][0] * (1 + 1e-9)
+
+
+# Certification.
+
+
+class Ready(NamedTuple):
+    """What `certify` works on."""
+
+    model: torch.nn.Module
+    layers: list[MoeLayer]
+    selector: LynxSelector
+    groups: list[Group]
+
+
+def ready(size: int, count: int) -> Ready:
+    flow = tiny_flow()
+    loaded = load_model(str(flow.model), "cpu")
+    groups = decode_groups(str(flow.texts), loaded.tokenizer, "calibrate", size, LENGTH, count, seed=1)
+    assert len(groups) == count
+    return Ready(loaded.model, find_moe_layers(loaded.model), LynxSelector.from_pretrained(flow.selector), groups)
+
+
+class Dented:
+    """A selector whose loss is no monotone function of the threshold: at one of them it leaves out all it may."""
+
+    def __init__(self, selector: LynxSelector, dent: float) -> None:
+        self.selector, self.dent = selector, dent
+
+    def at_threshold(self, threshold: float) -> ThresholdPolicy:
+        return self.selector.at_threshold(1e9 if math.isclose(threshold, self.dent, rel_tol=1e-6) else threshold)
+
+
+def test_the_last_threshold_before_the_first_failure_is_taken() -> None:
+    model, layers, selector, groups = ready(6, 16)
+    budget = 0.1
+    options = CalibrateOptions("unused", budgets=[budget], prompt=PROMPT, length=LENGTH)
+    curve = pilot_curve(model, layers, selector, groups[:PILOT_GROUPS], options)
+    taus = [threshold_at(curve, share * budget) for share in FRACTIONS]
+    assert taus == sorted(set(taus))
+    rest = groups[PILOT_GROUPS:]
+    measured = compare(model, layers, rest, [selector.at_threshold(tau) for tau in taus], PROMPT)
+    passes = [upper_bound(result.group_means("kl"), 0.95) <= budget for result in measured]
+    last = passes.index(False) - 1 if False in passes else len(passes) - 1
+    assert last >= 2  # otherwise the dent below could not be told from the end
+    found = certify(model, layers, selector, groups, options)[budget]
+    assert found["threshold"] == taus[last]
+    assert found["upper"] == upper_bound(measured[last].group_means("kl"), 0.95) <= budget
+    assert found["mean"] == measured[last].mean("kl") < found["upper"]
+    assert found["experts"] == measured[last].mean_stats()["experts"]
+    assert found["groups"] == len(rest)
+    for dent in range(last):
+        dented: Any = Dented(selector, taus[dent])
+        found = certify(model, layers, dented, groups, options)[budget]
+        assert found["threshold"] == (taus[dent - 1] if dent else 0.0)  # though later ones would pass again
+
+
+class Seeing:
+    """A selector that skips as another and notes which groups each threshold saw, by their first layer's input."""
+
+    def __init__(self, selector: LynxSelector) -> None:
+        self.selector = selector
+        self.seen: dict[float, set[bytes]] = {}
+
+    def at_threshold(self, threshold: float) -> "SeeingPolicy":
+        return SeeingPolicy(self.selector.at_threshold(threshold), self.seen.setdefault(threshold, set()))
+
+
+class SeeingPolicy:
+    name, setting = "seeing", ""
+
+    def __init__(self, inner: ThresholdPolicy, seen: set[bytes]) -> None:
+        self.inner, self.seen = inner, seen
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        self.inner.bind(layers)
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        if layer.index == 0:
+            self.seen.add(groups.hidden.numpy().tobytes())
+        return self.inner.decide(layer, groups)
+
+    def surrogate_bytes(self, layer: MoeLayer) -> int:
+        return self.inner.surrogate_bytes(layer)
+
+
+def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> None:
+    model, layers, selector, groups = ready(2, 12)
+    seeing: Any = Seeing(selector)
+    options = CalibrateOptions("unused", budgets=[0.02, 0.1], prompt=PROMPT, length=LENGTH)
+    certify(model, layers, seeing, groups, options)
+    chosen, tested = (
+        [seen for seen in seeing.seen.values() if len(seen) == count] for count in (PILOT_GROUPS, 12 - PILOT_GROUPS)
+    )
+    assert len(chosen) + len(tested) == len(seeing.seen)
+    assert chosen
+    assert len(tested) > len(FRACTIONS)
+    assert all(pilot.isdisjoint(test) for pilot in chosen for test in tested)
+    assert all(test == tested[0] for test in tested)
+
+
+def test_no_sequence_is_in_two_groups(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the model in a whole run: each sequence in one group alone."""
+    from lynx_learn import corpus
+
+    made: list[Sequence[Group]] = []
+    make = corpus.decode_groups
+    monkeypatch.setattr(corpus, "decode_groups", lambda *args, **named: made.append(make(*args, **named)) or made[-1])
+    calibrate(choices(selector, batch_sizes=[2, 4], groups=12))
+    assert [(len(groups), groups[0][0].shape) for groups in made] == [(12, (2, LENGTH)), (12, (4, LENGTH))]
+    for groups in made:
+        rows = [tuple(row) for tokens, _ in groups for row in tokens.tolist()]
+        assert len(set(rows)) == len(rows)
+
+
+# The whole command.
+
+
+def test_thresholds_keep_within_the_budget_and_grow_with_it(selector: Path) -> None:
+    found = calibrate(choices(selector, batch_sizes=[2, 4], budgets=[0.1, 0.01, 0.03]))
+    table = found.config.thresholds["kl"]
+    assert list(table) == ["0.01", "0.03", "0.1"]
+    for size in ("2", "4"):
+        thresholds = [row[size] for row in table.values()]
+        assert thresholds == sorted(set(thresholds))
+        assert thresholds[0] > 0
+    for budget, row in cells(found).items():
+        for size, cell in row.items():
+            assert cell["threshold"] == table[budget][size]
+            assert 0 < cell["mean"] < cell["upper"] <= float(budget)
+            assert cell["groups"] == 16 - PILOT_GROUPS >= FEWEST_GROUPS
+            assert 1 <= cell["experts"] < cell["experts_before"] <= 2 * int(size)
+    assert SelectorConfig.read(selector / "config.json") == found.config
+    assert LynxSelector.from_pretrained(selector).policy(0.03).skips
+
+
+def test_calibrating_changes_nothing_but_thresholds_and_words(selector: Path) -> None:
+    """Not the weights either, when the model runs in lower precision than it was trained in."""
+    before = contents(selector)
+    calibrate(choices(selector, dtype="bfloat16"))
+    after = contents(selector)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"config.json", "README.md"}
+    assert after.keys() - before.keys() == {"run-calibrate-kl.yaml"}
+    old, new = (json.loads(files["config.json"]) for files in (before, after))
+    assert {key for key in old if old[key] != new[key]} == {"thresholds", "calibration"}
+
+
+def test_equal_seeds_find_equal_thresholds(selector: Path) -> None:
+    first = calibrate(choices(selector)).config
+    assert calibrate(choices(selector)).config == first
+    assert calibrate(choices(selector, seed=2)).config.thresholds != first.thresholds
+
+
+@pytest.mark.parametrize("metric", ["nll", "agreement"])
+def test_other_metrics_stand_beside_kl(metric: str, selector: Path) -> None:
+    first = calibrate(choices(selector)).config
+    second = calibrate(choices(selector, metric=metric, budgets=[0.2])).config
+    assert second.thresholds["kl"] == first.thresholds["kl"]
+    assert second.calibration["kl"] == first.calibration["kl"]
+    assert second.thresholds[metric]["0.2"]["2"] > 0
+    loaded = LynxSelector.from_pretrained(selector)
+    assert loaded.policy(0.2, metric).thresholds[-1] == pytest.approx(second.thresholds[metric]["0.2"]["2"])
+    card = (selector / "README.md").read_text()
+    assert "Metric `kl`" in card
+    assert f"Metric `{metric}`" in card
+
+
+def test_calibrating_again_replaces(selector: Path) -> None:
+    calibrate(choices(selector))
+    found = calibrate(choices(selector, budgets=[0.05], batch_sizes=[4])).config
+    assert list(found.thresholds["kl"]) == ["0.05"]
+    assert list(found.thresholds["kl"]["0.05"]) == ["4"]
+    assert list(found.calibration["kl"]["cells"]) == ["0.05"]
+    with pytest.raises(OptionError, match="not calibrated for a budget"):
+        LynxSelector.from_pretrained(selector).policy(0.1)
+
+
+def test_a_budget_that_no_threshold_keeps_skips_nothing(selector: Path) -> None:
+    """Such as a small one with a selector whose predictions are useless."""
+    found = calibrate(choices(blind(selector), budgets=[1e-6]))
+    assert found.config.thresholds["kl"] == {"1e-06": {"2": 0.0}}
+    assert not found.policy(1e-6).skips
+    rows = [line for line in (selector / "README.md").read_text().splitlines() if line.startswith("| 1e-06 |")]
+    assert len(rows) == 1
+    assert "nothing is skipped" in rows[0]
+    assert "100%" in rows[0]
+
+
+def test_the_figures_of_training_stay(selector: Path) -> None:
+    before = read_metrics(selector)
+    calibrate(choices(selector))
+    assert read_metrics(selector) == before != {}
+    assert "## Training" in (selector / "README.md").read_text()
+
+
+# Stopped, and refused.
+
+
+def test_stopping_half_way_leaves_the_selector_as_it_was(selector: Path) -> None:
+    """The text is enough for the first batch size but not for the second."""
+    before = contents(selector)
+    with pytest.raises(CorpusError, match="sequences") as error:
+        calibrate(choices(selector, batch_sizes=[2, 64]))
+    one_line(error)
+    assert contents(selector) == before
+
+
+def test_an_interruption_leaves_the_selector_as_it_was(selector: Path) -> None:
+    """Ctrl-C in the middle of a forward pass of the second batch size."""
+    before = contents(selector)
+    with interrupting_forward(rows=4), pytest.raises(KeyboardInterrupt):
+        calibrate(choices(selector, batch_sizes=[2, 4]))
+    assert contents(selector) == before
+    assert [p.name for p in selector.parent.iterdir()] == ["selector"]
+
+
+def interrupting_forward(rows: int) -> Any:
+    """While open, every model that is given so many sequences is interrupted."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def stop(module: torch.nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], torch.Tensor) and args[0].shape[:1] == (rows,):
+            raise KeyboardInterrupt
+
+    return register_module_forward_pre_hook(stop)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"budgets": []},
+        {"budgets": [0.1, 0.0]},
+        {"budgets": [-1.0]},
+        {"budgets": [math.inf]},
+        {"batch_sizes": []},
+        {"batch_sizes": [0]},
+        {"confidence": 1.0},
+        {"confidence": 0.5},
+        {"prompt": 0},
+        {"prompt": LENGTH - 1},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_used(change: dict[str, Any], selector: Path) -> None:
+    with pytest.raises(OptionError) as error:
+        choices(selector, **change)
+    assert f"--{next(iter(change))} " in one_line(error)
+
+
+def test_another_revision_of_the_model_is_refused(selector: Path, tmp_path: Path) -> None:
+    before = contents(selector)
+    model = other_revision(tiny_flow().model, tmp_path / "model")
+    with pytest.raises(SelectorError, match="was trained for") as error:
+        calibrate(choices(selector, model=str(model)))
+    one_line(error)
+    assert contents(selector) == before
+
+
+@pytest.mark.slow
+def test_a_budget_holds_on_other_text_of_the_reference_model(tmp_path: Path) -> None:
+    """Measured on the test split, the loss is near what was certified on the calibration split."""
+    shutil.copytree(reference_flow().selector, tmp_path / "selector")
+    found = calibrate(
+        CalibrateOptions(str(tmp_path / "selector"), budgets=[0.03], batch_sizes=[8], groups=12, length=64, prompt=16)
+    )
+    loaded = load_model(REFERENCE, "cpu")
+    groups = decode_groups("python-stdlib", loaded.tokenizer, "test", 8, 64, 6, seed=1)
+    result = compare(loaded.model, find_moe_layers(loaded.model), groups, [found.policy(0.03)], 16)[0]
+    assert 0.03 / 4 < result.mean("kl") < 0.03 * 1.25
+    stats = result.mean_stats()
+    assert stats["experts"] < 0.8 * stats["experts_before"]

@@ -1,0 +1,463 @@
+"""Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written.
+
+The saved tiny model, its text, traces and selectors that the tests of calibrate, evaluate and the command line share
+stand here too; each is made once in a session.
+"""
+
+import atexit
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import build, random_selector, randomise, tiny_model, words
+from torch import Tensor
+from torch.nn import functional
+
+from lynx_learn.collect import CollectOptions, collect, record
+from lynx_learn.corpus import decode_groups
+from lynx_learn.errors import LynxError, OptionError, SelectorError, TraceError
+from lynx_learn.families import MoeLayer, find_moe_layers
+from lynx_learn.fit import TrainOptions, _shard_costs, train
+from lynx_learn.models import REFERENCE, load_model
+from lynx_learn.policies import Decision, Groups
+from lynx_learn.runtime import skip_experts
+from lynx_learn.selector import LayerSelector, LynxSelector, read_metrics
+from lynx_learn.sensitivity import measure_sensitivities
+from lynx_learn.simulate import compare
+from lynx_learn.surrogates import Surrogates
+from lynx_learn.traces import Trace
+from lynx_learn.training import quality
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+LENGTH, LAYERS, EXPERTS, HIDDEN, RANK = 32, 2, 8, 32, 4
+# What a selector directory holds after training, logs aside.
+FILES = {"config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"}
+SENTENCE = (
+    "the router sends each token to two experts and a batch of requests touches most of them so every expert must be "
+    "read from memory while decode waits for bytes not for sums thus we leave out those whose loss is small"
+)
+VOCABULARY = SENTENCE.split()
+
+
+# What the tests of several modules start from.
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer that knows the words above."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<end>", "<unk>", *dict.fromkeys(VOCABULARY)]
+    core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def save_model(folder: Path, **changes: Any) -> Path:
+    """A tiny qwen3_moe of random weights with its tokenizer."""
+    shape: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 48, "head_dim": 16}
+    build("Qwen3Moe", norm_topk_prob=True, **{**shape, **changes}).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_texts(folder: Path, documents: int = 400) -> Path:
+    """Two files of random sentences."""
+    folder.mkdir(parents=True)
+    for seed, name in enumerate(("even", "odd")):
+        choose = random.Random(seed)
+        texts = (" ".join(choose.choices(VOCABULARY, k=choose.randint(10, 80))) for _ in range(documents))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Rewrite the weights of a saved model."""
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: change(k, v).contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def other_revision(model: Path, folder: Path) -> Path:
+    """The same model after a step of further training, which changed a router a little."""
+    shutil.copytree(model, folder)
+    change_weights(folder, lambda name, value: value * 1.02 if name.endswith("layers.1.mlp.gate.weight") else value)
+    return folder
+
+
+class Flow(NamedTuple):
+    """Folders; nobody may write to them."""
+
+    model: Path
+    texts: Path
+    trace: Path
+    selector: Path
+
+
+def scratch() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lynx-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def tiny_flow() -> Flow:
+    """Tiny model, text, a trace of 4096 tokens, and a selector without thresholds."""
+    folder = scratch()
+    flow = Flow(save_model(folder / "model"), save_texts(folder / "texts"), folder / "trace", folder / "selector")
+    collect(CollectOptions(str(flow.model), str(flow.trace), str(flow.texts), tokens=128 * LENGTH, length=LENGTH))
+    train(choices(flow, flow.selector))
+    return flow
+
+
+@cache
+def reference_flow() -> Flow:
+    """The same of the model in the package, on the text every Python carries."""
+    folder = scratch()
+    flow = Flow(Path(REFERENCE), Path("python-stdlib"), folder / "trace", folder / "selector")
+    collect(CollectOptions(REFERENCE, str(flow.trace), tokens=4096, length=64))
+    train(TrainOptions(str(flow.trace), str(flow.selector), reference=False, sensitivity_groups=1))
+    return flow
+
+
+def choices(flow: Flow, out: Path, **changes: Any) -> TrainOptions:
+    options = TrainOptions(str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, sensitivity_groups=2)
+    return replace(options, **changes)
+
+
+def one_line(error: pytest.ExceptionInfo[LynxError]) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def layer_figures(folder: Path) -> list[dict[str, Any]]:
+    metrics: dict[str, Any] = read_metrics(folder)  # type: ignore[assignment]
+    return metrics["train"]["layers"]
+
+
+def held_out_shards(trace: Trace, layer: int) -> list[dict[str, Tensor]]:
+    """The layer's tensors of every tenth sequence."""
+    rows = (trace.index()["sequence"] % 10 == 9).split([len(s["weights"]) for s in trace.layer_shards(layer)])
+    return [{k: v[own] for k, v in shard.items()} for own, shard in zip(rows, trace.layer_shards(layer), strict=True)]
+
+
+# Costs.
+
+
+def qwen_expert(experts: Any, e: int, x: Tensor) -> Tensor:
+    gate, up = (experts.gate_up_proj[e] @ x).chunk(2)
+    return experts.down_proj[e] @ (functional.silu(gate) * up)
+
+
+def gpt_oss_expert(experts: Any, e: int, x: Tensor) -> Tensor:
+    """Interleaved gate and up, both clamped, with biases and transposed weights."""
+    both = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    gate, up = both[::2].clamp(max=7.0), both[1::2].clamp(-7.0, 7.0)
+    return ((up + 1) * gate * (1.702 * gate).sigmoid()) @ experts.down_proj[e] + experts.down_proj_bias[e]
+
+
+@torch.no_grad()
+def loop_costs(
+    layer: MoeLayer, surrogates: Surrogates, shard: dict[str, Tensor], expert: Callable[[Any, int, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    costs, squares = torch.zeros_like(shard["weights"]), torch.zeros_like(shard["weights"])
+    for t, x in enumerate(shard["hidden"]):
+        for k, e in enumerate(shard["indices"][t].tolist()):
+            y = expert(layer.experts, e, x)
+            answer = surrogates.up[e].T @ (surrogates.down[e] @ x) + surrogates.constant[e]
+            weight = float(shard["weights"][t, k])
+            costs[t, k] = (weight * (y - answer)).square().sum()
+            squares[t, k] = (weight * y).square().sum()
+    return costs, squares
+
+
+@pytest.mark.parametrize(("family", "expert"), [("qwen3_moe", qwen_expert), ("gpt_oss", gpt_oss_expert)])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_costs_are_those_of_a_loop(family: str, expert: Callable[[Any, int, Tensor], Tensor], rank: int) -> None:
+    model = tiny_model(family)
+    layers = find_moe_layers(model)
+    shard = record(model, layers, words(3, 10))[1]
+    shard["indices"] = shard["indices"].long()
+    selector = random_selector(model, rank=rank)
+    surrogates: Surrogates = selector.layers[1].surrogates  # type: ignore[assignment]
+    if not rank:
+        surrogates.constant.zero_()
+    costs, squares = _shard_costs(layers[1], surrogates, shard)
+    wanted, energy = loop_costs(layers[1], surrogates, shard, expert)
+    torch.testing.assert_close(costs, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(squares, energy, rtol=1e-4, atol=1e-6)
+    assert (costs.allclose(squares)) == (rank == 0)
+
+
+def test_surrogates_lower_the_cost_on_held_out_sequences() -> None:
+    """The share of the energy that they leave, as reported and by a loop."""
+    flow = tiny_flow()
+    trace, layers = Trace.open(flow.trace), find_moe_layers(load_model(str(flow.model), "cpu").model)
+    selector = LynxSelector.from_pretrained(flow.selector)
+    for layer, figures in zip(layers, layer_figures(flow.selector), strict=True):
+        surrogates: Surrogates = selector.layers[layer.index].surrogates  # type: ignore[assignment]
+        found = [loop_costs(layer, surrogates, s, qwen_expert) for s in held_out_shards(trace, layer.index)]
+        left, energy = (float(sum(part.sum() for part in parts)) for parts in zip(*found, strict=True))
+        assert figures["unexplained"] == pytest.approx(left / energy, rel=1e-3)
+        assert left < 0.9 * energy
+
+
+def test_rank_0_has_no_surrogates_and_still_skips(tmp_path: Path) -> None:
+    flow = tiny_flow()
+    selector = train(choices(flow, tmp_path / "s", rank=0))
+    assert [row["unexplained"] for row in layer_figures(tmp_path / "s")] == pytest.approx([1.0] * LAYERS, rel=1e-6)
+    assert all(not layer.surrogates.constant.any() for layer in selector.layers)  # type: ignore[union-attr]
+    model = load_model(str(flow.model), "cpu").model
+    again = LynxSelector.from_pretrained(tmp_path / "s")
+    with skip_experts(model, again.at_threshold(1e9)) as skipping:
+        model.generate(words(4, 6) % 40, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
+    assert skipping.stats.experts_after == [1.0] * LAYERS
+    assert skipping.stats.answered_share == 0.0
+
+
+# Figures and scorers.
+
+
+def test_quality_is_that_of_other_libraries() -> None:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import mean_gamma_deviance
+
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand(300, 2, generator=generator) ** 3 + 1e-3
+    given = true * torch.rand(300, 2, generator=generator) + 0.01
+    found = quality(given, true)
+    y, p = (v.flatten().double().numpy() for v in (true, given))
+    assert found["deviance"] == pytest.approx(mean_gamma_deviance(y / y.mean(), p / p.mean()), rel=1e-4)
+    assert found["correlation"] == pytest.approx(pearsonr(y, p).statistic, rel=1e-4)
+    assert found["rank_correlation"] == pytest.approx(spearmanr(y, p).statistic, rel=1e-3)
+    assert quality(7 * true, true)["deviance"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "linear", "formula"])
+def test_the_saved_selector_predicts_as_reported(scorer: str, tmp_path: Path) -> None:
+    """The way a decode step takes, on held-out tokens, gives the figures in metrics.json."""
+    flow = tiny_flow()
+    train(choices(flow, tmp_path / "s", scorer=scorer))
+    selector, trace = LynxSelector.from_pretrained(tmp_path / "s"), Trace.open(flow.trace)
+    layers = find_moe_layers(load_model(str(flow.model), "cpu").model)
+    for layer, figures in zip(layers, layer_figures(tmp_path / "s"), strict=True):
+        own: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
+        shards = held_out_shards(trace, layer.index)
+        true = torch.cat([loop_costs(layer, own.surrogates, shard, qwen_expert)[0] for shard in shards])
+        hidden, logits, indices, weights = (
+            torch.cat([shard[key] for shard in shards]).unsqueeze(0)
+            for key in ("hidden", "logits", "indices", "weights")
+        )
+        groups = Groups(hidden, logits, indices, weights, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        assert quality(own.costs(groups)[0], true) == pytest.approx(figures[scorer], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_learned_scorer_predicts_better_than_the_formula_on_the_reference_model() -> None:
+    figures = layer_figures(reference_flow().selector)
+    formula, learned = (sum(row[kind]["deviance"] for row in figures) for kind in ("formula", "mlp"))
+    assert learned < 0.95 * formula
+    assert all(row["unexplained"] < 0.9 for row in figures)
+
+
+def test_gradient_boosting_is_fitted_for_comparison(tmp_path: Path) -> None:
+    train(choices(tiny_flow(), tmp_path / "s", reference=True))
+    for row in layer_figures(tmp_path / "s"):
+        assert 0 < row["gradient_boosting"]["deviance"] < 2 * row["formula"]["deviance"]
+
+
+def test_equal_seeds_write_equal_bytes(tmp_path: Path) -> None:
+    flow = tiny_flow()
+    for name, seed in (("again", 0), ("other", 1)):
+        train(choices(flow, tmp_path / name, seed=seed))
+    for file in ("selector.safetensors", "metrics.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (flow.selector / file).read_bytes()
+        assert (tmp_path / "other" / file).read_bytes() != (flow.selector / file).read_bytes()
+
+
+def test_a_selector_directory_says_how_it_was_made(tmp_path: Path) -> None:
+    import yaml
+
+    flow = tiny_flow()
+    options = choices(flow, tmp_path / "s", keep_top1=True)
+    (tmp_path / "s").mkdir()  # an empty folder is as good as none
+    selector = train(options)
+    found = contents(tmp_path / "s")
+    assert {name for name in found if not name.startswith("logs/")} == FILES
+    assert len([name for name in found if name.startswith("logs/layer-")]) >= LAYERS
+    run = yaml.safe_load(found["run.yaml"])
+    assert run["train"] == asdict(options)
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    config, trace = selector.config, Trace.open(flow.trace).options
+    assert (config.base_model, config.router_fingerprint) == (str(flow.model), trace.router_fingerprint)
+    assert (config.rank, config.keep_top1, config.thresholds) == (RANK, True, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+# Sensitivities: predicted cost in nats.
+
+
+class Predicted:
+    """Another policy's decisions, with the predicted cost of what they leave out summed up."""
+
+    name, setting = "predicted", ""
+
+    def __init__(self, selector: LynxSelector, threshold: float) -> None:
+        self.selector, self.inner = selector, selector.at_threshold(threshold)
+        self.cost, self.decided = 0.0, 0
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        self.inner.bind(layers)
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        decision = self.inner.decide(layer, groups)
+        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
+        self.cost += float(own.costs(groups)[decision.weights == 0].sum())
+        self.decided += groups.active.numel()
+        return decision
+
+    def surrogate_bytes(self, layer: MoeLayer) -> int:
+        return self.inner.surrogate_bytes(layer)
+
+
+@pytest.mark.slow
+def test_predicted_costs_are_nats_of_kl_on_the_reference_model() -> None:
+    """All layers skipping at once lose about what was predicted, which was measured one layer at a time."""
+    selector = LynxSelector.from_pretrained(reference_flow().selector)
+    loaded = load_model(REFERENCE, "cpu")
+    layers = find_moe_layers(loaded.model)
+    groups = decode_groups("python-stdlib", loaded.tokenizer, "test", 8, 64, 2, seed=1)
+    policy = Predicted(selector, threshold=0.01)
+    result = compare(loaded.model, layers, groups, [policy], prompt=16)[0]
+    stats = result.mean_stats()
+    assert 1.5 < stats["experts"] < 0.8 * stats["experts_before"]  # neither nothing nor everything
+    predicted = policy.cost / (policy.decided / len(layers))
+    assert predicted / 3 < result.mean("kl") < 3 * predicted
+
+
+def test_sensitivities_are_positive_and_undo_the_scale_of_the_scorer() -> None:
+    """A scorer that says four times as much is given a quarter of the sensitivity, so the nats stay."""
+    model = tiny_model("qwen3_moe")
+    layers, groups = find_moe_layers(model), [(words(4, 24, seed), ["a"] * 4) for seed in range(2)]
+    selector = random_selector(model)
+    randomise(selector, 1)
+    plain = measure_sensitivities(model, layers, selector, groups, prompt=4)
+    assert all(math.isfinite(value) and value > 0 for value in plain)
+    assert [float(layer.sensitivity) for layer in selector.layers] == pytest.approx(plain)  # type: ignore[arg-type]
+    for layer in selector.layers:
+        layer.scorer.log_residual += math.log(4)  # type: ignore[union-attr,operator]
+    louder = measure_sensitivities(model, layers, selector, groups, prompt=4)
+    assert [4 * value for value in louder] == pytest.approx(plain, rel=1e-3)
+
+
+# What is refused, and what is left then.
+
+
+def collected(flow: Flow, out: Path, sequences: int) -> Flow:
+    collect(CollectOptions(str(flow.model), str(out), str(flow.texts), tokens=sequences * LENGTH, length=LENGTH))
+    return flow._replace(trace=out)
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    flow = tiny_flow()
+    model = other_revision(flow.model, tmp_path / "model")
+    with pytest.raises(TraceError, match="not from this model") as error:
+        train(choices(flow, tmp_path / "s", model=str(model)))
+    assert str(flow.trace) in one_line(error)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    flow = tiny_flow()
+    before = contents(flow.selector)
+    with pytest.raises(SelectorError, match="not empty") as error:
+        train(choices(flow, flow.selector))
+    assert str(flow.selector) in one_line(error)
+    assert contents(flow.selector) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank": -1}, {"rank": HIDDEN + 1}, {"epochs": 0}, {"batch": 0}, {"sensitivity_groups": 0}, {"rate": -1.0}],
+    ids=str,
+)
+def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as error:
+        train(choices(tiny_flow(), tmp_path / "s", **change))
+    ((name, value),) = change.items()
+    assert f"--{name} {value:g} " in one_line(error)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("sequences", [1, 9])
+def test_too_few_sequences_are_refused(sequences: int, tmp_path: Path) -> None:
+    flow = collected(tiny_flow(), tmp_path / "t", sequences)
+    with pytest.raises(TraceError, match="too few sequences") as error:
+        train(choices(flow, tmp_path / "s"))
+    assert f"--tokens {10 * LENGTH}" in one_line(error)
+    assert not (tmp_path / "s").exists()
+
+
+def test_ten_sequences_are_enough(tmp_path: Path) -> None:
+    train(choices(collected(tiny_flow(), tmp_path / "t", 10), tmp_path / "s"))
+    assert contents(tmp_path / "s").keys() >= FILES
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_an_expert_that_overflows_leaves_nothing_behind(rank: int, tmp_path: Path) -> None:
+    """The last layer's, when the first is fitted already; its router and so the fingerprint are the same."""
+    flow, broken = tiny_flow(), tmp_path / "model"
+    shutil.copytree(flow.model, broken)
+    change_weights(broken, lambda name, value: value * 1e25 if "layers.1.mlp.experts" in name else value)
+    with pytest.raises(TraceError, match=r"layers\.1\.mlp.* not finite") as error:
+        train(choices(flow, tmp_path / "s", model=str(broken), rank=rank))
+    assert "--dtype float32" in one_line(error)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
+    """The peak after 4 times as many tokens; thinning to 1,000 stands for what 100,000 do to a real trace."""
+    flow = tiny_flow()
+    model = save_model(tmp_path / "model", hidden_size=256, num_hidden_layers=4, num_experts=4, moe_intermediate_size=8)
+    program = (
+        "import json, resource, sys\nfrom lynx_learn import fit\nfrom lynx_learn.collect import *\n"
+        "fit.MOST_TOKENS = 1_000\nmodel, texts, out = sys.argv[1:]\n"
+        "for tokens in (2_048, 8_192):\n"
+        "    trace = f'{out}/t{tokens}'\n"
+        "    collect(CollectOptions(model, trace, texts, split='all', tokens=tokens, length=32))\n"
+        "    options = fit.TrainOptions(trace, f'{out}/s{tokens}', rank=1, epochs=1, reference=False, sensitivity_groups=1)\n"
+        "    fit.train(options)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    command = [sys.executable, "-c", program, str(model), str(flow.texts), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after = (int(line) for line in done.stdout.splitlines() if line.isdigit())
+    larger, smaller = (sum(map(len, contents(tmp_path / f"t{tokens}").values())) for tokens in (8_192, 2_048))
+    assert larger - smaller > 20e6
+    assert after - before < (larger - smaller) / 4
