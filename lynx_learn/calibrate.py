@@ -3,8 +3,8 @@
 Learn then Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: thresholds are chosen on pilot
 groups, then tested in increasing order on other groups, and the last one before the first failure is taken. The test of
 one threshold is a one-sided upper confidence bound of the mean loss over groups by Student's t with Hall's correction
-for skewness (Hall 1983, Annals of Statistics 11, 569–576); the unit is a group of sequences decoded together, since the
-tokens of a group share their fate. The bound is asymptotic in the number of groups and holds for text like the
+for skewness (Hall 1983, Annals of Statistics 11, 569–576); the unit is a group of sequences decoded together, since
+the tokens of a group share their fate. The bound is asymptotic in the number of groups and holds for text like the
 calibration text.
 """
 

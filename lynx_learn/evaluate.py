@@ -17,7 +17,7 @@ from .card import run_record, write_card
 from .errors import OptionError
 from .families import MoeLayer, find_moe_layers
 from .models import load_model
-from .policies import Policy
+from .policies import Decision, Groups, Policy
 from .progress import track
 from .selector import LynxSelector, read_metrics
 from .simulate import METRICS, Comparison, compare
@@ -99,11 +99,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             loaded.model,
             layers,
             groups,
-            policies(options, selector, layers, size),
+            [Untouched(), *policies(options, selector, layers, size)],
             options.prompt,
             lambda steps, t=title: track(steps, t, options.groups, unit="groups"),  # type: ignore[misc]
         )
-        points += [untouched(results[0], size), *(point(result, size) for result in results)]
+        plain = untouched(results[0], size)
+        points += [plain, *(point(result, size, plain["experts"]) for result in results[1:])]
     report = {
         "environment": environment(),
         "options": asdict(options),
@@ -159,9 +160,10 @@ def margin(values: torch.Tensor) -> float:
     return float(t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
 
 
-def point(result: Comparison, size: int) -> dict[str, Any]:
-    """One row of the report."""
+def point(result: Comparison, size: int, untouched_experts: float) -> dict[str, Any]:
+    """One row of the report; bytes are relative to what the untouched model loads on the same text."""
     by_source = {metric: result.by_source(metric) for metric in METRICS}
+    stats = result.mean_stats()
     worst = max(by_source["kl"], key=by_source["kl"].__getitem__)
     return {
         "method": result.name,
@@ -169,7 +171,8 @@ def point(result: Comparison, size: int) -> dict[str, Any]:
         "batch_size": size,
         "groups": len(result.stats),
         "tokens": result.tokens,
-        **result.mean_stats(),
+        **stats,
+        "bytes": stats["bytes"] * stats["experts_before"] / untouched_experts,
         **{metric: result.mean(metric) for metric in METRICS},
         **{f"{metric}_margin": margin(result.group_means(metric)) for metric in METRICS},
         "by_source": by_source,
@@ -177,11 +180,32 @@ def point(result: Comparison, size: int) -> dict[str, Any]:
     }
 
 
-def untouched(like: Comparison, size: int) -> dict[str, Any]:
-    """The row of the untouched model: it loses nothing, by definition, and loads what every other row started from."""
-    before = like.mean_stats()["experts_before"]
+class Untouched:
+    """Leaves every assignment as routed. Other policies change what later layers route, so it counts by itself."""
+
+    name, setting = "untouched", ""
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        pass
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        return Decision(groups.indices, groups.weights)
+
+    def surrogate_bytes(self, layer: MoeLayer) -> int:
+        return 0
+
+
+def untouched(result: Comparison, size: int) -> dict[str, Any]:
+    """The row of the untouched model, which loses nothing by definition."""
+    before = result.mean_stats()["experts_before"]
     zeros = {key: 0.0 for metric in METRICS for key in (metric, f"{metric}_margin")}
-    row = {"method": "untouched", "setting": "", "batch_size": size, "groups": len(like.stats), "tokens": like.tokens}
+    row = {
+        "method": "untouched",
+        "setting": "",
+        "batch_size": size,
+        "groups": len(result.stats),
+        "tokens": result.tokens,
+    }
     return {**row, "experts_before": before, "experts": before, "bytes": 1.0, "answered": 0.0, **zeros}
 
 

@@ -48,7 +48,7 @@ def test_first_command_ends_with_the_table(tmp_path: Path) -> None:
 def test_commands_for_an_own_model(tmp_path: Path) -> None:
     block = next(block for block in blocks("bash") if "lynx-learn collect" in block)
     out = run(["bash", "-euo", "pipefail", "-c", block], tmp_path)
-    assert "At equal loss" in out
+    assert "at equal loss" in out
     assert (tmp_path / "my" / "report" / "report.json").exists()
 
 

@@ -255,10 +255,12 @@ def test_output_is_kept_experts_plus_surrogates(name: str, rank: int, rows: int)
 
 
 def policies(model: PreTrainedModel) -> dict[str, Policy]:
-    return {"learned": random_selector(model).at_threshold(SOME), "xshare": XShare(4)}
+    selector = random_selector(model)
+    skips_nothing = ThresholdPolicy(selector, {LENGTH: SOME}, "for larger batches")
+    return {"learned": selector.at_threshold(SOME), "skips nothing": skips_nothing, "xshare": XShare(4)}
 
 
-@pytest.mark.parametrize("kind", ["learned", "xshare"])
+@pytest.mark.parametrize("kind", ["learned", "skips nothing", "xshare"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_ended_row_neither_votes_nor_loads(name: str, kind: str) -> None:
     model = tiny_model(name)

@@ -85,12 +85,11 @@ def test_keep_top1_keeps_each_first_expert() -> None:
 
 def test_a_cost_that_is_no_number_keeps_its_expert() -> None:
     costs = COSTS.clone()
-    costs[0, 2, 1] = math.nan
+    costs[0, 0, 1] = costs[0, 2, 1] = math.nan  # experts 1 and 2; only 3 costs less than 2
     decision = hand_decision(2.0, costs=costs)
-    assert {0, 2} >= set(decision.indices.unique().tolist())
-    assert decision.weights[0, :, 1].tolist() == pytest.approx([0.0, 0.375, 0.4])
-    assert decision.weights[0, 0, 0] == 0.75
-    assert decision.weights[0, 2, 0] == 0.0
+    torch.testing.assert_close(decision.weights, torch.tensor([[[0.75, 0.25], [0.625, 0.375], [0.0, 0.4]]]))
+    assert decision.indices[decision.weights > 0].tolist() == [0, 1, 1, 2, 2]
+    assert decision.indices[0, 2, 0] in (1, 2)
 
 
 @pytest.mark.parametrize(("batches", "tokens"), [(1, 6), (1, 12), (3, 6)], ids=["gathered", "all read", "side by side"])

@@ -1,0 +1,544 @@
+"""The command line: options in all spellings; on bad input one line, no traceback, and nothing half-written."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save
+from test_calibrate import blind
+from test_evaluate import calibrated
+from test_fit import LENGTH, VOCABULARY, contents, other_revision, save_model, save_tokenizer, tiny_flow
+
+from lynx_learn import __version__
+from lynx_learn.calibrate import CalibrateOptions
+from lynx_learn.cli import COMMANDS, main, parse
+from lynx_learn.collect import CollectOptions
+from lynx_learn.evaluate import EvaluateOptions
+from lynx_learn.fit import TrainOptions
+from lynx_learn.inspection import InspectOptions
+from lynx_learn.traces import Trace
+
+
+class Done(NamedTuple):
+    """Exit status and what was printed; on stderr, empty lines of progress bars left out."""
+
+    status: int
+    out: str
+    err: list[str]
+
+
+Run = Callable[..., Done]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command as the console script does, in this process."""
+
+    def run(*words: object) -> Done:
+        capsys.readouterr()
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as end:  # argparse's way out of --help and --print_config
+            status = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return Done(status, out, [line for line in err.splitlines() if line.strip()])
+
+    return run
+
+
+@pytest.fixture
+def refused(run: Run) -> Refused:
+    """Run a command that must fail with one line, which is returned."""
+
+    def refused(*words: object) -> str:
+        done = run(*words)
+        assert done.status == 2
+        assert len(done.err) == 1, done.err
+        assert done.err[0].startswith("lynx-learn: ")
+        assert "Traceback" not in done.err[0]
+        return done.err[0]
+
+    return refused
+
+
+def collect_words(out: Path, **changes: object) -> list[object]:
+    flow = tiny_flow()
+    options = {"model": flow.model, "out": out, "corpus": flow.texts, "tokens": 640, "length": LENGTH, **changes}
+    return ["collect", *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def train_words(out: Path, **changes: object) -> list[object]:
+    options = {"trace": tiny_flow().trace, "out": out, "rank": 4, "epochs": 1, "reference": "false", **changes}
+    return ["train", *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def measuring_words(command: str, selector: Path, *more: object) -> list[object]:
+    """Of calibrate and evaluate."""
+    text = ["--corpus", tiny_flow().texts, "--length", LENGTH, "--prompt", 8]
+    return [command, "--selector", selector, *text, "--batch-sizes", 2, "--groups", 12, *more]
+
+
+@pytest.fixture
+def selector(tmp_path: Path) -> Path:
+    """A calibrated selector that a test may change."""
+    shutil.copytree(calibrated(), tmp_path / "selector")
+    return tmp_path / "selector"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A trace that a test may change."""
+    shutil.copytree(tiny_flow().trace, tmp_path / "trace")
+    return tmp_path / "trace"
+
+
+# Help, and options in all their spellings.
+
+
+def test_the_console_script_knows_its_version() -> None:
+    script = Path(sys.executable).with_name("lynx-learn")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_every_command_is_named(words: list[str], run: Run) -> None:
+    done = run(*words)
+    assert done.status == (0 if words else 2)
+    assert all(re.search(rf"^  {name} ", done.out, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command: str, run: Run) -> None:
+    done = run(command, "--help")
+    assert (done.status, done.err) == (0, [])
+    description, _, options = done.out.partition("\noptions:\n")
+    for field in fields(options_of(command)):
+        assert re.search(rf"^ +--{field.name} ", options, re.MULTILINE), field.name
+        assert re.search(rf"\b{field.name}(, \w+)*: \S", " ".join(description.split())), field.name
+
+
+def options_of(command: str) -> type:
+    import importlib
+
+    module, name = COMMANDS[command][:2]
+    found: type = getattr(importlib.import_module(f"lynx_learn.{module}"), name)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_print_config_shows_every_option(command: str, run: Run) -> None:
+    done = run(command, "--print_config")
+    assert (done.status, done.err) == (0, [])
+    assert list(yaml.safe_load(done.out)) == [field.name for field in fields(options_of(command))]
+
+
+def test_a_printed_config_gives_the_same_options(tmp_path: Path, run: Run) -> None:
+    words: dict[str, tuple[type, list[str]]] = {
+        "collect": (CollectOptions, ["--model", "m", "--out", "o", "--tokens", "77", "--mode", "generate"]),
+        "train": (TrainOptions, ["--trace", "t", "--out", "o", "--keep-top1", "true", "--rate", "1e-4"]),
+        "calibrate": (CalibrateOptions, ["--selector", "s", "--budgets", "0.5", "1", "--batch-sizes", "3"]),
+        "evaluate": (EvaluateOptions, ["--selector", "s", "--out", "o", "--methods", "learned", "random"]),
+    }
+    for command, (options, given) in words.items():
+        file = tmp_path / f"{command}.yaml"
+        file.write_text(run(command, *given, "--print_config").out)
+        assert parse(command, options, ["--config", str(file)]) == parse(command, options, given)
+        assert parse(command, options, ["--config", str(file), "--seed", "9"]).seed == 9
+
+
+def test_options_are_spelled_with_dashes_or_underscores() -> None:
+    for word in ("--batch-sizes", "--batch_sizes"):
+        assert parse("calibrate", CalibrateOptions, ["--selector", "s", word, "2", "4"]).batch_sizes == [2, 4]
+    for words in (["--sensitivity-groups", "3"], ["--sensitivity_groups=3"], ["--sensitivity-groups=3"]):
+        assert parse("train", TrainOptions, ["--trace", "t", "--out", "o", *words]).sensitivity_groups == 3
+
+
+@pytest.mark.parametrize(
+    "words", [["--budgets", "0.5", "2"], ["--budgets", "[0.5, 2]"], ["--budgets=[0.5, 2]"], ["--budgets", "5e-1", "2."]]
+)
+def test_lists_are_words_or_json(words: list[str]) -> None:
+    options = parse("calibrate", CalibrateOptions, [*words, "--selector", "s"])
+    assert options.budgets == [0.5, 2.0]
+    assert options.selector == "s"
+
+
+def test_lists_of_words() -> None:
+    words = ["--selector", "s", "--methods", "random", "gate_sum", "--out", "my-out"]
+    options = parse("evaluate", EvaluateOptions, words)
+    assert (options.methods, options.out) == (["random", "gate_sum"], "my-out")
+
+
+def test_inspect_takes_its_model_as_a_word(run: Run) -> None:
+    assert parse("inspect", InspectOptions, ["some/model"]).model == "some/model"
+    assert parse("inspect", InspectOptions, ["--model", "some/model"]).model == "some/model"
+    done = run("inspect", tiny_flow().model)
+    assert (done.status, done.err) == (0, [])
+    assert "qwen3_moe" in done.out
+    assert "model.layers.1.mlp" in done.out
+    assert Trace.open(tiny_flow().trace).options.router_fingerprint[:12] in done.out
+
+
+# The flow.
+
+
+def test_the_flow_from_flags_and_from_a_file(tmp_path: Path, run: Run) -> None:
+    """Collect, train, calibrate and evaluate, each of which says what it did on stdout and nothing on stderr."""
+    (tmp_path / "collect.yaml").write_text(run(*collect_words(tmp_path / "t", tokens=1280), "--print_config").out)
+    done = run("collect", "--config", tmp_path / "collect.yaml")
+    assert (done.status, done.err) == (0, [])
+    assert "1,280 tokens in 3 shards" in done.out
+    selector = tmp_path / "s"
+    done = run(*train_words(selector, trace=tmp_path / "t"))
+    assert (done.status, done.err) == (0, [])
+    assert "model.layers.1.mlp" in done.out
+    assert f"next: lynx-learn calibrate --selector {selector}" in " ".join(done.out.split())
+    done = run(*measuring_words("calibrate", selector, "--budgets", 0.1))
+    assert (done.status, done.err) == (0, [])
+    assert re.search(r"kl 0\.1 +│ +2 │ +0\.\d{4} │ +0\.\d{4} │ +\d\.\d → \d\.\d │ +\d+%", done.out)
+    done = run(*measuring_words("evaluate", selector, "--out", tmp_path / "e", "--methods", "xshare", "learned"))
+    assert (done.status, done.err) == (0, [])
+    assert "learned budget=0.1" in done.out
+    assert "KL 0.1000" in done.out
+    assert (tmp_path / "e" / "report.json").exists()
+
+
+def test_a_budget_that_no_threshold_keeps_is_said(selector: Path, run: Run) -> None:
+    done = run(*measuring_words("calibrate", blind(selector), "--budgets", 1e-9))
+    assert (done.status, done.err) == (0, [])
+    (row,) = (line for line in done.out.splitlines() if "kl 1e-09" in line)
+    assert "skips nothing: no threshold qualified" in row
+    assert "100%" in row
+    assert json.loads((selector / "config.json").read_text())["thresholds"] == {"kl": {"1e-09": {"2": 0.0}}}
+
+
+@pytest.mark.slow
+def test_quickstart_runs_through(tmp_path: Path, run: Run) -> None:
+    """On the tiny model and enough random sentences; the closing table has the untouched row and both budgets."""
+    choose = random.Random(0)
+    lines = (json.dumps({"text": " ".join(choose.choices(VOCABULARY, k=128))}) + "\n" for _ in range(2200))
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    words = ["--model", tiny_flow().model, "--corpus", tmp_path / "texts.jsonl", "--tokens", 4096, "--groups", 2]
+    done = run("quickstart", *words, "--out", out, "--budget", 0.05)
+    assert (done.status, done.err) == (0, [])
+    closing = done.out[done.out.index("Distinct experts") :]
+    assert all(text in closing for text in ("untouched", "learned, budget 0.05", "learned, budget 0.15", "ms ("))
+    assert "## Test" in (out / "selector" / "README.md").read_text()
+    summary = json.loads((out / "quickstart.json").read_text())
+    assert [p["setting"] for p in summary["points"]] == ["", "budget=0.05"]
+    assert summary["decode_step"]["steps"] > 0
+    assert {p.name for p in out.iterdir()} == {"trace", "selector", "report.json", "quickstart.json"}
+
+
+# Bad words.
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["sing"], "unknown command 'sing'"),
+        (["--sing"], "unknown command"),
+        (["collect"], "required: model, out"),
+        (["collect", "--model", "m"], "required: out"),
+        (["collect", "--model"], "--model"),
+        (["collect", "--model", "m", "--out", "o", "--tokens", "many"], '"tokens"'),
+        (["collect", "--model", "m", "--out", "o", "--tokens", "1.5"], '"tokens"'),
+        (["collect", "--model", "m", "--out", "o", "--tokens", "0"], "--tokens 0 "),
+        (["collect", "--model", "m", "--out", "o", "--mode", "sing"], '"mode"'),
+        (["collect", "--model", "m", "--out", "o", "--sing", "loud"], "--sing"),
+        (["collect", "--model", "m", "--out", "o", "loud"], "loud"),
+        (["train", "--trace", "t", "--out", "o", "--rate", "-1"], "--rate -1 "),
+        (["train", "--trace", "t", "--out", "o", "--reference", "perhaps"], '"reference"'),
+        (["train", "--trace", "no-trace", "--out", "o"], "no-trace holds no trace"),
+        (["calibrate", "--selector", "s", "--budgets", "-1"], "--budgets -1 "),
+        (["calibrate", "--selector", "s", "--budgets", "nan"], "budgets"),
+        (["calibrate", "--selector", "s", "--budgets"], "--budgets is empty"),
+        (["calibrate", "--selector", "s", "--batch-sizes"], "--batch_sizes is empty"),
+        (["calibrate", "--selector", "s", "--batch-sizes", "1.5"], '"batch_sizes"'),
+        (["evaluate", "--selector", "s", "--out", "o", "--methods", "magic"], '"methods"'),
+        (["evaluate", "--selector", "s", "--out", "o", "--methods"], "--methods is empty"),
+        (["quickstart", "--budget", "-1", "--out", "o"], "--budget -1 "),
+        (["quickstart", "--groups", "1", "--out", "o"], "--groups 1 "),
+        (["quickstart", "--tokens", "0", "--out", "o"], "--tokens 0 "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_words(
+    words: list[str], reason: str, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert reason in refused(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("tokenz: 3\n", "tokenz"),
+        ("tokens: many\n", '"tokens"'),
+        ("tokens: [1\n", "parsing config"),
+        ("- tokens\n", "config"),
+        (None, "does not exist"),
+    ],
+)
+def test_bad_configs(text: str | None, reason: str, refused: Refused, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert reason in refused("collect", "--model", "m", "--out", tmp_path / "o", "--config", file)
+    assert not (tmp_path / "o").exists()
+
+
+# Bad models and corpora.
+
+
+def save_dense(folder: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **shape)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_unsupported(folder: Path) -> Path:
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    shape = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_key_value_heads": 1, "kv_channels": 8}
+    JetMoeForCausalLM(JetMoeConfig(num_hidden_layers=1, num_local_experts=4, **shape)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(save_dense, "'llama' has no Mixture-of-Experts"), (save_unsupported, "'jetmoe' is not supported")],
+)
+def test_models_that_cannot_be_acted_on(
+    make: Callable[[Path], Path], reason: str, refused: Refused, tmp_path: Path
+) -> None:
+    model = make(tmp_path / "model")
+    assert reason in refused("inspect", model)
+    assert reason in refused(*collect_words(tmp_path / "t", model=model))
+    assert reason in refused("quickstart", "--model", model, "--out", tmp_path / "q")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert "cannot be loaded" in refused("inspect", tmp_path / "model")
+    assert "cannot be loaded" in refused(*collect_words(tmp_path / "t", model=tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "less than one sequence"), ("the router\n", "less than one sequence"), (None, "does not exist")],
+)
+def test_corpora_without_enough_text(
+    text: str | None, reason: str, refused: Refused, selector: Path, tmp_path: Path
+) -> None:
+    corpus, out = tmp_path / "text.txt", tmp_path / "out"
+    if text is not None:
+        corpus.write_text(text)
+    before = contents(tmp_path)
+    assert reason in refused(*collect_words(out, corpus=corpus))
+    for command, more in (("calibrate", []), ("evaluate", ["--out", out])):
+        assert reason in refused(*measuring_words(command, selector, "--corpus", corpus, *more))
+    assert contents(tmp_path) == before
+    assert not out.exists()
+
+
+# Bad selectors and traces.
+
+
+def test_a_selector_of_another_model_or_revision(refused: Refused, selector: Path, tmp_path: Path) -> None:
+    before = contents(selector)
+    other = save_model(tmp_path / "other", num_hidden_layers=1)
+    revision = other_revision(tiny_flow().model, tmp_path / "revision")
+    for model, reason in ((other, "load the model it was trained for"), (revision, "was trained for")):
+        for words in (
+            measuring_words("calibrate", selector),
+            measuring_words("evaluate", selector, "--out", tmp_path / "e"),
+        ):
+            assert reason in refused(*words, "--model", model)
+        assert "not from this model" in refused(*train_words(tmp_path / "s", model=model))
+    assert contents(selector) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"selector", "other", "revision"}
+
+
+def cut_in_half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flip_a_bit(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_bit])
+@pytest.mark.parametrize("name", ["layer-01/00003.safetensors", "index/00000.safetensors"])
+def test_a_damaged_trace(
+    damage: Callable[[bytes], bytes], name: str, refused: Refused, trace: Path, tmp_path: Path
+) -> None:
+    (trace / name).write_bytes(damage((trace / name).read_bytes()))
+    message = refused(*train_words(tmp_path / "s", trace=trace))
+    assert str(trace / name) in message
+    assert "damaged" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["trace"]
+
+
+def test_a_trace_with_values_that_are_not_finite(refused: Refused, trace: Path, tmp_path: Path) -> None:
+    """Whole by its checksums: the model overflowed when it was collected."""
+    file = trace / "layer-01/00003.safetensors"
+    with safe_open(file, "pt") as shard:
+        tensors = {key: shard.get_tensor(key).clone() for key in shard.keys()}  # noqa: SIM118
+    tensors["hidden"][5, 7] = torch.nan
+    file.write_bytes(save(tensors))
+    manifest = json.loads((trace / "manifest.json").read_text())
+    manifest["sha256"]["layer-01/00003.safetensors"] = sha256(file.read_bytes()).hexdigest()
+    (trace / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(*train_words(tmp_path / "s", trace=trace))
+    assert str(file) in message
+    assert "hidden holds values that are not finite" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["trace"]
+
+
+def test_an_unfinished_trace(refused: Refused, trace: Path, tmp_path: Path) -> None:
+    (trace / "manifest.json").unlink()
+    assert "is not complete" in refused(*train_words(tmp_path / "s", trace=trace))
+
+
+@pytest.mark.parametrize("name", ["config.json", "selector.safetensors"])
+def test_a_damaged_selector(name: str, refused: Refused, selector: Path, tmp_path: Path) -> None:
+    (selector / name).write_bytes(cut_in_half((selector / name).read_bytes()))
+    before = contents(selector)
+    assert name in refused(*measuring_words("calibrate", selector))
+    assert name in refused(*measuring_words("evaluate", selector, "--out", tmp_path / "e"))
+    assert contents(selector) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["selector"]
+
+
+def test_folders_that_are_in_use(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (train_words(tmp_path), collect_words(tmp_path), ["quickstart", "--out", tmp_path]):
+        assert "not empty" in refused(*words)
+    for words in (
+        train_words(tmp_path / "notes.txt"),
+        collect_words(tmp_path / "notes.txt"),
+        ["quickstart", "--out", tmp_path / "notes.txt"],
+        measuring_words("evaluate", calibrated(), "--methods", "xshare", "--out", tmp_path / "notes.txt"),
+    ):
+        assert "notes.txt" in refused(*words)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+# A full disk, and Ctrl-C.
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """While open, the system itself refuses to write more into a file, as it does when a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(refused: Refused, selector: Path, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    runs = {
+        "t": collect_words(tmp_path / "t"),
+        "s": train_words(tmp_path / "s"),
+        "selector": measuring_words("calibrate", selector, "--budgets", 0.1),
+        "": measuring_words("evaluate", selector, "--out", tmp_path / "e", "--card", "true"),
+    }
+    for name, words in runs.items():
+        with files_no_larger_than(2500):
+            message = refused(*words)
+        assert "File too large" in message
+        assert str(tmp_path / name) in message or not name
+    assert {n: d for n, d in contents(tmp_path).items() if n != "t/options.json"} == before
+    assert not (tmp_path / "s").exists()
+    main([str(word) for word in runs["t"]])  # with room again, collect goes on
+    assert Trace.open(tmp_path / "t").collected_tokens == 640
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
+    choose = random.Random(0)
+    lines = (json.dumps({"text": " ".join(choose.choices(VOCABULARY, k=200))}) + "\n" for _ in range(6000))
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    out = tmp_path / "t"
+    words = collect_words(out, corpus=tmp_path / "texts.jsonl", tokens=800_000, batch_size=8)
+    command = [sys.executable, "-m", "lynx_learn.cli", *(str(word) for word in words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "index" / "00001.safetensors").exists() or process.poll() is not None)
+    process.send_signal(signal.SIGINT)
+    err = [line for line in process.communicate()[1].splitlines() if line.strip()]
+    assert process.returncode == 130
+    assert len(err) == 1
+    assert err[0].startswith("lynx-learn: interrupted")
+    assert not (out / "manifest.json").exists()
+    assert not [name for name in contents(out) if name.endswith(".part")]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_ctrl_c_while_lightning_trains(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning would leave with a status of its own, without a word, and deaf to further interrupts."""
+    words = train_words(tmp_path / "s", epochs=1_000_000)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    over = threading.Event()
+
+    def interrupt() -> None:
+        wait_for(lambda: over.is_set() or any(scratch.rglob("layer-00")))
+        time.sleep(0.2)
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = run(*words)
+    over.set()
+    thread.join()
+    assert done.status == 130
+    assert len(done.err) == 1
+    assert done.err[0].startswith("lynx-learn: interrupted")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "s").exists()
+    assert list(scratch.iterdir()) == []
+
+
+def test_options_are_dataclasses_that_can_be_written_down() -> None:
+    """What run.yaml holds comes back as the same options."""
+    options = CalibrateOptions("s", budgets=[0.5])
+    assert CalibrateOptions(**yaml.safe_load(yaml.safe_dump(asdict(options)))) == options
