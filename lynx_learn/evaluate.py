@@ -243,7 +243,8 @@ def interpolate(curve: list[tuple[float, float, float]], level: float) -> tuple[
     """Experts and bytes where the curve (loss, experts, bytes) reaches `level`, on the loss's logarithm; None outside."""
     for (l0, e0, b0), (l1, e1, b1) in itertools.pairwise(curve):
         if l0 <= level <= l1:
-            share = 0.0 if l0 == l1 else (math.log(level) - math.log(l0)) / (math.log(l1) - math.log(l0))
+            low, high = math.log(l0), math.log(l1)  # equal for neighbouring floats, too
+            share = 0.0 if low == high else (math.log(level) - low) / (high - low)
             return e0 + share * (e1 - e0), b0 + share * (b1 - b0)
     return None, None
 

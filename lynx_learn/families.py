@@ -253,12 +253,12 @@ def _candidate_rules(router: nn.Module, top_k: int) -> Iterator[ScoringRule]:
 
 
 def router_fingerprint(layers: list[MoeLayer]) -> str:
-    """SHA-256 over all router weights, rounded to bfloat16 so that the dtype a model is loaded in does not matter."""
+    """SHA-256 over all router weights and biases, rounded to bfloat16 so that the dtype a model is loaded in does not matter."""
     digest = hashlib.sha256()
     for layer in layers:
-        weight: Tensor = layer.router.weight  # type: ignore[assignment]
-        digest.update(f"{layer.name}:{tuple(weight.shape)}".encode())
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        for key, tensor in sorted(layer.router.state_dict().items()):
+            digest.update(f"{layer.name}.{key}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -294,6 +294,7 @@ def intercept(
 ) -> Iterator[None]:
     """While open, `on_call` sees each call of the model and `on_layer` each MoE block's routing, and may rewrite it.
 
+    When a call has ended, also by an exception, `on_call` sees an empty one.
     Every hook is removed when the context ends, also by an exception.
     """
     handles: list[Any] = []
@@ -303,7 +304,11 @@ def intercept(
             def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 on_call(args, kwargs)
 
+            def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                on_call((), {})
+
             handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
+            handles.append(model.register_forward_hook(after_call, always_call=True))
         for layer in layers:
             handles += _hook_layer(layer, on_layer)
         yield
