@@ -89,6 +89,8 @@ class CalibrateOptions:
 
 def calibrate(options: CalibrateOptions) -> LynxSelector:
     """Find the thresholds and write them into the selector directory."""
+    folder = Path(options.selector)
+    metrics = read_metrics(folder)
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
     layers = find_moe_layers(loaded.model)
@@ -123,11 +125,10 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
         thresholds={**config.thresholds, options.metric: thresholds},
         calibration={**config.calibration, options.metric: how},
     )
-    folder = Path(options.selector)
     write_card(
         folder,
         selector,
-        read_metrics(folder),
+        metrics,
         {f"run-calibrate-{options.metric}.yaml": run_record("calibrate", asdict(options))},
     )
     return selector

@@ -82,6 +82,7 @@ class EvaluateOptions:
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure, write `report.json`, and return it."""
+    metrics = read_metrics(options.selector) if options.card else {}
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
     layers = find_moe_layers(loaded.model)
@@ -119,7 +120,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         write_card(
             folder,
             LynxSelector.from_pretrained(folder),  # what ran has been rounded to the model's precision
-            {**read_metrics(folder), "evaluate": report},
+            {**metrics, "evaluate": report},
             {"run-evaluate.yaml": run_record("evaluate", asdict(options))},
         )
     return report

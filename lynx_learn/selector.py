@@ -254,6 +254,17 @@ class ThresholdPolicy:
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:
-    """The figures measured so far for the selector in `folder`; empty where there are none."""
+    """The figures measured so far for the selector in `folder`; empty where there are none.
+
+    Raises:
+        SelectorError: `folder` is none on this machine, or its figures cannot be read.
+    """
+    if not Path(folder).is_dir():
+        raise SelectorError(
+            f"{folder} is no folder here: figures and thresholds are written into a selector's folder; download it first"
+        )
     path = Path(folder) / METRICS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise SelectorError(f"{path} is damaged ({error}): restore it, or train the selector again") from None
