@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from .sensitivity import measure_sensitivities
 from .surrogates import Moments, Surrogates, fit_surrogate
 from .traces import Trace
 from .training import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
+from .tuning import TuneOptions, tune
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
 CHECK, HELD_OUT = 8, 9
@@ -44,6 +45,9 @@ class TrainOptions:
         keep_top1: every token keeps its first expert.
         epochs, batch, rate: of the scorers' training; a batch is that many tokens.
         reference: also fit scikit-learn's gradient boosting on the same features, for comparison.
+        tune_steps: steps of tuning scorers and surrogates through the frozen model on KL; 0 for none.
+        tune_rate: learning rate of the surrogates there; the scorers' is twice that.
+        tune_batch_sizes: decode batch sizes to tune for; a step has about 2,048 tokens.
         sensitivity_groups: batches of 16 sequences that the sensitivities are measured on.
         device, dtype: of the model, as in `collect`.
         seed: of the scorers' initial weights and the order of the assignments.
@@ -59,6 +63,9 @@ class TrainOptions:
     batch: int = 512
     rate: float = 1e-2
     reference: bool = True
+    tune_steps: int = 200
+    tune_rate: float = 1e-3
+    tune_batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
     sensitivity_groups: int = 4
     device: str = "auto"
     dtype: str = "auto"
@@ -70,8 +77,14 @@ class TrainOptions:
         for name in ("epochs", "batch", "sensitivity_groups"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
-        if not (self.rate > 0 and math.isfinite(self.rate)):
-            raise OptionError(f"--rate {self.rate:g} is not usable: expected a number above 0")
+        for name in ("rate", "tune_rate"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise OptionError(f"--{name} {value:g} is not usable: expected a number above 0")
+        if self.tune_steps < 0:
+            raise OptionError(f"--tune_steps {self.tune_steps} is not usable: expected 0 or more")
+        if not self.tune_batch_sizes or min(self.tune_batch_sizes) < 1:
+            raise OptionError("--tune_batch_sizes is not usable: expected one number or more, each at least 1")
 
 
 def train(options: TrainOptions) -> LynxSelector:
@@ -103,7 +116,13 @@ def train(options: TrainOptions) -> LynxSelector:
     sensitivities = measure_sensitivities(loaded.model, layers, selector, groups, prompt=groups[0][0].shape[1] // 8)
     for row, value in zip(figures, sensitivities, strict=True):
         row["sensitivity"] = value
-    metrics = {"train": {"trace": trace_summary(trace), "layers": figures}}
+    metrics: dict[str, Any] = {"train": {"trace": trace_summary(trace), "layers": figures}}
+    if options.tune_steps:
+        rows = trace.index()["tokens"].view(-1, trace.options.length)
+        own_tenth = tenth.view(-1, trace.options.length)[:, 0]
+        learn, check = (rows[part].to(loaded.input_device) for part in (own_tenth != HELD_OUT, own_tenth == HELD_OUT))
+        tuning = TuneOptions(options.tune_steps, options.tune_rate, tuple(options.tune_batch_sizes), options.seed)
+        metrics["train"]["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
     write_card(out, selector, metrics, {RUN: run_record("train", asdict(options)), **losses})
     return selector
 
@@ -170,13 +189,8 @@ def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth
                 if own.any():
                     moments[expert][which].add(x[own], y[own], weights[own].square())
         for expert, (fit, check) in moments.items():
-            down, up, constant = fit_surrogate(fit, check, rank)
-            surrogates.down[expert, -down.shape[0] :] = down
-            surrogates.up[expert, -up.shape[0] :] = up
-            surrogates.constant[expert] = constant
-    # Stored and run in the experts' own precision.
-    for tensor in (surrogates.down, surrogates.up, surrogates.constant):
-        tensor.copy_(tensor.to(layer.dtype).float())
+            surrogates.put(expert, *fit_surrogate(fit, check, rank))
+    surrogates.round_to(layer.dtype)
 
 
 def _outputs(

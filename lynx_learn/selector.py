@@ -41,6 +41,23 @@ class LayerSelector(nn.Module):
         costs = self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
         return torch.where(groups.active.unsqueeze(-1), costs, torch.zeros_like(costs))
 
+    @staticmethod
+    def totals(groups: Groups, costs: Tensor) -> Tensor:
+        """Cost of leaving out each expert `(G, experts)`: the sum over a batch's assignments."""
+        flat = groups.indices.flatten(-2).long()
+        zeros = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], device=costs.device)
+        return zeros.scatter_add(-1, flat, costs.flatten(-2))
+
+    def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
+        anchor = total.argmax(-1, keepdim=True)
+        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
+        if self.keep_top1:
+            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
+            flat = groups.indices.flatten(-2).long()
+            keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
+        return anchor, keep
+
     def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
         """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
 
@@ -48,14 +65,8 @@ class LayerSelector(nn.Module):
         """
         costs = self.costs(groups) if costs is None else costs
         flat = groups.indices.flatten(-2).long()
-        total = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], device=costs.device)
-        total = total.scatter_add(-1, flat, costs.flatten(-2))
-        anchor = total.argmax(-1, keepdim=True)
-        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
-        if self.keep_top1:
-            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
-            votes = torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float())
-            keep = keep | (votes > 0)
+        total = self.totals(groups, costs)
+        anchor, keep = self.keep(groups, total, thresholds)
         kept = keep.gather(-1, flat).view_as(groups.indices)
         indices = torch.where(kept, groups.indices, anchor.unsqueeze(-1))
         nothing = torch.zeros_like(groups.weights)
@@ -193,6 +204,13 @@ class LynxSelector(nn.Module):
             api = HfApi()
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=scratch))
+
+    def with_formula(self) -> "LynxSelector":
+        """The same surrogates and sensitivities with the two-factor formula as scorer: what its learned part adds to."""
+        other = LynxSelector(replace(self.config, scorer="formula"))
+        wanted = other.state_dict()
+        other.load_state_dict({key: value for key, value in self.state_dict().items() if key in wanted})
+        return other
 
     def with_config(self, **changes: object) -> "LynxSelector":
         """The same selector with another configuration, e.g. new thresholds."""

@@ -21,7 +21,6 @@ METRICS = ("kl", "nll", "agreement")
 ROWS_AT_A_TIME = 512
 
 
-@torch.no_grad()
 def simulated_logits(
     model: nn.Module, layers: list[MoeLayer], tokens: Tensor, policy: Policy | None, prompt: int
 ) -> tuple[Tensor, Stats]:

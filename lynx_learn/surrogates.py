@@ -20,23 +20,32 @@ class Surrogates(nn.Module):
     surrogate: what is left out then adds nothing.
     """
 
-    down: Tensor
-    up: Tensor
-    constant: Tensor
-
     def __init__(self, experts: int, hidden: int, rank: int) -> None:
         super().__init__()
         self.rank = rank
-        self.register_buffer("down", torch.zeros(experts, rank, hidden))
-        self.register_buffer("up", torch.zeros(experts, rank, hidden))
-        self.register_buffer("constant", torch.zeros(experts, hidden))
+        self.down = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
+        self.constant = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
 
     @property
     def bytes_each(self) -> int:
         """Bytes of one expert's surrogate."""
         if not self.rank:
             return 0
-        return sum(t[0].numel() * t.element_size() for t in (self.down, self.up, self.constant))
+        return sum(t[0].numel() * t.element_size() for t in self.parameters())
+
+    @torch.no_grad()
+    def put(self, expert: int, down: Tensor, up: Tensor, constant: Tensor) -> None:
+        """Put one expert's map in place; down and up `(at most rank, hidden)`, the rest stays 0."""
+        self.down[expert, self.rank - len(down) :] = down
+        self.up[expert, self.rank - len(up) :] = up
+        self.constant[expert] = constant
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round to the precision that the experts, and so the surrogates at decode, are in."""
+        for tensor in self.parameters():
+            tensor.copy_(tensor.to(dtype))
 
     def reads_all(self, assignments: int) -> bool:
         """Whether a batch of so many assignments is answered by the dense form, which reads every surrogate.

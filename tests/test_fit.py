@@ -133,12 +133,12 @@ def reference_flow() -> Flow:
     folder = scratch()
     flow = Flow(Path(REFERENCE), Path("python-stdlib"), folder / "trace", folder / "selector")
     collect(CollectOptions(REFERENCE, str(flow.trace), tokens=4096, length=64))
-    train(TrainOptions(str(flow.trace), str(flow.selector), reference=False, sensitivity_groups=1))
+    train(TrainOptions(str(flow.trace), str(flow.selector), reference=False, tune_steps=0, sensitivity_groups=1))
     return flow
 
 
 def choices(flow: Flow, out: Path, **changes: Any) -> TrainOptions:
-    options = TrainOptions(str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, sensitivity_groups=2)
+    options = TrainOptions(str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, tune_steps=0, sensitivity_groups=2)
     return replace(options, **changes)
 
 

@@ -17,6 +17,7 @@ from lynx_learn.corpus import read_documents
 
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = {
+    "model_type": "qwen3_moe",
     "vocab_size": 512,
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -134,7 +134,8 @@ def random_selector(
 def randomise(selector: LynxSelector, seed: int = 0) -> None:
     """Every parameter and buffer random, so that parity cannot hide in zeros."""
     generator = torch.Generator().manual_seed(seed)
-    for name, value in [*selector.named_parameters(), *selector.named_buffers()]:
+    named = [*selector.named_parameters(), *selector.named_buffers()]
+    for name, value in sorted(named, key=lambda item: "surrogates" in item[0]):
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith(("spread", "sensitivity")):
             noise = 1.0 + 0.5 * noise.tanh()

@@ -1,9 +1,10 @@
-"""Train the reference MoE: a small Qwen3-MoE language model on math, code and prose.
+"""Train a small MoE language model on math, code and prose: the reference MoE, and a second one of another kind.
 
     python train/reference_moe.py --config train/reference-moe.yaml
+    python train/reference_moe.py --config train/second-moe.yaml
 
-The run is a folder: tokenizer, token files, checkpoints, logs, and at the end `model/`, which is what ships in
-`lynx_learn/reference_moe/`. Started again with the same folder it continues from its last checkpoint. The budget is
+The run is a folder: tokenizer, token files, checkpoints, logs, and at the end `model/`; that of the first recipe is what
+ships in `lynx_learn/reference_moe/`. Started again with the same folder it continues from its last checkpoint. The budget is
 wall-clock minutes of training, and the learning rate follows the share of it that is spent, so the recipe fits any
 machine; the tokens seen are in the card.
 """
@@ -26,10 +27,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lynx_learn.corpus import read_documents
+from lynx_learn.families import MoeLayer, Routing, find_moe_layers, intercept
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -43,6 +45,7 @@ class Options:
         heldout: folder of test text, for the card's loss per source; never trained or selected on.
         out: folder of the run.
         mix: share of each source among the training windows.
+        model: `model_type` and the other fields of its transformers configuration.
         minutes: wall-clock minutes of training, summed over restarts.
         windows: windows of 512 tokens in a step.
         long_share: share of the budget, at the end, in which windows stay whole; before, they are cut in two.
@@ -50,6 +53,7 @@ class Options:
         router_rate: factor on `rate` for the routers; a slow router keeps its gates flat.
         balance, z_loss, flatness: weights of the load-balancing loss (per layer), of the router z-loss
             (arXiv 2202.08906) and of the mean sum of squared gate weights, which flattens the top-k weights.
+        bias_rate: step of the routers' choice bias towards equal load, where they have one (DeepSeek-V3, arXiv 2412.19437).
         checkpoint_steps: a checkpoint to resume from is written this often.
         seed: of the initial weights and the order of the text.
     """
@@ -70,6 +74,7 @@ class Options:
     balance: float = 0.01
     z_loss: float = 1e-3
     flatness: float = 0.02
+    bias_rate: float = 0.0
     checkpoint_steps: int = 100
     seed: int = 0
 
@@ -166,9 +171,9 @@ class ReferenceMoe(L.LightningModule):
     def __init__(self, options: Options) -> None:
         super().__init__()
         self.options = options
-        self.config = Qwen3MoeConfig(**options.model)
-        self.model = AutoModelForCausalLM.from_config(self.config)
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options.model))
         self.model.set_experts_implementation("grouped_mm")
+        self.moe_layers = find_moe_layers(self.model)
         self.spent, self.tokens_seen = 0.0, 0
         self.last = time.monotonic()
 
@@ -201,16 +206,24 @@ class ReferenceMoe(L.LightningModule):
         if self.progress < 1.0 - self.options.long_share:
             half = (batch.shape[1] - 1) // 2
             batch = torch.cat([batch[:, : half + 1], batch[:, half:]])
-        out = self.model(batch[:, :-1], output_router_logits=True, use_cache=False)
-        lm = functional.cross_entropy(out.logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        balance, z_loss, squares, top1 = router_losses(out.router_logits, self.config.num_experts_per_tok)
+        logits, routings = run(self.model, self.moe_layers, batch[:, :-1])
+        lm = functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        balance, z_loss, squares, top1 = router_losses(routings)
         o = self.options
+        if o.bias_rate:
+            self._even_the_load(routings)
         loss = lm + o.balance * balance + o.z_loss * z_loss + o.flatness * squares
         self.tokens_seen += batch[:, 1:].numel()
         self.log_dict(
             {"lm": lm, "balance": balance, "z": z_loss, "top1_share": top1, "progress": self.progress}, prog_bar=True
         )
         return loss
+
+    @torch.no_grad()
+    def _even_the_load(self, routings: list[Routing]) -> None:
+        for layer, routing in zip(self.moe_layers, routings, strict=True):
+            load = torch.bincount(routing.indices.flatten(), minlength=layer.num_experts).float()
+            layer.router.e_score_correction_bias += self.options.bias_rate * (load.mean() - load).sign()
 
     def on_train_batch_end(self, outputs: Any, batch: torch.Tensor, batch_idx: int) -> None:
         now = time.monotonic()
@@ -228,19 +241,28 @@ class ReferenceMoe(L.LightningModule):
         self.spent, self.tokens_seen = checkpoint["budget"]["spent"], checkpoint["budget"]["tokens_seen"]
 
 
-def router_losses(logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.Tensor, ...]:
+def run(model: torch.nn.Module, layers: list[MoeLayer], tokens: torch.Tensor) -> tuple[torch.Tensor, list[Routing]]:
+    """The model's logits, and what each of its MoE layers did."""
+    routings: list[Routing] = []
+    with intercept(model, layers, lambda layer, routing: routings.append(routing)):
+        logits = model(tokens, use_cache=False).logits
+    return logits, routings
+
+
+def router_losses(routings: list[Routing]) -> tuple[torch.Tensor, ...]:
     """Means over layers of: load balance, squared log-partition, sum of squared gate weights, top-1 gate weight.
 
     The balance is taken layer by layer: summed over layers first, it would let an expert starve in one of them.
     """
     balance, z_loss, squares, top1 = [], [], [], []
-    for layer in logits:
-        layer = layer.float()
-        balance.append(load_balancing_loss_func((layer,), layer.shape[-1], top_k))
-        z_loss.append(layer.logsumexp(-1).square().mean())
-        gates = layer.topk(top_k, dim=-1).values.softmax(-1)
+    for routing in routings:
+        logits = routing.logits.float()
+        balance.append(load_balancing_loss_func((logits,), logits.shape[-1], routing.indices.shape[-1]))
+        z_loss.append(logits.logsumexp(-1).square().mean())
+        gates = routing.weights.float()
+        gates = gates / gates.sum(-1, keepdim=True)
         squares.append(gates.square().sum(-1).mean())
-        top1.append(gates[:, 0].mean().detach())
+        top1.append(gates.amax(-1).mean().detach())
     return tuple(torch.stack(values).mean() for values in (balance, z_loss, squares, top1))
 
 
@@ -248,8 +270,8 @@ def router_losses(logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[torch.T
 def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout: str, length: int) -> dict[str, Any]:
     """Loss in nats per token, top-1 gate share and heaviest load over mean load, per held-out source."""
     results: dict[str, Any] = {}
-    experts, top_k = model.config.num_local_experts, model.config.num_experts_per_tok
-    load = torch.zeros(model.config.num_hidden_layers, experts)
+    layers = find_moe_layers(model)
+    load = torch.zeros(len(layers), layers[0].num_experts)
     for path in sorted(Path(heldout).glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["text"] for line in lines]
@@ -258,14 +280,13 @@ def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout:
         rows = torch.stack([rows[i : i + length + 1] for i in range(0, len(rows) - 1, length)])[:128]
         total, share = 0.0, []
         for batch in rows.split(8):
-            out = model(batch[:, :-1], output_router_logits=True, use_cache=False)
+            logits, routings = run(model, layers, batch[:, :-1])
             total += functional.cross_entropy(
-                out.logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
+                logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum"
             ).item()
-            for index, logits in enumerate(out.router_logits):
-                top = logits.float().topk(top_k, dim=-1)
-                load[index] += torch.bincount(top.indices.flatten(), minlength=experts)
-                share.append(top.values.softmax(-1)[:, 0].mean().item())
+            for index, routing in enumerate(routings):
+                load[index] += torch.bincount(routing.indices.flatten(), minlength=load.shape[1])
+            share.append(router_losses(routings)[-1].item())
         results[path.name.split(".")[0]] = {
             "nats_per_token": total / rows[:, 1:].numel(),
             "nats_per_byte": total / len(tokenizer.decode(rows[:, 1:].flatten().tolist()).encode()),
@@ -281,7 +302,7 @@ def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout:
 
 
 def main(options: Options) -> None:
-    """Train (or go on training) the reference MoE and write `OUT/model`."""
+    """Train (or go on training) the model and write `OUT/model`."""
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     L.seed_everything(options.seed)

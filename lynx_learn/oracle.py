@@ -1,0 +1,44 @@
+"""The oracle: a selector's surrogates and thresholds with the true cost of every assignment. For measuring alone."""
+
+import torch
+from torch import Tensor
+
+from .families import MoeLayer
+from .policies import Decision, Groups
+from .selector import LayerSelector, LynxSelector, ThresholdPolicy
+
+
+class Oracle(ThresholdPolicy):
+    """Knows what a scorer predicts: weight² × the squared error of the expert's surrogate, for each assignment.
+
+    It runs every routed expert to find out, so it saves nothing; it is the floor for any scorer of the same surrogates.
+    """
+
+    name = "oracle"
+
+    def __init__(self, selector: LynxSelector, threshold: float) -> None:
+        super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
+        _, thresholds = self.by_device[groups.logits.device]
+        costs = true_costs(layer, own, groups) * own.sensitivity
+        return own.decide(groups, thresholds[-1:].expand(len(groups.logits)), costs)
+
+
+@torch.no_grad()
+def true_costs(layer: MoeLayer, own: LayerSelector, groups: Groups) -> Tensor:
+    """weight² × ‖E_e(x) − f_e(x)‖² of each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
+    hidden = groups.hidden.flatten(0, 1)
+    indices, weights = groups.indices.flatten(0, 1), groups.weights.flatten(0, 1).float()
+    costs = torch.zeros_like(weights)
+    live = groups.active.flatten().unsqueeze(-1)
+    for expert in range(layer.num_experts):
+        token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
+        if len(token):
+            x = hidden[token]
+            alone = torch.full((len(token), 1), expert, device=x.device)
+            stand_in = own.surrogates.gathered(x, alone, torch.ones_like(alone, dtype=x.dtype))
+            error = layer.expert_output(expert, x).float() - stand_in.float()
+            costs[token, slot] = weights[token, slot].square() * error.square().sum(-1)
+    return costs.view_as(groups.weights)
