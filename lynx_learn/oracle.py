@@ -31,14 +31,13 @@ def true_costs(layer: MoeLayer, own: LayerSelector, groups: Groups) -> Tensor:
     """weight² × ‖E_e(x) − f_e(x)‖² of each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
     hidden = groups.hidden.flatten(0, 1)
     indices, weights = groups.indices.flatten(0, 1), groups.weights.flatten(0, 1).float()
-    costs = torch.zeros_like(weights)
+    stand_in, costs = own.surrogates, torch.zeros_like(weights)
     live = groups.active.flatten().unsqueeze(-1)
     for expert in range(layer.num_experts):
         token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
         if len(token):
             x = hidden[token]
-            alone = torch.full((len(token), 1), expert, device=x.device)
-            stand_in = own.surrogates.gathered(x, alone, torch.ones_like(alone, dtype=x.dtype))
-            error = layer.expert_output(expert, x).float() - stand_in.float()
+            down, up, constant = (part[expert].float() for part in (stand_in.down, stand_in.up, stand_in.constant))
+            error = layer.expert_output(expert, x).float() - (x.float() @ down.T @ up + constant)
             costs[token, slot] = weights[token, slot].square() * error.square().sum(-1)
     return costs.view_as(groups.weights)

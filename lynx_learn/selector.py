@@ -74,16 +74,10 @@ class LayerSelector(nn.Module):
         if not self.surrogates.rank:
             return Decision(indices, weights)
         dropped = torch.where(kept | ~groups.active.unsqueeze(-1), nothing, groups.weights)
-        batches, tokens, top_k = groups.indices.shape
-        dense = self.surrogates.reads_all(tokens * top_k)
-        if dense or batches > 1:  # a simulation has too many batches to gather for, the result is the same
-            by_expert = torch.zeros_like(groups.logits, dtype=dropped.dtype)
-            addition = self.surrogates(groups.hidden, by_expert.scatter_add(-1, groups.indices.long(), dropped))
-        else:
-            addition = self.surrogates.gathered(groups.hidden, groups.indices.long(), dropped)
+        addition = self.surrogates.answer(groups.hidden, groups.indices.long(), dropped)
         experts = total.shape[-1]
         gone = used_experts(groups.indices, groups.active, experts) & ~keep
-        read = torch.full_like(flat[..., 0], experts) if dense else gone.sum(-1).clamp_min(1)
+        read = gone.sum(-1) if self.surrogates.grouped else torch.full_like(flat[..., 0], experts)
         return Decision(indices, weights, addition, ~kept, read)
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Ridge penalties tried, as multiples of the mean diagonal of the Gram matrix; the last leaves little but the mean.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Surrogates(nn.Module):
-    """The surrogates of one layer's experts, all in one dense operation.
+    """The surrogates of one layer's experts.
 
     `down` `(experts, rank, hidden)`, `up` `(experts, rank, hidden)` and `constant` `(experts, hidden)`; rank 0 means no
     surrogate: what is left out then adds nothing.
@@ -47,26 +48,33 @@ class Surrogates(nn.Module):
         for tensor in self.parameters():
             tensor.copy_(tensor.to(dtype))
 
-    def reads_all(self, assignments: int) -> bool:
-        """Whether a batch of so many assignments is answered by the dense form, which reads every surrogate.
+    @property
+    def grouped(self) -> bool:
+        """Whether only the surrogates that answer are read: `grouped_mm` wants bfloat16 and rows of multiples of 16 bytes."""
+        return self.down.dtype == torch.bfloat16 and not self.rank % 8 and not self.down.shape[-1] % 8
 
-        Gathering reads only those that answer, but copies one for each assignment: for small batches.
-        """
-        return assignments > 2 * self.down.shape[0]
-
-    def gathered(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def answer(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The same as `forward` from assignments: experts and weights `(..., top_k)`, 0 where none answers.
 
-        Assignments with weight 0 are pointed at an expert that answers, so that no other surrogate is read.
+        Assignments are sorted by expert, so that each surrogate that answers is read once and no other at all.
         """
-        x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
-        flat, answers = indices.flatten(), (weights != 0).flatten()
-        anchor = flat.gather(0, answers.to(torch.int8).argmax(0, keepdim=True))  # flat[i] would wait for the device
-        chosen = torch.where(answers, flat, anchor).view_as(indices)
-        codes = (self.down[chosen] * x[..., None, None, :]).sum(-1) * weights.unsqueeze(-1)
-        return (self.up[chosen] * codes.unsqueeze(-1)).sum((-3, -2)) + (
-            self.constant[chosen] * weights.unsqueeze(-1)
-        ).sum(-2)
+        experts, top_k = self.down.shape[0], indices.shape[-1]
+        x, weights = hidden.to(self.down.dtype).flatten(0, -2), weights.to(self.down.dtype)
+        if not self.grouped:
+            by_expert = torch.zeros(*weights.shape[:-1], experts, dtype=weights.dtype, device=weights.device)
+            return self(hidden, by_expert.scatter_add(-1, indices, weights))
+        silent = weights.flatten() == 0
+        expert, order = indices.flatten().masked_fill(silent, experts).sort(stable=True)
+        counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
+        ends = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32))[:-1].cumsum(0).int()
+        live = (expert < experts).unsqueeze(-1)
+        nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+        # Rows behind the last group are left as they were in memory.
+        codes = functional.grouped_mm(x[order // top_k], self.down.transpose(-2, -1), offs=ends)
+        output = functional.grouped_mm(torch.where(live, codes, nothing), self.up, offs=ends)
+        output = torch.where(live, output + self.constant[expert.clamp_max(experts - 1)], nothing)
+        back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        return (output[back].unflatten(0, (-1, top_k)) * weights.reshape(-1, top_k, 1)).sum(1).view(hidden.shape)
 
     def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the surrogates' outputs `(..., hidden)`.

@@ -125,30 +125,34 @@ def test_rank_zero_is_the_mean_output() -> None:
     torch.testing.assert_close(constant.double(), (weights @ y) / weights.sum())
 
 
-def test_both_forms_are_a_loop_over_assignments() -> None:
-    experts, rank = 5, 3
-    module = Surrogates(experts, HIDDEN, rank)
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 3), (torch.float32, 8), (torch.bfloat16, 8)])
+def test_both_forms_are_a_loop_over_assignments(dtype: torch.dtype, rank: int) -> None:
+    experts, hidden_size = 5, 16
+    module = Surrogates(experts, hidden_size, rank).to(dtype)
+    assert module.grouped == (dtype == torch.bfloat16)
     for seed, part in enumerate((module.down, module.up, module.constant)):
         part.copy_(normal(*part.shape, seed=seed))
-    hidden = normal(2, 7, HIDDEN, seed=20).float()
+    hidden = normal(2, 7, hidden_size, seed=20).to(dtype)
     indices = normal(2, 7, experts, seed=22).argsort(dim=-1)[..., :3]
-    weights = normal(2, 7, 3, seed=21).float().relu()  # about half of them answer
-    wanted, by_expert = torch.zeros(2, 7, HIDDEN), torch.zeros(2, 7, experts).scatter(-1, indices, weights)
+    weights = normal(2, 7, 3, seed=21).relu().to(dtype)  # about half of them answer
+    by_expert = torch.zeros(2, 7, experts).scatter(-1, indices, weights.float())
+    wanted = torch.zeros(2, 7, hidden_size)
     for g, t, e in (by_expert > 0).nonzero().tolist():
-        codes = module.down[e] @ hidden[g, t]
-        wanted[g, t] += by_expert[g, t, e] * (codes @ module.up[e] + module.constant[e])
-    torch.testing.assert_close(module(hidden, by_expert), wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(module.gathered(hidden, indices, weights), wanted, rtol=1e-4, atol=1e-4)
+        codes = module.down[e].float() @ hidden[g, t].float()
+        wanted[g, t] += by_expert[g, t, e] * (codes @ module.up[e].float() + module.constant[e].float())
+    error = 1e-4 if dtype == torch.float32 else 3e-2 * float(wanted.abs().max())
+    torch.testing.assert_close(module(hidden, by_expert).float(), wanted, rtol=0, atol=error)
+    torch.testing.assert_close(module.answer(hidden, indices, weights).float(), wanted, rtol=0, atol=error)
     assert not module(hidden, torch.zeros_like(by_expert)).any()
-    assert not module.gathered(hidden, indices, torch.zeros_like(weights)).any()
+    assert not module.answer(hidden, indices, torch.zeros_like(weights)).any()
 
 
-def test_gathering_reads_no_surrogate_that_does_not_answer() -> None:
+def test_grouping_reads_no_surrogate_that_does_not_answer() -> None:
     """A surrogate full of NaN spoils whatever reads it."""
-    module = Surrogates(4, HIDDEN, 2)
+    module = Surrogates(4, 16, 8).bfloat16()
     module.down.fill_(math.nan)[2] = 1.0
     indices, weights = torch.tensor([[[0, 2], [1, 3], [2, 0]]]), torch.tensor([[[0.0, 0.5], [0.0, 0.0], [0.25, 0.0]]])
-    assert module.gathered(normal(1, 3, HIDDEN).float(), indices, weights).isfinite().all()
+    assert module.answer(normal(1, 3, 16).bfloat16(), indices, weights.bfloat16()).isfinite().all()
 
 
 def test_bytes_are_those_of_one_expert() -> None:

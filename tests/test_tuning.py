@@ -1,0 +1,151 @@
+"""Tuning: its decision is the one at decode, its gradient goes to what may learn, and it lowers what it aims at."""
+
+import math
+import random
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from test_fit import LENGTH, choices, reference_flow, tiny_flow
+from tiny import random_selector, tiny_model, words
+from torch import Tensor
+
+from lynx_learn import tuning
+from lynx_learn.corpus import read_sequences
+from lynx_learn.errors import OptionError, SelectorError
+from lynx_learn.families import find_moe_layers
+from lynx_learn.fit import TrainOptions, train
+from lynx_learn.models import load_model
+from lynx_learn.selector import LynxSelector, read_metrics
+from lynx_learn.simulate import simulated_logits
+from lynx_learn.tuning import StraightThrough, TuneOptions, tune
+
+OPTIONS = TuneOptions(steps=6, rate=1e-3, batch_sizes=(4, 8), seed=0)
+
+
+def learnable(selector: LynxSelector) -> dict[str, Tensor]:
+    return {name: value.detach().clone().float() for name, value in selector.named_parameters()}
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("keep_top1", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@torch.no_grad()
+def test_a_tuned_decision_is_the_one_at_decode(name: str, rank: int, keep_top1: bool) -> None:
+    model = tiny_model(name)
+    layers = find_moe_layers(model)
+    selector = random_selector(model, rank=rank, keep_top1=keep_top1)
+    policy, straight = selector.at_threshold(1.0), StraightThrough(selector, 1.0)
+    policy.bind(layers)
+    wanted, stats = simulated_logits(model, layers, words(6, 12), policy, 4)
+    given, _ = simulated_logits(model, layers, words(6, 12), straight, 4)
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert [float(kept) for kept in straight.kept] == pytest.approx(stats.experts_after, rel=1e-5)
+    assert sum(stats.experts_after) < sum(stats.experts_before)
+
+
+def test_gradients_reach_scorers_and_surrogates_and_nothing_else() -> None:
+    model = tiny_model("qwen3_moe").requires_grad_(False)
+    layers = find_moe_layers(model)
+    selector = random_selector(model)
+    tuning._parameters(selector, 1e-3)
+    tuning._loss(model, layers, selector, words(6, 12), 1.0).backward()
+    for name, value in selector.named_parameters():
+        assert value.grad is not None, name
+        assert torch.isfinite(value.grad).all(), name
+    # Every layer's decision counts, the first one's through all later ones.
+    for own in selector.layers:
+        assert own.scorer.outer.bias.grad.abs() > 0  # type: ignore[union-attr]
+        assert own.surrogates.up.grad.abs().sum() > 0  # type: ignore[union-attr]
+    assert all(value.grad is None for value in model.parameters())
+
+
+@torch.no_grad()
+def test_the_objective_weighs_an_expert_against_nats() -> None:
+    """KL per token in units of the threshold, plus the experts that all layers keep, a token of the batch."""
+    model = tiny_model("mixtral")
+    layers = find_moe_layers(model)
+    selector, tokens = random_selector(model), words(6, 12)
+    policy = selector.at_threshold(0.7)
+    policy.bind(layers)
+    wanted, _ = simulated_logits(model, layers, tokens, None, 3)
+    given, stats = simulated_logits(model, layers, tokens, policy, 3)
+    kl = (wanted.softmax(-1) * (wanted.log_softmax(-1) - given.log_softmax(-1))).sum(-1).mean()
+    expected = float(kl) / 0.7 + sum(stats.experts_after) / 6
+    assert float(tuning._loss(model, layers, selector, tokens, 0.7)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_it_lowers_the_loss_on_held_out_text() -> None:
+    """On the trained model in the package, fewer nats at as many experts, on sequences it has not learned from."""
+    flow = reference_flow()
+    loaded = load_model("reference-moe", "cpu")
+    layers = find_moe_layers(loaded.model)
+    learn, check = (
+        torch.tensor([row for row, _ in islice(read_sequences("python-stdlib", loaded.tokenizer, 64, split), count)])
+        for split, count in (("fit", 400), ("test", 64))  # type: ignore[arg-type]
+    )
+    selector = LynxSelector.from_pretrained(flow.selector)
+    found = tune(loaded.model, layers, selector, learn, check, TuneOptions(60, 1e-3, (16,), 0))
+
+    def objective(points: list[dict[str, float]]) -> float:
+        return sum(p["kl"] / p["threshold"] + len(layers) * p["experts"] / p["batch_size"] for p in points)
+
+    assert objective(found["after"]) < 0.985 * objective(found["before"])
+    assert [p["threshold"] for p in found["after"]] == [p["threshold"] for p in found["before"]]
+
+
+def test_equal_seeds_tune_alike_and_the_model_stays_as_it_was() -> None:
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    layers = find_moe_layers(loaded.model)
+    model = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    learning = [value.requires_grad for value in loaded.model.parameters()]
+    results = []
+    for seed in (0, 0, 1):
+        selector = LynxSelector.from_pretrained(tiny_flow().selector)
+        start = learnable(selector)
+        tune(loaded.model, layers, selector, words(40, LENGTH), words(9, LENGTH, 1), replace(OPTIONS, seed=seed))
+        assert not any(value.requires_grad for value in selector.parameters())
+        results.append(learnable(selector))
+        assert any(not torch.equal(start[name], value) for name, value in results[-1].items())
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+    assert any(not torch.equal(results[0][name], value) for name, value in results[2].items())
+    assert all(torch.equal(model[name], value) for name, value in loaded.model.state_dict().items())
+    assert [value.requires_grad for value in loaded.model.parameters()] == learning
+
+
+@pytest.mark.parametrize("what", [{"scorer": "formula"}, {"rank": 0}, {"scorer": "linear"}], ids=str)
+def test_what_has_nothing_to_learn_is_left_out(what: dict[str, object], tmp_path: Path) -> None:
+    options = choices(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
+    train(options)
+    figures = read_metrics(tmp_path / "selector")["train"]["tuning"]  # type: ignore[index]
+    assert figures["steps"] == 2
+    assert len(figures["before"]) == len(figures["after"]) == 3
+    assert "Tuned through the frozen model on KL for 2 steps" in (tmp_path / "selector" / "README.md").read_text()
+
+
+def test_batches_are_cut_to_about_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.arange(64 * 512).view(64, 512)
+    for size, positions in ((1, 512), (8, 256), (16, 128), (32, 64), (64, 64)):
+        batch = tuning._batch(rows, size, random.Random(0))
+        assert batch.shape == (size, positions)
+        assert len(batch[:, 0].unique()) == size
+        assert (batch.diff(dim=1) == 1).all()
+
+
+def test_a_loss_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    selector = LynxSelector.from_pretrained(tiny_flow().selector)
+    monkeypatch.setattr(tuning, "_loss", lambda *args: torch.tensor(math.nan, requires_grad=True))
+    with pytest.raises(SelectorError, match="lower --tune_rate"):
+        tune(loaded.model, find_moe_layers(loaded.model), selector, words(40, LENGTH), words(9, LENGTH, 1), OPTIONS)
+    assert not any(value.requires_grad for value in selector.parameters())
+
+
+@pytest.mark.parametrize("wrong", [{"tune_steps": -1}, {"tune_rate": 0.0}, {"tune_batch_sizes": []}], ids=str)
+def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(OptionError, match=f"--{name} .*expected"):
+        TrainOptions("trace", "out", **wrong)  # type: ignore[arg-type]

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything behind docs/frontier.md once `train/selector.sh` has run: ablations, coverage, the second model, the page.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python train/ablations.py --config train/ablations.yaml
+lynx-learn coverage --config train/selector/coverage.yaml
+python train/reference_moe.py --config train/second-moe.yaml
+second="--model runs/second-moe/model"
+lynx-learn collect --config train/selector/collect.yaml $second --out runs/second/trace
+lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --reference false --out runs/second/selector
+lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
+  --batch-sizes 16 32 --batches mixed --tokens 20000 --card false --out runs/second/report
+python train/frontier_page.py --config train/frontier-page.yaml

@@ -1,0 +1,186 @@
+"""Fill the tables and figures of docs/frontier.md from measured reports.
+
+    python train/frontier_page.py --config train/frontier-page.yaml
+
+The page's prose is written by hand; between `<!-- NAME -->` and `<!-- end -->` stands what this script puts there.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the recipe file sets.
+
+    Attributes:
+        page: Markdown file to fill; figures go beside it.
+        main, second: report folders of `lynx-learn evaluate`, of the reference MoE and of the second model.
+        ablations: `ablations.json` of `ablations.py`.
+        coverage: `coverage.json` of `lynx-learn coverage`.
+    """
+
+    page: str
+    main: str
+    second: str
+    ablations: str
+    coverage: str
+
+
+def main(options: Options) -> None:
+    """Replace every block of the page."""
+    first, second = (json.loads((Path(f) / "report.json").read_text()) for f in (options.main, options.second))
+    ablations, coverage = (json.loads(Path(f).read_text()) for f in (options.ablations, options.coverage))
+    blocks: dict[str, Callable[[], str]] = {
+        "frontier": lambda: ratios(first),
+        "methods": lambda: matched(first, 16),
+        "sources": lambda: worst_sources(first),
+        "ablations": lambda: ablation_rows(ablations),
+        "coverage": lambda: coverage_rows(coverage),
+        "second": lambda: ratios(second),
+        "second methods": lambda: matched(second, 16),
+        "setting": lambda: setting(first),
+        "second setting": lambda: setting(second),
+    }
+    page = Path(options.page)
+    text = page.read_text()
+    found = re.findall(r"<!-- (?!end)(.+?) -->\n", text)
+    if sorted(found) != sorted(blocks):
+        raise SystemExit(f"{page} has blocks {sorted(found)}, expected {sorted(blocks)}")
+    for name, make in blocks.items():
+        start, rest = text.split(f"<!-- {name} -->\n")
+        text = f"{start}<!-- {name} -->\n{make()}{rest[rest.index('<!-- end -->') :]}"
+    page.write_text(text)
+    for source, name in ((options.main, "frontier"), (options.second, "frontier-second")):
+        shutil.copyfile(Path(source) / "frontier.svg", page.with_name(f"{name}.svg"))
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def place(row: Report) -> str:
+    return f"{row['batch_size']}, one source" if row["batches"] == "single" else str(row["batch_size"])
+
+
+def loss(row: Report) -> str:
+    return f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:g}"
+
+
+def interval(found: dict[str, float | None] | None) -> str:
+    if found is None:
+        return "not reached"
+    span = "" if found["low"] is None else f" ({found['low']:.2f}–{found['high']:.2f})"
+    return f"{found['ratio']:.2f}{span}"
+
+
+def ratios(report: Report) -> str:
+    """The learned method at equal loss, relative to the best rule, the formula and the oracle."""
+    known = {(m["batch_size"], m["batches"], m["metric"], m["level"], m["method"]): m for m in report["matched"]}
+    rows = []
+    for r in report["ratios"]:
+        where = (r["batch_size"], r["batches"], r["metric"], r["level"])
+        own, best = known[*where, "learned"], known.get((*where, r["best_rule"]))
+        rows.append(
+            [
+                place(r),
+                loss(r),
+                "not reached" if own["bytes"] is None else f"{own['bytes']:.1%} / {own['experts']:.1f}",
+                "none" if best is None else f"{r['best_rule']} {best['bytes']:.1%} / {best['experts']:.1f}",
+                *(interval(r[key]) for key in ("bytes_to_best_rule", "bytes_to_formula", "experts_to_oracle")),
+            ]
+        )
+    head = ["batch", "loss", "learned: bytes / experts", "best rule", "bytes to best rule"]
+    return grid([*head, "bytes to formula", "experts to oracle"], rows)
+
+
+def matched(report: Report, size: int) -> str:
+    """Bytes and experts of every method at equal loss, mixed batches of one size."""
+    own = [m for m in report["matched"] if m["batch_size"] == size and m["batches"] == "mixed"]
+    losses = list(dict.fromkeys(loss(m) for m in own))
+    cells: dict[str, dict[str, str]] = {}
+    for m in own:
+        reached = m["bytes"] is not None
+        cells.setdefault(m["method"], {})[loss(m)] = (
+            f"{m['bytes']:.1%} / {m['experts']:.1f}" if reached else "not reached"
+        )
+    return grid(["method", *losses], [[method, *(row[name] for name in losses)] for method, row in cells.items()])
+
+
+def worst_sources(report: Report) -> str:
+    """KL by source at the calibrated budgets, mixed batches."""
+    own = [p for p in report["points"] if p["setting"].startswith("budget=") and p["batches"] == "mixed"]
+    names = sorted(own[0]["by_source"]["kl"]) if own else []
+    rows = [
+        [
+            place(p),
+            p["setting"].removeprefix("budget="),
+            f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
+            f"{p['nll']:+.4f} ± {p['nll_margin']:.4f}",
+            f"{p['experts']:.1f}",
+            f"{p['bytes']:.1%}",
+            *(f"{p['by_source']['kl'][name]:.4f}" for name in names),
+        ]
+        for p in own
+    ]
+    return grid(["batch", "budget", "KL (95%)", "ΔNLL (95%)", "experts", "bytes", *names], rows)
+
+
+def ablation_rows(found: Report) -> str:
+    variants = found["variants"]
+    levels = sorted({m["level"] for m in variants[0]["matched"]})
+    rows = []
+    for variant in variants:
+        cells = {(m["method"], m["level"]): m for m in variant["matched"] if m["metric"] == "kl"}
+        row = [variant["variant"]]
+        for level in levels:
+            own, oracle = cells["learned", level], cells["oracle", level]
+            floor = "–" if oracle["experts"] is None else f"{oracle['experts']:.1f}"
+            shown = (
+                f"{own['bytes']:.1%} / {own['experts']:.1f} / {floor}" if own["bytes"] is not None else "not reached"
+            )
+            row.append(shown)
+        rows.append(row)
+    return grid(["variant", *(f"KL {level:g}: bytes / experts / oracle's experts" for level in levels)], rows)
+
+
+def coverage_rows(report: Report) -> str:
+    exact = report["exact"]
+    rows = [
+        [
+            str(r["batch_size"]),
+            f"{r['budget']:g}{', other sources' if r['shift'] else ''}",
+            f"{r['test_over']:.1%}",
+            f"{r['pool_over']:.1%}",
+            f"{r['true_over']:.1%} ({r['true_over_interval'][0]:.1%}–{r['true_over_interval'][1]:.1%})",
+            *("–" if r[key] is None else f"{r[key]:.2f}" for key in ("test_share", "upper_share")),
+            "–" if r["bytes"] is None else f"{r['bytes']:.0%}",
+        ]
+        for r in report["rows"]
+    ]
+    rows.append(["exact bound", "", *(f"{exact[k]:.1%}" for k in ("test_over", "pool_over", "true_over")), "", "", ""])
+    head = ["batch", "budget", "test over", "pool over", "true mean over (95%)", "test / budget", "bound / budget"]
+    return grid([*head, "bytes"], rows)
+
+
+def setting(report: Report) -> str:
+    tokens = min(p["tokens"] for p in report["points"])
+    e = report["environment"]
+    return (
+        f"{tokens:,} decode tokens per point or more; {e['machine']}, torch {e['torch']}, transformers "
+        f"{e['transformers']}; one run.\n"
+    )
+
+
+if __name__ == "__main__":
+    main(auto_cli(Options, as_positional=False))
