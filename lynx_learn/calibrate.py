@@ -8,8 +8,11 @@ the tokens of a group share their fate. The bound is asymptotic in the number of
 calibration text.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +37,10 @@ PILOT_GROUPS = 4
 FEWEST_GROUPS = 8
 
 Group = tuple[Tensor, list[str]]
+# (threshold, loss), both rising.
+Curve = list[tuple[float, float]]
+# Upper confidence bound of a mean: of values `(n,)`, at a confidence.
+Bound = Callable[[Tensor, float], float]
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ class CalibrateOptions:
         metric: `kl` (nats), `nll` (rise of the loss, nats) or `agreement` (share of changed greedy choices).
         batch_sizes: decode batch sizes to find thresholds for.
         confidence: of the bound.
-        groups: groups measured for a batch size, at most.
-        tokens: tokens measured for a batch size, at most; at least 8 groups are.
+        groups: groups measured for a batch size, at most; on 4 of them thresholds are chosen, on the others tested.
+        tokens: tokens measured for a batch size, at most; but 12 groups are, whatever they hold.
         length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
         device, dtype: of the model, as in `collect`.
         seed: of the grouping.
@@ -83,8 +90,23 @@ class CalibrateOptions:
                 raise OptionError(f"--batch_sizes {size} is not usable: expected 1 or more")
         if not 0.5 < self.confidence < 1:
             raise OptionError(f"--confidence {self.confidence:g} is not usable: expected above 0.5 and below 1")
+        check_groups("groups", self.groups)
         if not 0 < self.prompt < self.length - 1:
             raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 2 ({self.length - 2})")
+
+
+def check_groups(option: str, groups: int) -> None:
+    """Refuse fewer groups than a certificate needs.
+
+    Raises:
+        OptionError: with the option's name and what was expected.
+    """
+    fewest = PILOT_GROUPS + FEWEST_GROUPS
+    if groups < fewest:
+        raise OptionError(
+            f"--{option} {groups} is not usable: expected {fewest} or more, {PILOT_GROUPS} to choose thresholds on and "
+            f"{FEWEST_GROUPS} to test them"
+        )
 
 
 def calibrate(options: CalibrateOptions) -> LynxSelector:
@@ -96,6 +118,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
     layers = find_moe_layers(loaded.model)
     selector.check(layers)
     cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}
+    sources: Counter[str] = Counter()
     for size in track(sorted(options.batch_sizes), "calibrate", len(options.batch_sizes), unit="batch sizes"):
         most = max(FEWEST_GROUPS + PILOT_GROUPS, min(options.groups, options.tokens // (size * options.length)))
         groups = corpora.decode_groups(
@@ -109,6 +132,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
             FEWEST_GROUPS + PILOT_GROUPS,
         )
         groups = [(tokens.to(loaded.input_device), names) for tokens, names in groups]
+        sources.update(name for _, names in groups for name in names)
         for budget, cell in certify(loaded.model, layers, selector, groups, options).items():
             cells[str(budget)][str(size)] = cell
     thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
@@ -117,6 +141,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
         "confidence": options.confidence,
         "corpus": options.corpus,
         "split": options.split,
+        "sources": shares(sources),
         "cells": cells,
     }
     config = selector.config
@@ -134,13 +159,16 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
     return selector
 
 
+def shares(counts: Counter[str]) -> dict[str, float]:
+    """Each source's share of what was counted, by name."""
+    return {name: count / counts.total() for name, count in sorted(counts.items())}
+
+
 def upper_bound(values: Tensor, confidence: float) -> float:
     """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
 
     Student's t with the correction of Hall (1983) for the skewness that losses have.
     """
-    from scipy.stats import t
-
     n = len(values)
     if n < 2:
         return math.inf
@@ -148,8 +176,16 @@ def upper_bound(values: Tensor, confidence: float) -> float:
     if spread == 0.0:
         return mean
     third = float((values - mean).pow(3).mean())
-    quantile = float(t.ppf(confidence, n - 1))
+    quantile = student_quantile(confidence, n - 1)
     return mean + quantile * spread / math.sqrt(n) + third * (2 * quantile**2 + 1) / (6 * n * spread**2)
+
+
+@functools.cache
+def student_quantile(probability: float, freedom: int) -> float:
+    """Of Student's t with `freedom` degrees; the same one is asked for many times."""
+    from scipy.stats import t
+
+    return float(t.ppf(probability, freedom))
 
 
 def certify(
@@ -158,44 +194,72 @@ def certify(
     """For each budget the certified threshold of one batch size, with what was measured at it."""
     pilot, rest = groups[:PILOT_GROUPS], groups[PILOT_GROUPS:]
     curve = pilot_curve(model, layers, selector, pilot, options)
-    plan = {budget: [threshold_at(curve, f * budget) for f in FRACTIONS] for budget in sorted(options.budgets)}
-    distinct = sorted({tau for taus in plan.values() for tau in taus})
+    planned = plan(curve, options.budgets)
+    distinct = sorted({tau for taus in planned.values() for tau in taus})
     measured = compare(model, layers, rest, [selector.at_threshold(tau) for tau in distinct], options.prompt)
-    losses = {tau: result.group_means(options.metric) for tau, result in zip(distinct, measured, strict=True)}
-    stats = {tau: result.mean_stats() for tau, result in zip(distinct, measured, strict=True)}
+    results = dict(zip(distinct, measured, strict=True))
     found = {}
-    for budget, taus in plan.items():
-        cell: dict[str, Any] = {"threshold": 0.0, "mean": 0.0, "upper": 0.0, "groups": len(rest)}
-        for tau in sorted(set(taus)):
-            upper = upper_bound(losses[tau], options.confidence)
-            if not upper <= budget:
-                break
-            cell = {
-                "threshold": tau,
-                "mean": float(losses[tau].mean()),
-                "upper": upper,
-                "groups": len(rest),
-                **stats[tau],
-            }
+    for budget, taus in planned.items():
+        tau, upper = last_within(taus, lambda tau: results[tau].group_means(options.metric), budget, options.confidence)
+        cell: dict[str, Any] = {"threshold": tau, "mean": 0.0, "upper": upper, "groups": len(rest)}
+        if tau:
+            result = results[tau]
+            cell |= {"mean": result.mean(options.metric), "by_source": result.by_source(options.metric)}
+            cell |= result.mean_stats()
         found[budget] = cell
     return found
 
 
+def pilot_thresholds(budgets: list[float], size: int) -> list[float]:
+    """The thresholds, rising, that the pilot groups of batches of `size` are measured at."""
+    top = 2 * max(budgets) * math.sqrt(size)
+    return [top * PILOT_STEP**-step for step in reversed(range(PILOT_POINTS))]
+
+
 def pilot_curve(
     model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
-) -> list[tuple[float, float]]:
-    """(threshold, mean loss) at thresholds that span the budgets, made non-decreasing."""
-    top = 2 * max(options.budgets) * math.sqrt(groups[0][0].shape[0])
-    taus = [top * PILOT_STEP**-step for step in reversed(range(PILOT_POINTS))]
+) -> Curve:
+    """What the pilot groups lose at thresholds that span the budgets."""
+    taus = pilot_thresholds(options.budgets, groups[0][0].shape[0])
     measured = compare(model, layers, groups, [selector.at_threshold(tau) for tau in taus], options.prompt)
-    curve, highest = [], 0.0
-    for tau, result in zip(taus, measured, strict=True):
-        highest = max(highest, result.mean(options.metric))
-        curve.append((tau, highest))
-    return curve
+    return rising(taus, [result.mean(options.metric) for result in measured])
 
 
-def threshold_at(curve: list[tuple[float, float]], loss: float) -> float:
+def rising(taus: list[float], losses: list[float]) -> Curve:
+    """The curve through mean losses at rising thresholds, made non-decreasing from 0 on."""
+    return list(zip(taus, itertools.accumulate((max(loss, 0.0) for loss in losses), max), strict=True))
+
+
+def plan(curve: Curve, budgets: list[float]) -> dict[float, list[float]]:
+    """For each budget, rising, the thresholds to test, rising: those at which the pilot loses FRACTIONS of it."""
+    return {b: sorted({threshold_at(curve, f * b) for f in FRACTIONS}) for b in sorted(budgets)}
+
+
+def last_within(
+    taus: list[float],
+    losses: Callable[[float], Tensor],
+    budget: float,
+    confidence: float,
+    bound: Bound = upper_bound,
+) -> tuple[float, float]:
+    """Fixed-sequence testing: the last of the rising thresholds before the first whose bound exceeds the budget.
+
+    Args:
+        losses: the mean losses of the groups `(groups,)` at a threshold.
+
+    Returns:
+        The threshold and its upper bound; zeros when the first one fails already.
+    """
+    found = (0.0, 0.0)
+    for tau in taus:
+        upper = bound(losses(tau), confidence)
+        if not upper <= budget:
+            break
+        found = (tau, upper)
+    return found
+
+
+def threshold_at(curve: Curve, loss: float) -> float:
     """The threshold at which the pilot loses `loss`, interpolated on logarithms; the curve's ends beyond it."""
     below = [(tau, value) for tau, value in curve if 0 < value <= loss]
     above = [(tau, value) for tau, value in curve if value > loss]

@@ -22,6 +22,7 @@ COMMANDS = {
     "collect": ("collect", "CollectOptions", "collect", "write router traces of a model over text"),
     "train": ("fit", "TrainOptions", "train", "fit surrogates and scorers from a trace"),
     "calibrate": ("calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
+    "coverage": ("coverage", "CoverageOptions", "coverage", "check the bound of calibrate on many random splits"),
     "evaluate": ("evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except LynxError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted: what was finished is kept; `collect` goes on from there when started again")
+        _fail(
+            "interrupted: what was finished is kept; `collect`, `coverage` and `evaluate` go on from there when started again"
+        )
         return INTERRUPTED
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
@@ -156,7 +159,10 @@ def _show(command: str, options: Any, result: Any) -> None:
         "calibrate": lambda: report.show(
             report.calibration_table({options.metric: result.config.calibration[options.metric]})
         ),
-        "evaluate": lambda: report.show(report.evaluation_table(result), report.matched_table(result)),
+        "coverage": lambda: report.show(report.coverage_table(result)),
+        "evaluate": lambda: report.show(
+            report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
+        ),
     }
     if command in views:
         views[command]()

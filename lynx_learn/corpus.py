@@ -12,7 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 Split = Literal["fit", "calibrate", "test", "all"]
+Batches = Literal["mixed", "single"]
 BUILT_IN = "python-stdlib"
 LONGEST = 8
 # Characters after which a plain text is cut, at a blank line, into documents.
@@ -209,28 +210,47 @@ def _read_dataset(name: str) -> Iterator[Document]:
 
 
 def decode_groups(
-    corpus: str, tokenizer: Encoder, split: Split, size: int, length: int, most: int, seed: int, fewest: int = 2
+    corpus: str,
+    tokenizer: Encoder,
+    split: Split,
+    size: int,
+    length: int,
+    most: int,
+    seed: int,
+    fewest: int = 2,
+    batches: Batches = "mixed",
 ) -> list[tuple["torch.Tensor", list[str]]]:
-    """Groups of `size` sequences that decode together, sources mixed at random: token rows and each row's source.
+    """Groups of `size` sequences that decode together: token rows and each row's source.
 
     Args:
         length: tokens of a sequence.
         most, fewest: groups wanted, and without which there is nothing to compute.
+        batches: `mixed`: each group draws from all sources at random; `single`: each from one, sources taking turns.
 
     Raises:
         CorpusError: the split holds too few sequences.
     """
     import torch
 
-    rows = list(islice(read_sequences(corpus, tokenizer, length, split), most * size))
-    if len(rows) < fewest * size:
+    pools: dict[str, list[tuple[list[int], str]]] = {}
+    full = 0
+    for row in read_sequences(corpus, tokenizer, length, split):
+        pool = pools.setdefault(row[1] if batches == "single" else "", [])
+        pool.append(row)
+        full += len(pool) % size == 0
+        if full == most:
+            break
+    if full < fewest:
+        count = sum(map(len, pools.values()))
+        each = " from one source each" if batches == "single" else ""
         raise CorpusError(
-            f"corpus {corpus!r} ({split} split) holds {len(rows)} sequences of {length} tokens, {fewest} groups of "
-            f"{size} are needed: give more text, shorter sequences or smaller batches"
+            f"corpus {corpus!r} ({split} split) holds {count} sequences of {length} tokens, {fewest} groups of {size}{each} "
+            "are needed: give more text, shorter sequences or smaller batches"
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    groups = []
-    for start in range(0, len(order) - size + 1, size):
-        chosen = [rows[i] for i in order[start : start + size]]
-        groups.append((torch.tensor([tokens for tokens, _ in chosen]), [source for _, source in chosen]))
-    return groups
+    generator = torch.Generator().manual_seed(seed)
+    by_pool = []
+    for pool in pools.values():
+        order = torch.randperm(len(pool), generator=generator).tolist()
+        rows = [[pool[i] for i in order[end - size : end]] for end in range(size, len(pool) + 1, size)]
+        by_pool.append([(torch.tensor([tokens for tokens, _ in group]), [name for _, name in group]) for group in rows])
+    return [group for turn in zip_longest(*by_pool) for group in turn if group is not None]

@@ -21,6 +21,8 @@ from .runtime import skip_experts
 from .selector import LynxSelector, read_metrics
 
 BATCH = 16
+# Fewer than `train` takes by default, for the sake of time.
+TUNE_STEPS = 80
 PROMPT = "def read_lines(path):\n"
 
 
@@ -33,7 +35,7 @@ class QuickstartOptions:
         model: folder or Hub id; by default the reference MoE in this package.
         corpus: text; fitted, calibrated and tested on disjoint documents of it.
         tokens: tokens to collect.
-        groups: groups of 16 sequences that the test measures.
+        test_tokens: decode tokens that the test scores for each point, at least.
         budget: nats of KL per token for the closing table.
         device, dtype: of the model, as in `collect`.
     """
@@ -42,7 +44,7 @@ class QuickstartOptions:
     model: str = REFERENCE
     corpus: str = corpora.BUILT_IN
     tokens: int = 60_000
-    groups: int = 16
+    test_tokens: int = 15_000
     budget: float = 0.01
     device: str = "auto"
     dtype: str = "auto"
@@ -50,9 +52,9 @@ class QuickstartOptions:
     def __post_init__(self) -> None:
         if not (self.budget > 0 and math.isfinite(self.budget)):
             raise OptionError(f"--budget {self.budget:g} is not usable: expected a number above 0")
-        for name, fewest in (("tokens", 1), ("groups", 2)):
-            if getattr(self, name) < fewest:
-                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected {fewest} or more")
+        for name in ("tokens", "test_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
 
 
 def quickstart(options: QuickstartOptions) -> dict[str, Any]:
@@ -65,14 +67,19 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     show(f"1/5 collect router traces of {options.model} on {options.corpus}")
     collect(CollectOptions(options.model, trace, options.corpus, tokens=options.tokens, device=device, dtype=dtype))
     show("2/5 train surrogates and scorers")
-    train(TrainOptions(trace, selector_folder, device=device, dtype=dtype))
+    train(
+        TrainOptions(
+            trace, selector_folder, tune_steps=TUNE_STEPS, tune_batch_sizes=[BATCH], device=device, dtype=dtype
+        )
+    )
     show(training_table(read_metrics(selector_folder)["train"]["layers"]))  # type: ignore[index]
     show("3/5 calibrate thresholds on other documents")
+    budgets = sorted({options.budget, 3 * options.budget})
     selector = calibrate(
         CalibrateOptions(
             selector_folder,
             corpus=options.corpus,
-            budgets=sorted({options.budget, 3 * options.budget}),
+            budgets=budgets,
             batch_sizes=[BATCH],
             groups=24,
             device=device,
@@ -84,12 +91,12 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     report = evaluate(
         EvaluateOptions(
             selector_folder,
-            str(out),
+            str(out / "report"),
             corpus=options.corpus,
             methods=["random", "xshare", "learned"],
-            kept_shares=[0.25, 0.375, 0.5, 0.625],
             batch_sizes=[BATCH],
-            groups=options.groups,
+            tokens=options.test_tokens,
+            levels=budgets,
             card=True,
             device=device,
             dtype=dtype,

@@ -30,7 +30,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
     rows = [
         [
             f"{p['method']} {p['setting']}".strip(),
-            str(p["batch_size"]),
+            place(p),
             f"{p['experts']:.1f}",
             f"{p['bytes']:.0%}",
             f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
@@ -50,20 +50,49 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         "same greedy",
         "KL, worst source",
     ]
-    return table(f"Test text {report['options']['corpus']}, {report['points'][0]['tokens']:,} tokens", head, rows)
+    fewest = min(p["tokens"] for p in report["points"])
+    return table(f"Test text {report['options']['corpus']}, {fewest:,} tokens per point or more", head, rows)
 
 
 def matched_table(report: dict[str, Any]) -> Table:
-    """Experts and bytes of every method at equal loss, a row per loss."""
-    methods = list(dict.fromkeys(row["method"] for row in report["matched"]))
+    """Bytes, with experts beside them, of every method at equal loss; a row per batch size and method."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in report["matched"]:
-        loss = f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:.4f}"
-        known = row["experts"] is not None
-        cell = f"{row['experts']:.1f} / {row['bytes']:.0%}" if known else "not reached"
-        cells.setdefault((loss, str(row["batch_size"])), {})[row["method"]] = cell
-    rows = [[loss, size, *(row[method] for method in methods)] for (loss, size), row in cells.items()]
-    return table("Experts / bytes at equal loss (on each method's measured curve)", ["loss", "batch", *methods], rows)
+        reached = row["bytes"] is not None
+        cell = f"{row['bytes']:.0%} / {row['experts']:.1f}" if reached else "not reached"
+        cells.setdefault((row["method"], place(row)), {})[loss(row)] = cell
+    losses = list(dict.fromkeys(loss(row) for row in report["matched"]))
+    rows = [[method, batch, *(cell[name] for name in losses)] for (method, batch), cell in cells.items()]
+    return table("Bytes / experts at equal loss (on each method's measured curve)", ["method", "batch", *losses], rows)
+
+
+def ratios_table(report: dict[str, Any]) -> Table:
+    """The learned method against the best rule, the formula and the oracle at equal loss."""
+    keys = ("bytes_to_best_rule", "bytes_to_formula", "experts_to_oracle")
+    rows = [
+        [loss(row), place(row), row["best_rule"] or "none", *(interval(row[key]) for key in keys)]
+        for row in report["ratios"]
+    ]
+    head = ["loss", "batch", "best rule", "bytes / best rule", "bytes / formula", "experts / oracle"]
+    return table("The learned method relative to others at equal loss (95%)", head, rows)
+
+
+def place(row: dict[str, Any]) -> str:
+    """Batch size, and whether its batches are of one source."""
+    return f"{row['batch_size']} single" if row["batches"] == "single" else str(row["batch_size"])
+
+
+def loss(row: dict[str, Any]) -> str:
+    return f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:g}"
+
+
+def interval(found: dict[str, float | None] | None) -> str:
+    """A ratio with its interval, as far as there is one."""
+    if found is None:
+        return "not reached"
+    if found["low"] is None:
+        return f"{found['ratio']:.3f}"
+    return f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def calibration_table(calibration: dict[str, Any]) -> Table:
@@ -88,6 +117,37 @@ def calibration_table(calibration: dict[str, Any]) -> Table:
     return table(
         "Calibrated thresholds", ["budget", "batch", "measured", "upper bound", "experts per layer", "bytes"], rows
     )
+
+
+def coverage_table(report: dict[str, Any]) -> Table:
+    """How often calibration repeated on random splits exceeds its budget, and how close to it it comes."""
+
+    def percents(row: dict[str, Any], key: str) -> str:
+        low, high = row[f"{key}_interval"]
+        return f"{row[key]:.1%} ({low:.1%}–{high:.1%})"
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None else f"{value:{form}}"
+
+    rows = [
+        [
+            f"{row['budget']}{', shifted' if row['shift'] else ''}",
+            str(row["batch_size"]),
+            f"{row['test_over']:.1%}",
+            f"{row['pool_over']:.1%}",
+            percents(row, "true_over"),
+            percents(row, "bound_misses"),
+            f"{row['nothing']:.1%}",
+            *(number(row[key], ".2f") for key in ("test_share", "upper_share")),
+            number(row["bytes"], ".0%"),
+        ]
+        for row in report["rows"]
+    ]
+    exact = report["exact"]
+    allowed = ["exact", "", *(f"{exact[key]:.1%}" for key in ("test_over", "pool_over", "true_over", "true_over"))]
+    head = ["budget", "batch", "test over", "pool over", "true mean over", "bound misses", "nothing", "test", "bound"]
+    title = f"Calibration repeated, {report['options']['metric']}; loss and bound relative to the budget"
+    return table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
 
 
 def training_table(layers: list[dict[str, Any]]) -> Table:

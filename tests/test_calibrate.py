@@ -171,6 +171,7 @@ def test_the_last_threshold_before_the_first_failure_is_taken() -> None:
     assert found["upper"] == upper_bound(measured[last].group_means("kl"), 0.95) <= budget
     assert found["mean"] == measured[last].mean("kl") < found["upper"]
     assert found["experts"] == measured[last].mean_stats()["experts"]
+    assert found["by_source"] == measured[last].by_source("kl")
     assert found["groups"] == len(rest)
     for dent in range(last):
         dented: Any = Dented(selector, taus[dent])
@@ -255,6 +256,25 @@ def test_thresholds_keep_within_the_budget_and_grow_with_it(selector: Path) -> N
             assert 1 <= cell["experts"] < cell["experts_before"] <= 2 * int(size)
     assert SelectorConfig.read(selector / "config.json") == found.config
     assert LynxSelector.from_pretrained(selector).policy(0.03).skips
+
+
+def test_the_text_is_noted_by_source(selector: Path) -> None:
+    """Each source's share of all sequences measured; the losses by source average to the mean."""
+    found = calibrate(choices(selector, batch_sizes=[2, 4], budgets=[0.05, 0.1]))
+    tokenizer = load_model(str(tiny_flow().model), "cpu").tokenizer
+    names: dict[str, list[list[str]]] = {}
+    for size in (2, 4):
+        groups = decode_groups(str(tiny_flow().texts), tokenizer, "calibrate", size, LENGTH, 12, seed=1)
+        names[str(size)] = [sources for _, sources in groups]
+    every = [name for groups in names.values() for group in groups for name in group]
+    wanted = {source: every.count(source) / len(every) for source in ("even", "odd")}
+    assert found.config.calibration["kl"]["sources"] == wanted
+    for row in cells(found).values():
+        for batch, cell in row.items():
+            tested = [name for group in names[batch][PILOT_GROUPS:] for name in group]
+            total = sum(loss * tested.count(source) for source, loss in cell["by_source"].items())
+            assert total / len(tested) == pytest.approx(cell["mean"])
+            assert len(set(cell["by_source"].values())) == 2
 
 
 def test_calibrating_changes_nothing_but_thresholds_and_words(selector: Path) -> None:
@@ -360,6 +380,8 @@ def interrupting_forward(rows: int) -> Any:
         {"batch_sizes": [0]},
         {"confidence": 1.0},
         {"confidence": 0.5},
+        {"groups": 0},
+        {"groups": FEWEST_GROUPS + PILOT_GROUPS - 1},
         {"prompt": 0},
         {"prompt": LENGTH - 1},
     ],

@@ -95,7 +95,8 @@ def train_words(out: Path, **changes: object) -> list[object]:
 def measuring_words(command: str, selector: Path, *more: object) -> list[object]:
     """Of calibrate and evaluate."""
     text = ["--corpus", tiny_flow().texts, "--length", LENGTH, "--prompt", 8]
-    return [command, "--selector", selector, *text, "--batch-sizes", 2, "--groups", 12, *more]
+    amount = ["--groups", 12] if command == "calibrate" else ["--tokens", 500]
+    return [command, "--selector", selector, *text, "--batch-sizes", 2, *amount, *more]
 
 
 @pytest.fixture
@@ -216,10 +217,13 @@ def test_the_flow_from_flags_and_from_a_file(tmp_path: Path, run: Run) -> None:
     done = run(*measuring_words("calibrate", selector, "--budgets", 0.1))
     assert (done.status, done.err) == (0, [])
     assert re.search(r"kl 0\.1 +│ +2 │ +0\.\d{4} │ +0\.\d{4} │ +\d\.\d → \d\.\d │ +\d+%", done.out)
-    done = run(*measuring_words("evaluate", selector, "--out", tmp_path / "e", "--methods", "xshare", "learned"))
+    choice = ["--methods", "xshare", "learned", "--levels", 0.1]
+    done = run(*measuring_words("evaluate", selector, "--out", tmp_path / "e", *choice))
     assert (done.status, done.err) == (0, [])
     assert "learned budget=0.1" in done.out
-    assert "KL 0.1000" in done.out
+    assert re.search(r"┃ +KL 0\.1 ┃ +ΔNLL 0\.1 ┃", done.out)
+    assert re.search(r"│ learned +│ +2 │ +\d+% / \d\.\d │", done.out)
+    assert re.search(r"│ KL 0\.1 +│ +2 │", done.out)
     assert (tmp_path / "e" / "report.json").exists()
 
 
@@ -239,7 +243,7 @@ def test_quickstart_runs_through(tmp_path: Path, run: Run) -> None:
     lines = (json.dumps({"text": " ".join(choose.choices(VOCABULARY, k=128))}) + "\n" for _ in range(2200))
     (tmp_path / "texts.jsonl").write_text("".join(lines))
     out = tmp_path / "out"
-    words = ["--model", tiny_flow().model, "--corpus", tmp_path / "texts.jsonl", "--tokens", 4096, "--groups", 2]
+    words = ["--model", tiny_flow().model, "--corpus", tmp_path / "texts.jsonl", "--tokens", 4096, "--test-tokens", 1]
     done = run("quickstart", *words, "--out", out, "--budget", 0.05)
     assert (done.status, done.err) == (0, [])
     closing = done.out[done.out.index("Distinct experts") :]
@@ -248,7 +252,7 @@ def test_quickstart_runs_through(tmp_path: Path, run: Run) -> None:
     summary = json.loads((out / "quickstart.json").read_text())
     assert [p["setting"] for p in summary["points"]] == ["", "budget=0.05"]
     assert summary["decode_step"]["steps"] > 0
-    assert {p.name for p in out.iterdir()} == {"trace", "selector", "report.json", "quickstart.json"}
+    assert {p.name for p in out.iterdir()} == {"trace", "selector", "report", "quickstart.json"}
 
 
 # Bad words.
@@ -276,10 +280,10 @@ def test_quickstart_runs_through(tmp_path: Path, run: Run) -> None:
         (["calibrate", "--selector", "s", "--budgets"], "--budgets is empty"),
         (["calibrate", "--selector", "s", "--batch-sizes"], "--batch_sizes is empty"),
         (["calibrate", "--selector", "s", "--batch-sizes", "1.5"], '"batch_sizes"'),
-        (["evaluate", "--selector", "s", "--out", "o", "--methods", "magic"], '"methods"'),
+        (["evaluate", "--selector", "s", "--out", "o", "--methods", "magic"], "--methods magic is unknown"),
         (["evaluate", "--selector", "s", "--out", "o", "--methods"], "--methods is empty"),
         (["quickstart", "--budget", "-1", "--out", "o"], "--budget -1 "),
-        (["quickstart", "--groups", "1", "--out", "o"], "--groups 1 "),
+        (["quickstart", "--test-tokens", "0", "--out", "o"], "--test_tokens 0 "),
         (["quickstart", "--tokens", "0", "--out", "o"], "--tokens 0 "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -472,14 +476,16 @@ def test_a_full_disk(refused: Refused, selector: Path, tmp_path: Path) -> None:
         "t": collect_words(tmp_path / "t"),
         "s": train_words(tmp_path / "s"),
         "selector": measuring_words("calibrate", selector, "--budgets", 0.1),
-        "": measuring_words("evaluate", selector, "--out", tmp_path / "e", "--card", "true"),
+        "e": measuring_words("evaluate", selector, "--out", tmp_path / "e", "--methods", "xshare"),
     }
     for name, words in runs.items():
         with files_no_larger_than(2500):
             message = refused(*words)
         assert "File too large" in message
-        assert str(tmp_path / name) in message or not name
-    assert {n: d for n, d in contents(tmp_path).items() if n != "t/options.json"} == before
+        assert str(tmp_path / name) in message
+    begun = {"t/options.json", *(n for n in contents(tmp_path) if n.startswith("e/"))}
+    assert not begun & {"e/report.json", "e/frontier.svg"}
+    assert {n: d for n, d in contents(tmp_path).items() if n not in begun} == before
     assert not (tmp_path / "s").exists()
     main([str(word) for word in runs["t"]])  # with room again, collect goes on
     assert Trace.open(tmp_path / "t").collected_tokens == 640

@@ -276,6 +276,27 @@ def test_groups_that_decode_together_mix_the_sources(tmp_path: Path) -> None:
     assert len(groups(0, 100)) == 30 // 4
 
 
+def test_groups_of_a_single_source_take_turns(tmp_path: Path) -> None:
+    for name, count in (("a", 30), ("b", 9), ("c", 3)):
+        jsonl(tmp_path / f"{name}.jsonl", [f"{name * 5}{i:02d}" for i in range(count)])
+
+    def groups(seed: int, most: int) -> list[tuple[list[list[int]], list[str]]]:
+        made = decode_groups(str(tmp_path), Bytes(), "all", 4, 8, most, seed, batches="single")
+        return [(rows.tolist(), names) for rows, names in made]
+
+    made = groups(0, 100)
+    assert "".join(names[0] for _, names in made) == "ababaaaaa"
+    assert all(len(rows) == len(names) == 4 and len(set(names)) == 1 for rows, names in made)
+    assert all(set(row[:5]) == {ord(name)} for rows, names in made for row, name in zip(rows, names, strict=True))
+    texts = [tuple(row) for rows, _ in made for row in rows]
+    assert len(set(texts)) == len(texts) == 36
+    assert made == groups(0, 100) != groups(1, 100)
+    assert [row[5:7] for row in made[0][0]] != [[48, 48 + i] for i in range(4)]  # not in the order of the file
+    assert [names[0] for _, names in groups(0, 5)] == list("ababa")
+    with pytest.raises(CorpusError, match="40 groups of 4 from one source each are needed"):
+        decode_groups(str(tmp_path), Bytes(), "all", 4, 8, 50, 0, fewest=40, batches="single")
+
+
 def test_too_little_text_for_two_groups_is_refused(tmp_path: Path) -> None:
     corpus = jsonl(tmp_path / "a.jsonl", ["1234567"] * 7)
     with pytest.raises(CorpusError, match="holds 7 sequences of 8 tokens, 2 groups of 4 are needed") as error:

@@ -1,9 +1,13 @@
-"""Evaluate: what the report holds, against figures worked out here, and what goes into the card."""
+"""Evaluate: what the report holds, against figures worked out here, how a run goes on, and what goes into the card."""
 
 import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -11,22 +15,28 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
-from test_fit import contents, one_line, other_revision, reference_flow, scratch, tiny_flow
+from test_fit import contents, one_line, other_revision, reference_flow, save_texts, scratch, tiny_flow
 
 from lynx_learn.calibrate import CalibrateOptions, calibrate
-from lynx_learn.corpus import decode_groups
-from lynx_learn.errors import CorpusError, OptionError, SelectorError
-from lynx_learn.evaluate import EvaluateOptions, evaluate, interpolate, margin
+from lynx_learn.collect import CollectOptions, collect
+from lynx_learn.corpus import Batches, decode_groups
+from lynx_learn.errors import CorpusError, OptionError, SelectorError, TraceError
+from lynx_learn.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate, margin
 from lynx_learn.families import find_moe_layers
+from lynx_learn.matching import interpolate
+from lynx_learn.methods import METHODS, curves
 from lynx_learn.models import load_model
+from lynx_learn.policies import Policy
+from lynx_learn.report import evaluation_table, matched_table, ratios_table, show
 from lynx_learn.selector import LynxSelector, read_metrics
-from lynx_learn.simulate import compare
+from lynx_learn.simulate import Comparison, compare
+from lynx_learn.sweeps import MOST_SETTINGS, SEED_STEP
 
-LENGTH, PROMPT, GROUPS, EXPERTS, TOP_K = 32, 8, 5, 8, 2
-SIZES, BUDGETS, SHARES = [2, 4], [0.02, 0.1], [0.1, 0.5, 0.75, 1.0]
-Curve = list[tuple[float, float, float]]
+LENGTH, PROMPT, EXPERTS, TOP_K, SEED = 32, 8, 8, 2, 2
+SCORED = LENGTH - PROMPT - 1
+SIZES, BUDGETS, LEVELS = [2, 4], [0.02, 0.1], [0.03, 0.1]
+METHODS_HERE = ["learned", "xshare", "random", "gate_sq"]
+CELLS: list[tuple[int, Batches]] = [(2, "mixed"), (4, "mixed"), (4, "single")]
 
 
 @cache
@@ -48,128 +58,205 @@ def choices(out: Path, **changes: Any) -> EvaluateOptions:
         str(calibrated()),
         str(out),
         corpus=str(tiny_flow().texts),
-        kept_shares=SHARES,
+        methods=METHODS_HERE,
         batch_sizes=SIZES,
-        groups=GROUPS,
+        batches=["single:4", "mixed"],
+        tokens=1,
+        levels=LEVELS,
         length=LENGTH,
         prompt=PROMPT,
     )
     return replace(options, **changes)
 
 
+def little(out: Path, **changes: Any) -> EvaluateOptions:
+    """Options for a run that is about something else."""
+    return choices(out, **{"methods": ["xshare"], "batch_sizes": [2], "batches": ["mixed"], **changes})
+
+
 @cache
+def tiny_run() -> tuple[dict[str, Any], Path]:
+    out = scratch() / "report"
+    return evaluate(choices(out)), out
+
+
 def tiny_report() -> dict[str, Any]:
-    return evaluate(choices(scratch() / "report"))
+    return tiny_run()[0]
 
 
 def points(report: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     return [p for p in report["points"] if all(p[key] == value for key, value in wanted.items())]
 
 
+def groups_of(
+    size: int, batches: Batches = "mixed", count: int = FEWEST_GROUPS
+) -> list[tuple[torch.Tensor, list[str]]]:
+    tokenizer = load_model(str(tiny_flow().model), "cpu").tokenizer
+    return decode_groups(str(tiny_flow().texts), tokenizer, "test", size, LENGTH, count, SEED, batches=batches)
+
+
+def comparison(size: int, batches: Batches, policy: Policy) -> Comparison:
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    (result,) = compare(loaded.model, find_moe_layers(loaded.model), groups_of(size, batches), [policy], PROMPT)
+    return result
+
+
 # The report.
 
 
 def test_the_report_is_what_is_written(tmp_path: Path) -> None:
-    options = choices(tmp_path / "deep" / "out", methods=["xshare"], batch_sizes=[2])
+    options = little(tmp_path / "deep" / "out", tokens=400)
     report = evaluate(options)
-    assert list(contents(tmp_path)) == ["deep/out/report.json"]
+    groups = [f"groups/2-mixed/{index:05d}.json" for index in range(-(-400 // (2 * SCORED)))]
+    assert list(contents(tmp_path / "deep" / "out")) == sorted(
+        ["frontier.png", "frontier.svg", "options.json", "report.json", *groups]
+    )
     assert json.loads((tmp_path / "deep" / "out" / "report.json").read_text()) == report
     assert report["options"] == asdict(options)
     assert report["base_model"] == str(tiny_flow().model)
     assert report["sources"] == ["even", "odd"]
     assert report["environment"]["torch"] == torch.__version__
+    assert {p["groups"] for p in report["points"]} == {len(groups)} == {9}
+    assert {p["tokens"] for p in report["points"]} == {9 * 2 * SCORED}
 
 
-def test_every_method_is_there_at_every_setting() -> None:
-    """Shares of 8 experts below top-k count as top-k; the learned curve goes beyond its budgets on both sides."""
-    for size in SIZES:
-        found = [(p["method"], p["setting"]) for p in points(tiny_report(), batch_size=size)]
-        assert found[0] == ("untouched", "")
-        for method in ("random", "xshare", "gate_sum"):
-            assert [s for m, s in found if m == method] == ["M=2", "M=4", "M=6", "M=8"]
-        learned = [s for m, s in found if m == "learned"]
-        assert learned[:2] == ["budget=0.02", "budget=0.1"]
-        thresholds = [float(s.removeprefix("tau=")) for s in learned[2:]]
-        table = LynxSelector.from_pretrained(calibrated()).config.thresholds["kl"]
-        low, high = (table[str(budget)][str(size)] for budget in BUDGETS)
-        assert thresholds[0] < low < thresholds[1] < high < thresholds[2]
-        assert len(thresholds) == 3
+def test_cells_are_batch_sizes_with_mixed_and_single_batches() -> None:
+    def cells(**changes: Any) -> list[tuple[int, Batches]]:
+        return choices(Path("out"), **changes).cells
+
+    assert cells() == CELLS
+    assert cells(batches=["mixed"]) == [(2, "mixed"), (4, "mixed")]
+    assert cells(batch_sizes=[4, 2, 4], batches=["single", "single:2"]) == [(2, "single"), (4, "single")]
+    assert [
+        tuple(p[key] for key in ("batch_size", "batches")) for p in points(tiny_report(), method="untouched")
+    ] == CELLS
+
+
+def test_every_method_is_there_with_a_part_of_each_sweep() -> None:
+    """In the table's order, and from gentle to harsh; the budgets are always there."""
+    selector = LynxSelector.from_pretrained(calibrated())
+    layers = find_moe_layers(load_model(str(tiny_flow().model), "cpu").model)
+    for size, batches in CELLS:
+        found = [
+            (p["method"], p["curve"], p["setting"]) for p in points(tiny_report(), batch_size=size, batches=batches)
+        ]
+        assert found[0] == ("untouched", 0, "")
+        assert found[-2:] == [("learned", 0, "budget=0.02"), ("learned", 0, "budget=0.1")]
+        expected = []
+        for method in (name for name in METHODS if name in METHODS_HERE):
+            for number, curve in enumerate(curves(method, layers, size, None, selector)):
+                settings = [policy.setting for policy in curve]
+                own = [setting for m, n, setting in found[1:-2] if (m, n) == (method, number)]
+                assert 1 <= len(own) <= MOST_SETTINGS
+                expected += [(method, number, setting) for setting in settings if setting in own]
+        assert found[1:-2] == expected
+
+
+def test_settings_lie_around_the_levels() -> None:
+    for size, batches in CELLS:
+        kl = [p["kl"] for p in points(tiny_report(), batch_size=size, batches=batches, method="learned")[:-2]]
+        assert min(kl) < LEVELS[0] < LEVELS[1] < max(kl)
+        assert len(kl) > 2
 
 
 def test_the_untouched_row_loses_nothing_and_reads_everything() -> None:
-    for size in SIZES:
-        (row,) = points(tiny_report(), method="untouched", batch_size=size)
+    for size, batches in CELLS:
+        (row,) = points(tiny_report(), method="untouched", batch_size=size, batches=batches)
         losses = ("kl", "nll", "agreement", "kl_margin", "nll_margin", "agreement_margin")
         assert [row[key] for key in losses] == [0.0] * 6
         assert (row["bytes"], row["answered"]) == (1.0, 0.0)
         assert TOP_K < row["experts"] == row["experts_before"] <= min(EXPERTS, TOP_K * size)
-        assert row["experts"] == pytest.approx(mean_experts(size))
-        assert row["tokens"] == GROUPS * size * (LENGTH - PROMPT - 1)
+        assert row["experts"] == pytest.approx(mean_experts(size, batches))
+        assert row["tokens"] == FEWEST_GROUPS * size * SCORED
 
 
 @torch.no_grad()
-def mean_experts(size: int) -> float:
+def mean_experts(size: int, batches: Batches) -> float:
     """Distinct experts of a layer that a position of a group needs, from the routers' outputs alone."""
-    loaded = load_model(str(tiny_flow().model), "cpu")
-    groups = decode_groups(str(tiny_flow().texts), loaded.tokenizer, "test", size, LENGTH, GROUPS, seed=2)
+    model = load_model(str(tiny_flow().model), "cpu").model
     counts: list[int] = []
 
     def count(module: torch.nn.Module, args: Any, output: Any) -> None:
         indices = output[2].view(size, LENGTH, TOP_K)[:, PROMPT:]
         counts.extend(len(indices[:, position].unique()) for position in range(LENGTH - PROMPT))
 
-    for layer in find_moe_layers(loaded.model):
+    for layer in find_moe_layers(model):
         layer.router.register_forward_hook(count)
-    for tokens, _ in groups:
-        loaded.model(input_ids=tokens)
+    for tokens, _ in groups_of(size, batches):
+        model(input_ids=tokens)
     return sum(counts) / len(counts)
 
 
-def test_a_rule_that_keeps_all_experts_loses_nothing() -> None:
-    rows = [p for p in tiny_report()["points"] if p["setting"] == "M=8"]
-    assert len(rows) == 3 * len(SIZES)
-    for row in rows:
-        assert row["kl"] == pytest.approx(0.0, abs=1e-6)
-        assert row["experts"] == row["experts_before"]
-        assert row["bytes"] == 1.0
-
-
 def test_fewer_experts_lose_more() -> None:
-    for method in ("random", "xshare", "gate_sum"):
-        rows = points(tiny_report(), method=method, batch_size=4)
-        losses, experts = ([row[key] for row in rows] for key in ("kl", "experts"))
-        assert losses == sorted(losses, reverse=True)
-        assert experts == sorted(experts)
-        assert all(row["experts"] <= float(row["setting"].removeprefix("M=")) for row in rows)
-        (untouched,) = points(tiny_report(), method="untouched", batch_size=4)
-        # Bytes are averaged as ratios over the groups, hence not exactly the ratio of the averages.
-        assert all(row["bytes"] == pytest.approx(row["experts"] / untouched["experts"], rel=0.02) for row in rows)
+    for method in ("xshare", "learned"):
+        rows = sorted(points(tiny_report(), method=method, batch_size=4, batches="mixed"), key=lambda p: p["kl"])
+        assert len(rows) > 2
+        assert [row["experts"] for row in rows] == sorted((row["experts"] for row in rows), reverse=True)
 
 
-def test_surrogates_count_as_bytes() -> None:
-    for row in points(tiny_report(), method="learned"):
-        assert row["answered"] > 0
-        assert row["bytes"] > row["experts"] / row["experts_before"]
+def test_bytes_are_those_of_experts_and_surrogates() -> None:
+    for row in tiny_report()["points"]:
+        (untouched,) = points(tiny_report(), method="untouched", **{k: row[k] for k in ("batch_size", "batches")})
+        if row["method"] == "learned":
+            assert row["answered"] > 0
+            assert row["bytes"] > row["experts"] / untouched["experts"]
+        else:
+            assert row["answered"] == 0
+            assert row["bytes"] == pytest.approx(row["experts"] / untouched["experts"])
 
 
-def test_a_point_is_what_a_comparison_measures() -> None:
+@pytest.mark.parametrize(("size", "batches"), CELLS)
+def test_a_point_is_what_a_comparison_measures(size: int, batches: Batches) -> None:
+    selector = LynxSelector.from_pretrained(calibrated())
+    layers = find_moe_layers(load_model(str(tiny_flow().model), "cpu").model)
+    gentlest = points(tiny_report(), method="xshare", batch_size=size, batches=batches)[0]["setting"]
+    (xshare,) = (p for p in curves("xshare", layers, size, None, selector)[0] if p.setting == gentlest)
+    for policy in (selector.policy(0.1), xshare):
+        result = comparison(size, batches, policy)
+        wanted = {"method": policy.name, "setting": policy.setting, "batch_size": size, "batches": batches}
+        (row,) = points(tiny_report(), **wanted)
+        for metric in ("kl", "nll", "agreement"):
+            assert row[metric] == result.mean(metric)
+            assert row[f"{metric}_margin"] == margin(result.group_means(metric))
+            assert row["by_source"][metric] == result.by_source(metric)
+        stats = result.mean_stats()
+        assert {key: row[key] for key in stats if key != "bytes"} == {k: v for k, v in stats.items() if k != "bytes"}
+        (untouched,) = points(tiny_report(), method="untouched", batch_size=size, batches=batches)
+        ratio = stats["bytes"] * stats["experts_before"] / untouched["experts"]
+        assert row["bytes"] == pytest.approx(ratio, rel=0.02)  # there a mean of ratios
+    assert 0.1 / 3 < row["kl"] < 0.3 or policy is xshare
+
+
+def test_single_batches_have_one_source_and_mixed_ones_have_more() -> None:
+    out = tiny_run()[1]
+    for size, batches in CELLS:
+        kinds = {len(set(names)) for _, names in groups_of(size, batches)}
+        assert kinds == ({1} if batches == "single" else {1, 2})  # two rows drawn at random can be of one source
+        assert len(list((out / "groups" / f"{size}-{batches}").iterdir())) == FEWEST_GROUPS
+    mixed, single = (
+        points(tiny_report(), setting="budget=0.1", batch_size=4, batches=b)[0] for b in ("mixed", "single")
+    )
+    assert mixed["kl"] != single["kl"]
+    assert mixed["by_source"]["kl"].keys() == single["by_source"]["kl"].keys() == {"even", "odd"}
+
+
+def test_a_random_rule_draws_anew_in_every_group() -> None:
+    row = points(tiny_report(), method="random", batch_size=4, batches="mixed")[0]
+    selector = LynxSelector.from_pretrained(calibrated())
     loaded = load_model(str(tiny_flow().model), "cpu")
-    groups = decode_groups(str(tiny_flow().texts), loaded.tokenizer, "test", 4, LENGTH, GROUPS, seed=2)
-    policy = LynxSelector.from_pretrained(calibrated()).policy(0.1)
-    result = compare(loaded.model, find_moe_layers(loaded.model), groups, [policy], PROMPT)[0]
-    (row,) = points(tiny_report(), setting="budget=0.1", batch_size=4)
-    for metric in ("kl", "nll", "agreement"):
-        assert row[metric] == result.mean(metric)
-        assert row[f"{metric}_margin"] == margin(result.group_means(metric))
-    assert 0.1 / 3 < row["kl"] < 0.1 * 1.5
+    layers = find_moe_layers(loaded.model)
+    means = []
+    for index, group in enumerate(groups_of(4)):
+        (curve,) = curves("random", layers, 4, None, selector, SEED + SEED_STEP * index)
+        policy = next(p for p in curve if p.setting == row["setting"])
+        means.append(compare(loaded.model, layers, [group], [policy], PROMPT)[0].mean("kl"))
+    assert row["kl"] == pytest.approx(sum(means) / len(means))
 
 
 def test_the_means_of_the_sources_average_to_the_mean() -> None:
-    loaded = load_model(str(tiny_flow().model), "cpu")
-    for size in SIZES:
-        groups = decode_groups(str(tiny_flow().texts), loaded.tokenizer, "test", size, LENGTH, GROUPS, seed=2)
-        names = [name for _, group in groups for name in group]
-        rows = [p for p in points(tiny_report(), batch_size=size) if p["method"] != "untouched"]
+    for size, batches in CELLS:
+        names = [name for _, group in groups_of(size, batches) for name in group]
+        rows = [p for p in points(tiny_report(), batch_size=size, batches=batches) if p["method"] != "untouched"]
         assert rows
         for row in rows:
             for metric, by_source in row["by_source"].items():
@@ -188,11 +275,11 @@ def test_the_margin_is_half_of_students_interval() -> None:
     assert margin(values) == pytest.approx((high - low) / 2)
 
 
-def test_equal_seeds_give_equal_reports(tmp_path: Path) -> None:
-    again, other = (evaluate(choices(tmp_path / str(seed), batch_sizes=[2], seed=seed)) for seed in (2, 3))
-    assert again["points"] == points(tiny_report(), batch_size=2)
-    assert again["matched"] == [row for row in tiny_report()["matched"] if row["batch_size"] == 2]
-    assert other["points"] != again["points"]
+def test_a_selector_without_thresholds_is_measured_at_others(tmp_path: Path) -> None:
+    report = evaluate(little(tmp_path / "out", selector=str(tiny_flow().selector), methods=["learned"]))
+    settings = [p["setting"] for p in points(report, method="learned")]
+    assert len(settings) > 2
+    assert all(setting.startswith("tau=") for setting in settings)
 
 
 @pytest.mark.slow
@@ -202,68 +289,204 @@ def test_random_loses_more_than_xshare_on_the_reference_model(tmp_path: Path) ->
         str(reference_flow().selector),
         str(tmp_path),
         methods=["random", "xshare"],
-        kept_shares=[0.25, 0.5],
         batch_sizes=[8],
-        groups=3,
-        length=64,
+        tokens=1,
+        levels=[0.05, 0.1],
+        length=48,
         prompt=16,
     )
     report = evaluate(options)
     assert report["sources"] == ["code", "prose"]
-    for kept in ("M=8", "M=16"):
-        by_chance, chosen = (points(report, method=m, setting=kept)[0] for m in ("random", "xshare"))
-        assert by_chance["kl"] > 2 * chosen["kl"] > 0
-        assert by_chance["nll"] > chosen["nll"]
-        assert by_chance["agreement"] > chosen["agreement"]
+    for level in (0.05, 0.1):
+        found = {r["method"]: r["bytes"] for r in report["matched"] if (r["metric"], r["level"]) == ("kl", level)}
+        assert found["xshare"] < 0.9
+        assert found["random"] is None or found["random"] > found["xshare"] + 0.1
 
 
 # At equal loss.
 
-CURVES = st.lists(st.tuples(st.floats(1e-6, 10), st.floats(1, 64), st.floats(0.01, 1)), max_size=6).map(sorted)
 
-
-@example([(1e-06, 1.0, 1.0), (1.0000000000000002e-06, 1.0, 0.5)], 1e-6)  # their logarithms are equal
-@given(CURVES, st.floats(1e-7, 20))
-def test_a_curve_is_never_read_beyond_its_ends(curve: Curve, level: float) -> None:
-    found = interpolate(curve, level)
-    inside = len(curve) > 1 and curve[0][0] <= level <= curve[-1][0]
-    assert (found != (None, None)) == inside
-    if inside:
-        for value, column in zip(found, list(zip(*curve, strict=True))[1:], strict=True):
-            assert value is not None
-            assert min(column) - 1e-9 <= value <= max(column) + 1e-9
-
-
-MILLIONTHS = st.integers(1, 10**7).map(lambda count: count / 10**6)
-DISTINCT = st.lists(st.tuples(MILLIONTHS, st.floats(1, 64), st.floats(0.01, 1)), min_size=2, unique_by=lambda p: p[0])
-
-
-@given(DISTINCT.map(sorted))
-def test_a_curve_goes_through_its_points(curve: Curve) -> None:
-    for loss, experts, size in curve:
-        assert interpolate(curve, loss) == (pytest.approx(experts), pytest.approx(size))
-
-
-def test_a_curve_is_read_on_the_logarithm_of_the_loss() -> None:
-    assert interpolate([(0.01, 16.0, 0.6), (1.0, 8.0, 0.2)], 0.1) == (pytest.approx(12.0), pytest.approx(0.4))
-
-
-def test_methods_are_matched_at_budgets_and_at_what_the_learned_one_measured() -> None:
+def test_matched_is_read_off_the_points() -> None:
     report = tiny_report()
-    for size in SIZES:
-        rows = [row for row in report["matched"] if row["batch_size"] == size]
-        measured = [p["kl"] for p in points(report, batch_size=size, method="learned") if "budget" in p["setting"]]
-        assert {row["level"] for row in rows if row["metric"] == "kl"} == {*BUDGETS, *measured}
-        for row in rows:
-            own = [p for p in points(report, batch_size=size, method=row["method"]) if p[row["metric"]] > 0]
-            losses = [p[row["metric"]] for p in own]
-            within = len(own) > 1 and min(losses) <= row["level"] <= max(losses)
-            assert (row["experts"] is not None) == (row["bytes"] is not None) == within
-            exact = [p for p in own if p[row["metric"]] == row["level"]]
-            if exact and losses.count(row["level"]) == 1:
-                assert row["experts"] == pytest.approx(exact[0]["experts"])
-        assert any(row["experts"] is not None for row in rows)
-        assert any(row["experts"] is None for row in rows)
+    keys = [(*cell, metric, level) for cell in CELLS for metric in ("kl", "nll") for level in LEVELS]
+    rows = [[row[k] for k in ("batch_size", "batches", "metric", "level", "method")] for row in report["matched"]]
+    assert rows == [[*key, method] for key in keys for method in METHODS if method in METHODS_HERE]
+    assert [tuple(row[k] for k in ("batch_size", "batches", "metric", "level")) for row in report["ratios"]] == keys
+    for row in report["matched"]:
+        own = points(report, **{key: row[key] for key in ("batch_size", "batches", "method")})
+        readings = []
+        for curve in {p["curve"] for p in own}:
+            line = [(p[row["metric"]], p["experts"], p["bytes"]) for p in own if p["curve"] == curve]
+            readings.append(interpolate(line, row["level"]))
+        reached = [reading for reading in readings if reading is not None]
+        if reached:
+            best = min(reached, key=lambda reading: reading[1])
+            assert (row["experts"], row["bytes"]) == (pytest.approx(best[0]), pytest.approx(best[1]))
+        else:
+            assert (row["experts"], row["bytes"]) == (None, None)
+    kl = [row["bytes"] for row in report["matched"] if row["metric"] == "kl"]
+    assert None in kl
+    assert sum(size is not None for size in kl) > len(kl) / 2
+
+
+def test_ratios_are_those_of_the_matched_bytes() -> None:
+    report = tiny_report()
+    found = 0
+    for row in report["ratios"]:
+        place = {key: row[key] for key in ("batch_size", "batches", "metric", "level")}
+        here = {r["method"]: r["bytes"] for r in report["matched"] if all(r[k] == v for k, v in place.items())}
+        rules = {method: size for method, size in here.items() if method != "learned" and size is not None}
+        assert row["best_rule"] == min(rules, key=rules.__getitem__, default=None)
+        assert row["bytes_to_formula"] is row["experts_to_oracle"] is None  # not among the methods
+        if rules and here["learned"] is not None:
+            ratio = row["bytes_to_best_rule"]
+            assert ratio["ratio"] == pytest.approx(here["learned"] / min(rules.values()))
+            assert ratio["low"] is None or ratio["low"] <= ratio["ratio"] <= ratio["high"]
+            found += ratio["low"] is not None
+    assert found
+
+
+def test_tables_show_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    report = tiny_report()
+    show(evaluation_table(report), matched_table(report), ratios_table(report))
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    for point in report["points"]:
+        batch = "4 single" if point["batches"] == "single" else str(point["batch_size"])
+        kl = f"{point['kl']:.4f} ± {point['kl_margin']:.4f}"
+        name = f"{point['method']} {point['setting']}".strip()
+        assert any(line[:5] == [name, batch, f"{point['experts']:.1f}", f"{point['bytes']:.0%}", kl] for line in lines)
+    for row in report["matched"]:
+        batch = "4 single" if row["batches"] == "single" else str(row["batch_size"])
+        cell = "not reached" if row["bytes"] is None else f"{row['bytes']:.0%} / {row['experts']:.1f}"
+        column = 2 + 2 * (row["metric"] == "nll") + LEVELS.index(row["level"])
+        assert any(line[:2] == [row["method"], batch] and line[column] == cell for line in lines if len(line) == 6)
+    for row in report["ratios"]:
+        ratio = row["bytes_to_best_rule"]
+        if ratio and ratio["low"]:
+            assert f"{ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" in out
+
+
+# Going on.
+
+
+def test_equal_seeds_give_equal_reports(tmp_path: Path) -> None:
+    again, other = (
+        evaluate(choices(tmp_path / str(seed), batch_sizes=[2], batches=["mixed"], seed=seed)) for seed in (SEED, 3)
+    )
+    assert again["points"] == points(tiny_report(), batch_size=2)
+    assert again["matched"] == [row for row in tiny_report()["matched"] if row["batch_size"] == 2]
+    assert again["ratios"] == [row for row in tiny_report()["ratios"] if row["batch_size"] == 2]
+    assert other["points"] != again["points"]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """And ends with the same bytes in every file as one that was not killed."""
+    out = tmp_path / "out"
+    options = choices(out, batch_sizes=[2], batches=["mixed", "single"], methods=["random", "gate_sq"], tokens=700)
+    evaluate(options)
+    expected = contents(out)
+    shutil.rmtree(out)
+    program = f"from lynx_learn.evaluate import *\nevaluate(EvaluateOptions(**{asdict(options)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 90
+    while not (out / "groups" / "2-single" / "00002.json").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "report.json").exists()
+    finished = {file: file.stat().st_mtime_ns for file in (out / "groups").rglob("[0-9]*.json")}
+    assert 3 <= len(finished) < 2 * 16
+    evaluate(options)
+    assert contents(out) == expected
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+
+
+def test_a_finished_run_is_not_repeated_and_a_damaged_group_is(tmp_path: Path) -> None:
+    report = evaluate(little(tmp_path))
+    before, group = contents(tmp_path), tmp_path / "groups" / "2-mixed" / "00003.json"
+    first = group.stat().st_mtime_ns
+    group.write_bytes(group.read_bytes()[:-7])
+    others = {file: file.stat().st_mtime_ns for file in group.parent.iterdir() if file != group}
+    assert evaluate(little(tmp_path)) == report
+    assert contents(tmp_path) == before
+    assert group.stat().st_mtime_ns > first
+    assert {file: file.stat().st_mtime_ns for file in others} == others
+
+
+def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> None:
+    out, selector, texts = (tmp_path / name for name in ("out", "selector", "texts"))
+    shutil.copytree(calibrated(), selector)
+    shutil.copytree(tiny_flow().texts, texts)
+    evaluate(little(out, corpus=str(texts)))
+    before = contents(out)
+    for changes, named in (
+        ({"seed": 9, "levels": [0.2]}, "levels, seed, text_sha256 "),
+        ({"tokens": 800}, "tokens, text_sha256 "),
+        ({"methods": ["gate_sq"]}, "methods "),
+        ({"corpus": str(tiny_flow().texts)}, "corpus "),
+        ({"selector": str(selector)}, "selector "),
+    ):
+        with pytest.raises(OptionError, match="holds an evaluation with other") as error:
+            evaluate(little(out, **{"corpus": str(texts), **changes}))
+        assert f"other {named}" in one_line(error)
+    lines = (texts / "odd.jsonl").read_text().splitlines(keepends=True)
+    (texts / "odd.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(OptionError, match="other text_sha256 "):
+        evaluate(little(out, corpus=str(texts)))
+    (texts / "odd.jsonl").write_text("".join(lines))
+    options = json.loads(before["options.json"])
+    options["environment"]["torch"] = "1.0"
+    (out / "options.json").write_text(json.dumps(options))
+    with pytest.raises(OptionError, match="other environment "):
+        evaluate(little(out, corpus=str(texts)))
+    (out / "options.json").write_text("{")
+    with pytest.raises(OptionError, match="other selector, model, trace"):
+        evaluate(little(out, corpus=str(texts)))
+    assert {k: v for k, v in contents(out).items() if k != "options.json"} == {
+        k: v for k, v in before.items() if k != "options.json"
+    }
+
+
+def test_a_selector_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    selector = tmp_path / "selector"
+    shutil.copytree(calibrated(), selector)
+    options = little(tmp_path / "out", selector=str(selector))
+    report = evaluate(options)
+    assert evaluate(replace(options, card=True))["points"] == report["points"]  # a new card is no other selector
+    changed = LynxSelector.from_pretrained(selector)
+    changed.with_config(thresholds={"kl": {"0.1": {"2": 0.5}}}).save_pretrained(selector)
+    with pytest.raises(OptionError, match="other selector_sha256 "):
+        evaluate(options)
+
+
+@pytest.mark.parametrize("name", ["out", "out/file.txt"])
+def test_folders_that_are_in_use(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OptionError, match="choose another --out") as error:
+        evaluate(little(tmp_path / "out"))
+    assert str(tmp_path / "out") in one_line(error)
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+@pytest.mark.slow
+def test_several_workers_give_the_same_report(tmp_path: Path) -> None:
+    options = choices(tmp_path / "out", batch_sizes=[4], workers=2)
+    report = evaluate(options)
+    expected = [p for p in tiny_report()["points"] if p["batch_size"] == 4]
+    assert [p["setting"] for p in report["points"]] == [p["setting"] for p in expected]
+    for found, wanted in zip(report["points"], expected, strict=True):
+        for key in ("kl", "nll", "experts", "bytes", "kl_margin"):
+            assert found[key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-6)
+        assert (
+            found["by_source"]
+            == {metric: pytest.approx(values, rel=1e-4, abs=1e-6) for metric, values in wanted["by_source"].items()}
+            if "by_source" in wanted
+            else True
+        )
+    alone = evaluate(replace(options, workers=1))  # what is there is gone on with
+    assert alone["points"] == report["points"]
 
 
 # The card.
@@ -274,7 +497,7 @@ def test_the_card_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
     folder = tmp_path / "selector"
     shutil.copytree(calibrated(), folder)
     before = contents(folder)
-    report = evaluate(choices(tmp_path / "out", selector=str(folder), card=True, dtype="bfloat16"))
+    report = evaluate(choices(tmp_path / "out", selector=str(folder), methods=["xshare", "learned"], card=True))
     after = contents(folder)
     assert {name for name in after if after[name] != before.get(name)} == {
         "README.md",
@@ -282,7 +505,9 @@ def test_the_card_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
         "run-evaluate.yaml",
     }
     metrics = read_metrics(folder)
-    assert metrics == {**json.loads(before["metrics.json"]), "evaluate": report}
+    assert {p["method"] for p in report["points"]} == {"untouched", "xshare", "learned"}
+    own = {**report, "points": [p for p in report["points"] if p["method"] != "xshare"]}
+    assert metrics == {**json.loads(before["metrics.json"]), "evaluate": own}
     card = after["README.md"].decode()
     assert f"split `test` (even, odd); {report['environment']['machine']}" in card
     config = json.loads(after["config.json"])
@@ -294,7 +519,7 @@ def test_the_card_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
             for word in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?%?", row):
                 assert is_rounded(word, known), (section, row, word)
     test = [line for line in card.split("## Test\n")[1].splitlines() if line.startswith("| learned | budget=0.1 | 4 |")]
-    (row,) = points(report, setting="budget=0.1", batch_size=4)
+    (row,) = points(report, setting="budget=0.1", batch_size=4, batches="mixed")
     assert f"| {row['experts']:.1f} | {row['bytes']:.0%} | {row['kl']:.4f} ± {row['kl_margin']:.4f} |" in test[0]
 
 
@@ -319,8 +544,16 @@ def is_rounded(word: str, known: set[float]) -> bool:
 
 def test_without_card_the_selector_is_left_alone(tmp_path: Path) -> None:
     before = contents(calibrated())
-    evaluate(choices(tmp_path, methods=["learned"], batch_sizes=[2]))
+    evaluate(little(tmp_path, methods=["learned"], dtype="bfloat16"))
     assert contents(calibrated()) == before
+
+
+def test_the_card_holds_what_was_trained_whatever_the_model_ran_in(tmp_path: Path) -> None:
+    selector = tmp_path / "selector"
+    shutil.copytree(calibrated(), selector)
+    weights = (selector / "selector.safetensors").read_bytes()
+    evaluate(little(tmp_path / "out", selector=str(selector), methods=["learned"], dtype="bfloat16", card=True))
+    assert (selector / "selector.safetensors").read_bytes() == weights
 
 
 # What is refused.
@@ -329,14 +562,21 @@ def test_without_card_the_selector_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"groups": 1},
+        {"tokens": 0},
+        {"workers": 0},
+        {"levels": []},
+        {"levels": [0.01, 0.0]},
+        {"levels": [math.inf]},
         {"prompt": 0},
         {"prompt": LENGTH - 1},
-        {"kept_shares": [0.5, 0.0]},
-        {"kept_shares": [1.5]},
         {"batch_sizes": []},
         {"batch_sizes": [0]},
+        {"batches": []},
+        {"batches": ["both"]},
+        {"batches": ["single:3"]},
+        {"batches": ["mixed:"]},
         {"methods": []},
+        {"methods": ["xshare", "magic"]},
     ],
     ids=str,
 )
@@ -346,9 +586,21 @@ def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> 
     assert f"--{next(iter(change))} " in one_line(error)
 
 
-def test_a_selector_without_thresholds_has_nothing_to_show(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="not calibrated") as error:
-        evaluate(choices(tmp_path / "out", selector=str(tiny_flow().selector), methods=["learned"]))
+def test_rules_that_need_a_trace_are_refused_without_one(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"siftmoe.* --trace") as error:
+        evaluate(little(tmp_path / "out", methods=["xshare", "siftmoe"]))
+    one_line(error)
+    assert not (tmp_path / "out").exists()
+    report = evaluate(little(tmp_path / "out", methods=["siftmoe"], trace=str(tiny_flow().trace)))
+    assert len(points(report, method="siftmoe")) > 1
+    assert json.loads((tmp_path / "out" / "options.json").read_text())["trace_sha256"]
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, trace = other_revision(tiny_flow().model, tmp_path / "model"), tmp_path / "trace"
+    collect(CollectOptions(str(model), str(trace), str(tiny_flow().texts), tokens=640, length=LENGTH))
+    with pytest.raises(TraceError, match="not from this model") as error:
+        evaluate(little(tmp_path / "out", trace=str(trace)))
     one_line(error)
     assert not (tmp_path / "out").exists()
 
@@ -358,5 +610,15 @@ def test_another_revision_and_too_little_text_are_refused(tmp_path: Path) -> Non
     with pytest.raises(SelectorError, match="was trained for"):
         evaluate(choices(tmp_path / "out", model=str(model)))
     with pytest.raises(CorpusError, match="sequences of 32 tokens"):
-        evaluate(choices(tmp_path / "out", batch_sizes=[2, 512]))
+        evaluate(choices(tmp_path / "out", batch_sizes=[4, 512]))
     assert not (tmp_path / "out").exists()
+
+
+def test_text_for_fewer_tokens_than_asked_for_is_used_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = save_texts(tmp_path / "texts", documents=90)
+    report = evaluate(little(tmp_path / "out", corpus=str(texts), tokens=10**6, split="all"))
+    tokens = report["points"][0]["tokens"]
+    assert FEWEST_GROUPS * 2 * SCORED < tokens < 10**6
+    assert f"holds {tokens:,} of the 1,000,000 tokens asked for in batches of 2" in capsys.readouterr().out

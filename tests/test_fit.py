@@ -138,7 +138,9 @@ def reference_flow() -> Flow:
 
 
 def choices(flow: Flow, out: Path, **changes: Any) -> TrainOptions:
-    options = TrainOptions(str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, tune_steps=0, sensitivity_groups=2)
+    options = TrainOptions(
+        str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, tune_steps=0, sensitivity_groups=2
+    )
     return replace(options, **changes)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lynx_learn"
-HEAVY = ("lightning", "datasets", "sklearn", "onnxruntime")
+HEAVY = ("lightning", "datasets", "sklearn", "onnxruntime", "matplotlib")
 
 # Module -> the modules of this package that it may import; each only ones that stand above it.
 ALLOWED: dict[str, str] = {
@@ -17,6 +17,8 @@ ALLOWED: dict[str, str] = {
     "config": "errors",
     "progress": "",
     "report": "",
+    "figures": "",
+    "matching": "",
     "features": "",
     "surrogates": "",
     "scorers": "features",
@@ -24,9 +26,12 @@ ALLOWED: dict[str, str] = {
     "corpus": "errors",
     "models": "errors",
     "traces": "errors",
+    "expert_stats": "errors families traces",
     "policies": "families",
-    "baselines": "families policies",
+    "baselines": "errors families policies expert_stats",
     "selector": "errors config features scorers surrogates families policies",
+    "oracle": "families policies selector",
+    "methods": "errors families policies expert_stats baselines selector oracle",
     "card": "errors selector",
     "runtime": "errors families policies selector",
     "simulate": "families policies runtime",
@@ -35,9 +40,13 @@ ALLOWED: dict[str, str] = {
     "collect": "errors progress families corpus models traces",
     "training": "features scorers",
     "sensitivity": "families policies progress selector simulate",
-    "fit": "errors config progress features surrogates families models traces selector card training sensitivity",
+    "tuning": "errors families policies progress selector simulate",
+    "fit": "errors config progress features surrogates families models traces selector card training sensitivity tuning",
     "calibrate": "errors progress corpus families models selector card simulate",
-    "evaluate": "errors progress corpus families models traces policies baselines selector card simulate",
+    "coverage": "errors progress corpus families models traces selector card simulate calibrate",
+    "store": "errors traces",
+    "sweeps": "errors families models traces policies expert_stats selector methods simulate",
+    "evaluate": "errors progress corpus figures matching runtime selector methods card simulate store sweeps",
     "quickstart": "errors report corpus models selector runtime bench collect fit calibrate evaluate",
     "cli": "errors report selector",
     "__init__": "errors families models runtime selector",
@@ -49,6 +58,7 @@ RESERVED = {
     "datasets": {"corpus"},
     "rich": {"progress", "report"},
     "jsonargparse": {"cli"},
+    "matplotlib": {"figures"},
 }
 
 

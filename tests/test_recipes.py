@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +48,19 @@ def texts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train_command(texts: Path, out: Path, minutes: float) -> list[str]:
-    recipe = [sys.executable, "train/reference_moe.py", "--config", "train/reference-moe.yaml"]
-    small = ["--model", json.dumps(SMALL_MODEL), "--minutes", str(minutes), "--checkpoint_steps", "10"]
+SECOND_MODEL = {
+    **{key: value for key, value in SMALL_MODEL.items() if key not in ("num_experts", "norm_topk_prob")},
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "num_nextn_predict_layers": 0,
+}
+
+
+def train_command(
+    texts: Path, out: Path, minutes: float, name: str = "reference", model: dict[str, Any] = SMALL_MODEL
+) -> list[str]:
+    recipe = [sys.executable, "train/reference_moe.py", "--config", f"train/{name}-moe.yaml"]
+    small = ["--model", json.dumps(model), "--minutes", str(minutes), "--checkpoint_steps", "10"]
     return [*recipe, "--corpus", str(texts), "--heldout", str(texts), "--out", str(out), *small]
 
 
@@ -82,6 +94,19 @@ def test_reference_moe_recipe_resumes_and_writes_a_plain_model(texts: Path, tmp_
     assert "- MIT: somebody/something" in card
 
 
+@pytest.mark.slow
+def test_second_model_recipe_evens_the_load_by_the_choice_bias(texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    subprocess.run(train_command(texts, out, 0.1, "second", SECOND_MODEL), cwd=ROOT, check=True, capture_output=True)
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    figures = json.loads((out / "model" / "training.json").read_text())
+    assert len(bias.unique()) > 1
+    # A step moves it by the rate, or by nothing, towards the expert's mean load.
+    assert bias.abs().max() <= 5e-3 * figures["steps"] * 1.01
+    assert max(figures["heldout"]["load"]["heaviest_over_mean"]) < 8 / 2
+
+
 def write_card(model: Path, folder: Path) -> None:
     sources = folder / "sources.json"
     sources.write_text(json.dumps({"text": [{"repo": "https://github.com/somebody/something", "licence": "MIT"}]}))
@@ -92,22 +117,44 @@ def write_card(model: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    trace, selector, report = (str(tmp_path / name) for name in ("trace", "selector", "report"))
+    trace, selector, report, coverage, ablations = (
+        str(tmp_path / name) for name in ("trace", "selector", "report", "coverage", "ablations")
+    )
+    text = ["--corpus", "python-stdlib"]
     small = {
         "collect": ["--corpus", "python-stdlib", "--tokens", "6000", "--length", "64", "--out", trace],
-        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--sensitivity_groups", "1"],
+        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1"],
         "calibrate": ["--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "2000"],
         "evaluate": [
-            "--selector",
-            selector,
-            "--corpus",
-            "python-stdlib",
-            "--batch_sizes",
-            "2",
-            "--groups",
-            "2",
-            "--out",
-            report,
+            *("--selector", selector, "--trace", trace, "--corpus", "python-stdlib", "--out", report, "--workers", "1"),
+            *("--batch_sizes", "16", "--batches", "mixed", "--tokens", "1", "--length", "32", "--prompt", "8"),
+        ],
+        "coverage": [
+            *(
+                "--selector",
+                selector,
+                *text,
+                "--batch_sizes",
+                "2",
+                "--length",
+                "32",
+                "--prompt",
+                "8",
+                "--shift",
+                "null",
+            ),
+            *(
+                "--groups",
+                "24",
+                "--calibration_groups",
+                "12",
+                "--resplits",
+                "5",
+                "--bootstraps",
+                "5",
+                "--out",
+                coverage,
+            ),
         ],
     }
     script = (ROOT / "train" / "selector.sh").read_text()
@@ -115,11 +162,32 @@ def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for step, options in small.items():
         assert cli.main([step, "--config", f"train/selector/{step}.yaml", *options]) == 0
     assert set(LynxSelector.from_pretrained(selector).config.thresholds["kl"]) == {"0.003", "0.01", "0.03"}
+    variants = {"base": {}, "no surrogates, not tuned": {"rank": 0, "tune_steps": 0}}
+    script = [sys.executable, "train/ablations.py", "--config", "train/ablations.yaml", "--trace", trace, *text]
+    small_base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 1}
+    changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", "2"]
+    done = subprocess.run(
+        [*script, *changes, "--tokens", "1", "--out", ablations], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in variants)
+    page = tmp_path / "docs" / "frontier.md"
+    page.parent.mkdir()
+    prose = re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", (ROOT / "docs" / "frontier.md").read_text())
+    page.write_text(prose)
+    script = [sys.executable, "train/frontier_page.py", "--config", "train/frontier-page.yaml", "--page", str(page)]
+    places = ["--main", report, "--second", report, "--ablations", f"{ablations}/ablations.json"]
+    subprocess.run([*script, *places, "--coverage", f"{coverage}/coverage.json"], cwd=ROOT, check=True)
+    assert (page.parent / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
+    filled = page.read_text()
+    assert re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", filled) == prose
+    assert "<!-- end -->\n<!--" not in filled
+    assert all(re.search(rf"<!-- {name} -->\n\|", filled) for name in ("frontier", "methods", "ablations", "coverage"))
 
 
 def test_no_recipe_is_left_out() -> None:
     recipes = {path.relative_to(ROOT / "train").as_posix() for path in (ROOT / "train").rglob("*.yaml")}
     assert recipes == {
-        "reference-moe.yaml",
-        *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate")),
+        *("reference-moe.yaml", "second-moe.yaml", "ablations.yaml", "frontier-page.yaml"),
+        *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }

@@ -195,7 +195,9 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_attached() -> No
     assert hooks(model) == hooks(other) == 0
 
 
-@pytest.mark.parametrize(("rank", "keep_top1", "rows"), [(0, False, SMALL), (4, False, SMALL), (4, True, LARGE), (GROUPED, False, LARGE)])
+@pytest.mark.parametrize(
+    ("rank", "keep_top1", "rows"), [(0, False, SMALL), (4, False, SMALL), (4, True, LARGE), (GROUPED, False, LARGE)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fewer_experts_are_loaded_and_counted_rightly(name: str, rank: int, keep_top1: bool, rows: int) -> None:
     model = tiny_model(name).to(torch.bfloat16 if rank == GROUPED else torch.float32)

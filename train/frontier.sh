@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Everything behind docs/frontier.md once `train/selector.sh` has run: ablations, coverage, the second model, the page.
+# Everything behind docs/frontier.md once `train/selector.sh` has run: ablations, the second model, the page.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python train/ablations.py --config train/ablations.yaml
-lynx-learn coverage --config train/selector/coverage.yaml
 python train/reference_moe.py --config train/second-moe.yaml
 second="--model runs/second-moe/model"
 lynx-learn collect --config train/selector/collect.yaml $second --out runs/second/trace

@@ -1,0 +1,198 @@
+"""Figures from a report of `evaluate`."""
+
+from pathlib import Path
+from typing import Any
+
+# Colours of Okabe and Ito, which people who confuse red and green can tell apart; methods that share one differ in marker.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73"),
+    *("#0072B2", "#D55E00", "#CC79A7"),
+)
+GREY, INK = "#8C8C8C", "#444444"
+# Heading -> method -> label, colour, marker.
+LEGEND = {
+    "with surrogates": {
+        "learned": ("learned", RED, "o"),
+        "formula": ("formula, not learned", ORANGE, "o"),
+        "oracle": ("oracle: the true cost", BLACK, ""),
+    },
+    "keep M experts": {
+        "gate_sq": ("gate²", BLUE, "s"),
+        "gate_max": ("gate maximum", BLUE, "^"),
+        "gate_sum": ("gate sum", BLUE, "D"),
+        "xshare": ("XShare", SKY, "s"),
+        "lynx": ("Lynx", SKY, "^"),
+        "vote": ("vote", SKY, "D"),
+        "popularity": ("popularity", GREY, "s"),
+        "random": ("random", GREY, "x"),
+    },
+    "other rules": {
+        "contribution": ("contribution", GREEN, "s"),
+        "oea": ("OEA", GREEN, "^"),
+        "naee": ("NAEE", GREEN, "D"),
+        "sere": ("SERE", PURPLE, "s"),
+        "siftmoe": ("SiftMoE", PURPLE, "^"),
+        "top_k": ("smaller top-k", GREY, "^"),
+    },
+}
+SINGLE = "batches of one source"
+STYLES = {method: style for group in LEGEND.values() for method, style in group.items()}
+# The losses that are shown reach beyond the levels by this factor.
+ROOM = 2.0
+SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "lynx-learn",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def frontier(report: dict[str, Any], folder: Path) -> None:
+    """Write `frontier.svg` and `frontier.png`: KL against bytes loaded, a panel per batch size, a line per method.
+
+    Of a method's settings those are joined that no other of its settings beats in both bytes and KL. Where batches of
+    one source were measured too, the learned method and the best rule on them are dashed. An arrow shows the learned
+    method's saving over the best rule at the middle level.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(SETTINGS):
+        figure = _draw(report)
+        figure.savefig(folder / "frontier.svg", metadata={"Date": None})
+        figure.savefig(folder / "frontier.png", dpi=160)
+
+
+def front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that none beats in both bytes and KL, by rising bytes."""
+    found: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda p: (p["bytes"], p["kl"])):
+        if not found or point["kl"] < found[-1]["kl"]:
+            found.append(point)
+    return found
+
+
+def _draw(report: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    sizes = sorted({point["batch_size"] for point in report["points"]})
+    columns = min(2, len(sizes))
+    rows = -(-len(sizes) // columns)
+    figure = Figure(figsize=(4.6 * columns + 2.3, max(3.5 * rows + 0.5, 6.0)), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for panel, size in zip(panels, sizes, strict=False):
+        _draw_panel(panel, report, size)
+    for panel in panels[len(sizes) :]:
+        panel.remove()
+    if len(sizes) % columns:
+        panels[len(sizes) - columns].tick_params(labelbottom=True)
+    panels[0].text(0.03, 0.04, "↙ better", transform=panels[0].transAxes, color=INK)
+    figure.supxlabel("weights read per decode step, relative to the untouched model")
+    figure.supylabel("KL to the untouched model, nats per token")
+    _draw_legend(figure, report)
+    return figure
+
+
+def _draw_panel(panel: Any, report: dict[str, Any], size: int) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+    levels = sorted(set(report["options"]["levels"]))
+    points = [point for point in report["points"] if point["batch_size"] == size and point["kl"] > 0]
+    kinds = {point["batches"] for point in points}
+    best = {row["best_rule"] for row in report["ratios"] if row["batch_size"] == size and row["metric"] == "kl"}
+    for method in reversed(STYLES):
+        for batches in sorted(kinds, reverse=True):
+            own = [p for p in points if p["method"] == method and p["batches"] == batches]
+            beside = batches == "single" and "mixed" in kinds
+            if own and (not beside or method in {"learned", *best}):
+                _draw_line(panel, front(own), method, beside)
+    for row in report["ratios"]:
+        middle = row["level"] == levels[len(levels) // 2] and row["metric"] == "kl" and row["batches"] == "mixed"
+        if row["batch_size"] == size and middle and row["bytes_to_best_rule"]:
+            _draw_saving(panel, report, row)
+    title = f"batch of {size}, one source" if kinds == {"single"} else f"batch of {size}"
+    panel.set_title(title, loc="left", fontweight="bold", fontsize=13)
+    panel.set_yscale("log")
+    panel.set_ylim(levels[0] / ROOM, levels[-1] * ROOM)
+    panel.set_yticks(levels)
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    panel.set_axisbelow(True)
+
+
+def _draw_line(panel: Any, points: list[dict[str, Any]], method: str, beside: bool) -> None:
+    """One method's line; `beside` the one that matters more, it is dashed and pale."""
+    look = _look(method)
+    if beside:
+        look |= {"linestyle": "--", "alpha": 0.6, "marker": None}
+    x, y, margins = ([point[key] for point in points] for key in ("bytes", "kl", "kl_margin"))
+    order = 3 if method in LEGEND["with surrogates"] else 2
+    panel.errorbar(x, y, margins, fmt="none", ecolor=look["color"], alpha=0.25, zorder=order)
+    panel.plot(x, y, zorder=order, **look)
+
+
+def _draw_saving(panel: Any, report: dict[str, Any], row: dict[str, Any]) -> None:
+    """An arrow between the learned method and the best rule at one level, with the bytes saved."""
+    same = ("batch_size", "batches", "metric", "level")
+    here = {m["method"]: m["bytes"] for m in report["matched"] if all(m[key] == row[key] for key in same)}
+    ends = here["learned"], here[row["best_rule"]]
+    arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    panel.annotate("", (ends[0], row["level"]), (ends[1], row["level"]), arrowprops=arrow, zorder=4)
+    panel.annotate(
+        f"{row['bytes_to_best_rule']['ratio'] - 1:+.0%}".replace("-", "−"),
+        (max(ends), row["level"]),
+        (5, -4),  # lines fall to the right, so there is most room below the right end
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontweight="bold",
+        fontsize=11,
+        color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
+        zorder=5,
+    )
+
+
+def _look(method: str) -> dict[str, Any]:
+    _, colour, marker = STYLES[method]
+    learned = method == "learned"
+    return {
+        "color": colour,
+        "marker": marker or None,
+        "markersize": 6 if learned else 5,
+        "markerfacecolor": colour if learned else "white",
+        "linewidth": 3.0 if learned else 1.8 if method == "oracle" else 1.3,
+        "linestyle": "--" if method == "oracle" else "-",
+    }
+
+
+def _draw_legend(figure: Any, report: dict[str, Any]) -> None:
+    """One entry per method that was measured, under headings."""
+    from matplotlib.lines import Line2D
+
+    measured = {point["method"] for point in report["points"]}
+    entries = []
+    for heading, group in LEGEND.items():
+        own = [Line2D([], [], label=style[0], **_look(method)) for method, style in group.items() if method in measured]
+        entries += [_heading(heading), *own] if own else []
+    if {point["batches"] for point in report["points"]} == {"mixed", "single"}:
+        entries += [
+            _heading(SINGLE),
+            Line2D([], [], color=INK, linestyle="--", alpha=0.6, label="learned, best rule"),
+        ]
+    legend = figure.legend(handles=entries, loc="outside right center", frameon=False)
+    for text in legend.get_texts():
+        if text.get_text() in (*LEGEND, SINGLE):
+            text.set_fontweight("bold")
+
+
+def _heading(text: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="", label=text)

@@ -1,0 +1,234 @@
+"""The model card, rendered from figures that the commands measured on the tiny model."""
+
+import re
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_fit import scratch, tiny_flow
+
+from lynx_learn.calibrate import CalibrateOptions, calibrate
+from lynx_learn.card import render
+from lynx_learn.coverage import CoverageOptions, coverage
+from lynx_learn.evaluate import EvaluateOptions, evaluate
+from lynx_learn.selector import LynxSelector, read_metrics
+
+LENGTH, PROMPT, SIZE, BUDGET = 32, 8, 2, 0.1
+TEXT: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "batch_sizes": [SIZE]}
+
+
+@cache
+def measured() -> Path:
+    """A selector with thresholds, coverage under a shift, and a test on text of another source; nobody may write to it."""
+    folder = scratch()
+    selector, texts = folder / "selector", str(tiny_flow().texts)
+    shutil.copytree(tiny_flow().selector, selector)
+    calibrate(CalibrateOptions(str(selector), corpus=texts, budgets=[BUDGET, 1e-9], groups=12, **TEXT))
+    few: dict[str, Any] = {"groups": 24, "calibration_groups": 12, "resplits": 20, "bootstraps": 20}
+    shift = {"calibrate": ["even"], "test": ["odd"]}
+    coverage(
+        CoverageOptions(
+            str(selector), str(folder / "c"), corpus=texts, budgets=[BUDGET], shift=shift, card=True, **few, **TEXT
+        )
+    )
+    shutil.copyfile(tiny_flow().texts / "odd.jsonl", folder / "strange.jsonl")
+    evaluate(
+        EvaluateOptions(
+            str(selector),
+            str(folder / "e"),
+            corpus=str(folder / "strange.jsonl"),
+            methods=["learned"],
+            tokens=400,
+            card=True,
+            **TEXT,
+        )
+    )
+    return selector
+
+
+def parts() -> tuple[LynxSelector, dict[str, Any]]:
+    """The selector and its figures, to change."""
+    metrics: dict[str, Any] = read_metrics(measured())
+    return LynxSelector.from_pretrained(measured()), metrics
+
+
+def section(card: str, name: str) -> str:
+    return card.split(f"## {name}\n")[1].split("\n## ")[0]
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of a section's table, its head first."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| --- ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def with_coverage(change: Callable[[dict[str, Any]], None]) -> str:
+    """The section on coverage after its report was changed."""
+    selector, metrics = parts()
+    change(metrics["coverage"])
+    return section(render(selector, metrics), "Coverage")
+
+
+# What the budget is certified for.
+
+
+def test_the_card_is_what_is_rendered() -> None:
+    assert (measured() / "README.md").read_text() == render(*parts())
+
+
+def test_the_budgets_are_said_to_be_certified_for_this_text_alone() -> None:
+    selector, metrics = parts()
+    text = section(render(selector, metrics), "Budgets")
+    sources = selector.config.calibration["kl"]["sources"]
+    like = ", ".join(f"{name} {100 * sources[name]:.0f}%" for name in ("even", "odd"))
+    assert f"The budget is certified for text like: {like}. On other text the loss can exceed it." in text
+
+
+def test_the_source_with_the_highest_loss_is_named_for_each_budget() -> None:
+    """Over all batch sizes; a budget that nothing was certified for has none."""
+    selector, _ = parts()
+    how = deepcopy(selector.config.calibration)
+    cells = how["kl"]["cells"][str(BUDGET)]
+    cells["4"] = {**cells[str(SIZE)], "by_source": {"even": 0.912, "odd": 0.0123}}
+    lines = [line for line in _budgets(selector, how).splitlines() if line.startswith("- budget")]
+    assert lines == [f"- budget {BUDGET}: highest by source at batch 4: even 0.9120"]
+    del cells["4"]
+    own = cells[str(SIZE)]["by_source"]
+    worst = max(own, key=own.__getitem__)
+    assert f"- budget {BUDGET}: highest by source at batch {SIZE}: {worst} {own[worst]:.4f}\n" in _budgets(
+        selector, how
+    )
+
+
+def _budgets(selector: LynxSelector, how: dict[str, Any]) -> str:
+    return section(render(selector.with_config(calibration=how), {}), "Budgets")
+
+
+def test_a_calibration_that_did_not_note_its_sources() -> None:
+    """Nothing is said of them, nor of the test's."""
+    selector, metrics = parts()
+    how = deepcopy(selector.config.calibration)
+    del how["kl"]["sources"]
+    for row in how["kl"]["cells"].values():
+        for cell in row.values():
+            cell.pop("by_source", None)
+    card = render(selector.with_config(calibration=how), metrics)
+    assert table(section(card, "Budgets")) == table(section(render(selector, metrics), "Budgets"))
+    assert "certified for text" not in card
+    assert "highest by source" not in card
+    assert "certificate does not cover" not in card
+
+
+def test_a_selector_without_figures() -> None:
+    selector, _ = parts()
+    card = render(selector.with_config(calibration={}), {})
+    assert "Not calibrated yet" in card
+    assert not re.search("## (Coverage|Test|Training)", card)
+
+
+# Coverage.
+
+
+def test_coverage_shows_the_figures_that_were_measured() -> None:
+    _, metrics = parts()
+    report = metrics["coverage"]
+    text = section(render(*parts()), "Coverage")
+    head, *rows = table(text)
+    assert [row[:3] for row in rows] == [["same sources", "2", "0.1"], ["even → odd", "2", "0.1"]]
+    for line, row in zip(rows, report["rows"], strict=True):
+        found = dict(zip(head, line, strict=True))
+        assert found["test over"] == f"{row['test_over']:.1%}"
+        assert found["pool over"] == f"{row['pool_over']:.1%}"
+        low, high = row["true_over_interval"]
+        assert found["true mean over (95%)"] == f"{row['true_over']:.1%} ({100 * low:.1f}–{high:.1%})"
+        assert found["bound misses (95%)"].startswith(f"{row['bound_misses']:.1%} (")
+        assert found["nothing certified"] == f"{row['nothing']:.1%}"
+        assert found["test / budget"] == f"{row['test_share']:.2f}"
+        assert found["bound / budget"] == f"{row['upper_share']:.2f}"
+        assert found["bytes"] == f"{row['bytes']:.0%}"
+    exact = report["exact"]
+    assert f"would show {exact['test_over']:.1%} and {exact['pool_over']:.1%}" in text
+    assert "20 random splits of 24 groups per batch size: 12 to calibrate" in text
+    assert "20 independent draws" in text
+    assert "Of both 5.0% is allowed." in text
+    assert "split `calibrate`, `test` (even 5" in text
+
+
+def test_a_shift_that_costs_more_than_the_budget_is_said_to() -> None:
+    def worse(report: dict[str, Any]) -> None:
+        shifted = next(row for row in report["rows"] if row["shift"])
+        shifted.update(test_share=1.234, test_over=0.87)
+        report["rows"].append({**shifted, "batch_size": 8, "test_share": 1.5, "test_over": 1.0})
+
+    text = with_coverage(worse)
+    assert "Calibrated on even and tested on odd, the guarantee does not hold." in text
+    assert "Over its budget in 100% of the splits, and 1.50 times it on average, at batch 8, budget 0.1." in text
+
+
+def test_a_shift_that_costs_less_is_still_not_guaranteed() -> None:
+    def better(report: dict[str, Any]) -> None:
+        next(row for row in report["rows"] if row["shift"]).update(test_share=0.876, test_over=0.0)
+
+    text = with_coverage(better)
+    assert "the guarantee does not hold." in text
+    assert "By measurement the loss stayed within the budget there, at most 0.88 of it (at batch 2, budget 0.1)" in text
+    assert "though nothing guarantees it" in text
+
+
+def test_where_nothing_was_certified() -> None:
+    def nothing(report: dict[str, Any]) -> None:
+        for row in report["rows"]:
+            row.update(test_share=None, upper_share=None, bytes=None, nothing=1.0, test_over=0.0)
+
+    text = with_coverage(nothing)
+    assert "the guarantee does not hold.** Nothing was certified there" in text
+    assert all(row[-3:] == ["–", "–", "–"] for row in table(text)[1:])
+
+
+def test_without_a_shift_there_is_no_word_of_one() -> None:
+    def plain(report: dict[str, Any]) -> None:
+        report["options"]["shift"] = None
+        report["rows"] = [row for row in report["rows"] if not row["shift"]]
+
+    text = with_coverage(plain)
+    assert "guarantee" not in text
+    assert len(table(text)) == 2
+
+
+# The test text.
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        (["strange"], "None of these sources was in the calibration text; the certificate does not cover them."),
+        (
+            ["even", "strange", "weird"],
+            "Not in the calibration text, and not covered by the certificate: strange, weird.",
+        ),
+        (["even", "odd"], None),
+    ],
+    ids=str,
+)
+def test_sources_that_the_calibration_had_not(sources: list[str], said: str | None) -> None:
+    selector, metrics = parts()
+    assert metrics["evaluate"]["sources"] == ["strange"]
+    metrics["evaluate"]["sources"] = sources
+    text = section(render(selector, metrics), "Test")
+    if said is None:
+        assert "cover" not in text
+    else:
+        assert text.rstrip().endswith(said)
+
+
+def test_batches_of_one_source_are_told_from_mixed_ones() -> None:
+    selector, metrics = parts()
+    points = metrics["evaluate"]["points"]
+    own = next(p for p in points if p["setting"] == f"budget={BUDGET}")
+    metrics["evaluate"]["points"] = [{**own, "batches": "mixed"}, {**own, "batches": "single"}]
+    rows = table(section(render(selector, metrics), "Test"))[1:]
+    assert [row[2] for row in rows] == ["2", "2, one source each"]

@@ -1,0 +1,582 @@
+"""Coverage: right and wrong bounds on populations whose mean is known, the procedure against `calibrate`, and resuming."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_calibrate import interrupting_forward
+from test_fit import contents, one_line, scratch, tiny_flow
+from torch import Tensor
+
+from lynx_learn import coverage as module
+from lynx_learn import simulate
+from lynx_learn.calibrate import (
+    PILOT_GROUPS,
+    PILOT_STEP,
+    Curve,
+    certify,
+    pilot_curve,
+    pilot_thresholds,
+    plan,
+    upper_bound,
+)
+from lynx_learn.cli import main, parse
+from lynx_learn.coverage import (
+    GRID,
+    CoverageOptions,
+    Pool,
+    bootstrap,
+    clopper_pearson,
+    coverage,
+    exact_levels,
+    figures,
+    grid,
+    read_groups,
+    recertify,
+    resplit,
+)
+from lynx_learn.errors import CorpusError, OptionError
+from lynx_learn.families import find_moe_layers
+from lynx_learn.models import load_model
+from lynx_learn.selector import LynxSelector, read_metrics
+
+LENGTH, PROMPT, SIZE, BUDGETS = 32, 8, 2, [0.05, 0.1]
+SHIFT = {"calibrate": ["even"], "test": ["odd"]}
+
+
+# Populations that are made up: what is true of them is known.
+
+
+def made_up(groups: int, seed: int, spread: float = 0.15, scale: float = 1.0) -> Pool:
+    """Losses that grow with the threshold, each group's by a factor of its own, with the long upper tail of losses."""
+    taus = grid(power_law(), [0.01, 0.03])
+    factors = np.random.default_rng(seed).gamma(spread**-2, spread**2, size=groups) * scale
+    losses = doubles([[0.0] * groups, *((loss_at(tau) * factors).tolist() for tau in taus)])
+    kept = doubles([[1.0] * groups, *([1 / (1 + 50 * tau)] * groups for tau in taus)])
+    return Pool(doubles([0.0, *taus]), losses, kept)
+
+
+def doubles(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_at(tau: float) -> float:
+    return float(2.0 * tau**1.3)
+
+
+def power_law() -> Curve:
+    return [(tau, loss_at(tau)) for tau in pilot_thresholds([0.01, 0.03], SIZE)]
+
+
+def drawing(**changes: Any) -> CoverageOptions:
+    return replace(CoverageOptions("unused", "unused", batch_sizes=[SIZE], bootstraps=600), **changes)
+
+
+def plain_mean(values: Tensor, confidence: float) -> float:
+    """A bound that is none."""
+    return float(values.mean())
+
+
+def test_a_right_bound_holds_and_is_used_well() -> None:
+    """The share of overruns stays below what the confidence allows, and the bound on its own comes close to it."""
+    pool, options = made_up(96, seed=0), drawing()
+    for over, missed in bootstrap(pool, None, options, SIZE).values():
+        assert over <= 0.05 * options.bootstraps
+        assert 0.03 * options.bootstraps < missed < 0.08 * options.bootstraps
+    for budget, outcomes in resplit(pool, None, options, SIZE).items():
+        assert sum(o.whole > budget for o in outcomes) <= 0.03 * options.resplits
+        assert sum(o.test > budget for o in outcomes) <= 0.06 * options.resplits
+        assert 0.8 < sum(o.test for o in outcomes) / len(outcomes) / budget < 1.0
+        assert all(o.upper <= budget for o in outcomes)
+
+
+def test_a_wrong_bound_is_shown_to_fail() -> None:
+    pool, options = made_up(96, seed=0), drawing()
+    for over, missed in bootstrap(pool, None, options, SIZE, plain_mean).values():
+        assert clopper_pearson(over, options.bootstraps)[0] > 0.05
+        assert 0.4 * options.bootstraps < missed < 0.6 * options.bootstraps
+    for budget, outcomes in resplit(pool, None, options, SIZE, plain_mean).items():
+        assert sum(o.whole > budget for o in outcomes) > 0.08 * options.resplits
+        assert sum(o.test > budget for o in outcomes) > 0.12 * options.resplits
+
+
+def test_a_lower_confidence_is_less_careful() -> None:
+    pool = made_up(96, seed=1)
+    careful, bold = (bootstrap(pool, None, drawing(confidence=c), SIZE) for c in (0.99, 0.8))
+    for budget in careful:
+        assert careful[budget][0] < bold[budget][0]
+        assert careful[budget][1] < 0.03 * 600 < 0.15 * 600 < bold[budget][1]
+
+
+def test_shares_of_the_whole_pool_tell_of_the_expected_loss() -> None:
+    """Over many pools of one distribution, whose true mean is known, as over the draws from one."""
+    options, wrong = drawing(resplits=1), 0
+    for seed in range(400):
+        ((outcome,), _) = resplit(made_up(40, seed), None, options, SIZE).values()
+        wrong += loss_at_true_mean(outcome.threshold) > 0.01
+    assert wrong <= 0.05 * 400
+
+
+def loss_at_true_mean(tau: float) -> float:
+    """The expected loss of a made-up group, by the same straight lines as the pools'."""
+    pool = made_up(1, 0)
+    exact = [[loss_at(t) if t else 0.0] for t in pool.thresholds.tolist()]
+    return float(replace(pool, losses=doubles(exact)).losses_at(tau))
+
+
+def test_other_groups_that_lose_more_show_as_overruns() -> None:
+    pool, other = made_up(48, seed=0), made_up(48, seed=1, scale=1.4)
+    for row in figures(pool, other, drawing(bootstraps=200), SIZE):
+        assert row["shift"]
+        assert row["test_over"] == row["pool_over"] > 0.95
+        assert row["true_over_interval"][0] > 0.95
+        assert 1.2 < row["test_share"] < 1.4
+        assert row["bound_misses"] < 0.1  # the bound is about the text that was calibrated on
+    for row in figures(pool, made_up(48, seed=1, scale=0.7), drawing(bootstraps=20), SIZE):
+        assert row["test_over"] == row["true_over"] == 0.0
+        assert 0.5 < row["test_share"] < 0.7
+
+
+def test_a_pool_that_loses_too_much_certifies_nothing() -> None:
+    """As of a selector that takes every expert to be free: any threshold leaves out all it may."""
+    taus = [0.0, *grid([(tau, 1.0) for tau in pilot_thresholds(BUDGETS, SIZE)], BUDGETS)]
+    losses = doubles([[float(tau > 0)] * 40 for tau in taus])
+    for row in figures(Pool(doubles(taus), losses, losses), None, drawing(bootstraps=20, budgets=BUDGETS), SIZE):
+        assert row["nothing"] == 1.0
+        assert row["test_over"] == row["true_over"] == 0.0
+        assert row["test_share"] is row["upper_share"] is row["bytes"] is None
+
+
+def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
+    """Shares of all splits, means of those that certified something; few groups that differ much, so that all occur."""
+    pool, options = made_up(32, seed=4, spread=0.5), drawing(confidence=0.8, bootstraps=50, groups=32)
+    pool = replace(pool, losses=pool.losses * 1.5)
+    drawn = bootstrap(pool, None, options, SIZE)
+    for row, (budget, outcomes) in zip(
+        figures(pool, None, options, SIZE), resplit(pool, None, options, SIZE).items(), strict=True
+    ):
+        assert (row["shift"], row["batch_size"], row["budget"]) == (False, SIZE, budget)
+        tests, wholes = ([getattr(o, name) for o in outcomes] for name in ("test", "whole"))
+        assert row["test_over"] == sum(test > budget for test in tests) / 200
+        assert row["pool_over"] == sum(whole > budget for whole in wholes) / 200
+        assert row["test_over"] > row["pool_over"]
+        over, missed = drawn[budget]
+        assert (row["true_over"], row["bound_misses"]) == (over / 50, missed / 50)
+        assert row["true_over_interval"] == clopper_pearson(over, 50)
+        assert row["bound_misses_interval"] == clopper_pearson(missed, 50)
+        certified = [o for o in outcomes if o.threshold > 0]
+        assert 0 < len(certified) < 200
+        assert row["nothing"] == pytest.approx(1 - len(certified) / 200)
+        for key, values in (
+            ("test_share", [o.test / budget for o in certified]),
+            ("upper_share", [o.upper / budget for o in certified]),
+            ("bytes", [o.bytes for o in certified]),
+        ):
+            assert row[key] == pytest.approx(np.mean(values))
+
+
+def test_a_split_uses_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pilot, tested groups and the rest are disjoint, and the loss of the test is the mean of the rest."""
+    pool, options = made_up(40, seed=0), drawing(resplits=5)
+    drawn: list[tuple[set[int], set[int]]] = []
+
+    def fixed(pool: Pool, pilot: Tensor, tested: Tensor, *rest: Any) -> dict[float, tuple[float, float]]:
+        drawn.append((set(pilot.tolist()), set(tested.tolist())))
+        return {0.01: (0.02, 0.009)}
+
+    monkeypatch.setattr(module, "recertify", fixed)
+    outcomes = resplit(pool, None, replace(options, budgets=[0.01]), SIZE)[0.01]
+    for (pilot, tested), outcome in zip(drawn, outcomes, strict=True):
+        assert (len(pilot), len(tested)) == (PILOT_GROUPS, options.calibration_groups - PILOT_GROUPS)
+        assert not pilot & tested
+        rest = [g for g in range(40) if g not in pilot | tested]
+        assert len(rest) == 40 - options.calibration_groups
+        assert outcome.test == pytest.approx(float(pool.losses_at(0.02)[rest].mean()))
+        assert outcome.whole == pytest.approx(float(pool.losses_at(0.02).mean()))
+        assert outcome.bytes == pytest.approx(float(pool.bytes_at(0.02).mean()))
+    assert len({frozenset(pilot) for pilot, _ in drawn}) == 5
+
+
+@pytest.mark.parametrize(("tested", "rest", "groups"), [(20, 72, 96), (8, 30, 42), (44, 20, 68)])
+def test_exact_levels_are_those_of_a_procedure_that_uses_up_its_error(tested: int, rest: int, groups: int) -> None:
+    """Losses are scaled so that the bound is the budget: other groups are over it where their mean is over the bound."""
+    from scipy.stats import t
+
+    draws = np.random.default_rng(tested).normal(5.0, size=(20_000, groups))
+    own, others = draws[:, :tested], draws[:, tested : tested + rest]
+    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
+    found = exact_levels(tested, rest, groups, 0.95)
+    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.006)
+    assert found["pool_over"] == pytest.approx((draws.mean(1) > bounds).mean(), abs=0.006)
+    assert found["true_over"] == pytest.approx((bounds < 5.0).mean(), abs=0.006)
+    whole = draws[0]  # in splits of one given pool the shares are the same
+    generator = np.random.default_rng(1)
+    split = np.stack([generator.permutation(whole) for _ in range(20_000)])
+    own, others = split[:, :tested], split[:, tested : tested + rest]
+    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
+    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.02)
+    assert found["pool_over"] == pytest.approx((whole.mean() > bounds).mean(), abs=0.02)
+
+
+def test_the_interval_is_that_of_clopper_and_pearson() -> None:
+    """Its ends by the beta distribution; of no events, the rule of three."""
+    from scipy.stats import beta
+
+    assert clopper_pearson(7, 200) == pytest.approx([beta.ppf(0.025, 7, 194), beta.ppf(0.975, 8, 193)])
+    low, high = clopper_pearson(0, 2000)
+    assert low == 0.0
+    assert high == pytest.approx(3.69 / 2000, rel=0.01)
+
+
+# The grid, and what is read between its thresholds.
+
+
+@given(st.floats(0.3, 3.0), st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=3), st.floats(1e-6, 1e3))
+def test_plans_fall_between_thresholds_that_are_close(power: float, budgets: list[float], factor: float) -> None:
+    """Also those of pilots that lose a fifth more or less than the one the grid was made from."""
+    curve = [(tau, factor * tau**power) for tau in pilot_thresholds(budgets, 4)]
+    taus = grid(curve, budgets)
+    assert taus == sorted(set(taus))
+    assert set(taus) & {tau for tau, _ in curve}
+    for off in (0.8, 1.0, 1.25):
+        pilot = [(tau, off * loss) for tau, loss in curve if tau in taus]
+        for planned in plan(pilot, budgets).values():
+            for tau in planned:
+                assert tau <= taus[-1] * (1 + 1e-9)
+                above = min((t for t in taus if t >= tau), default=taus[-1])
+                below = max((t for t in taus if t <= tau), default=0.0)
+                assert above <= below * PILOT_STEP ** (1 / GRID) * (1 + 1e-9)
+
+
+def test_a_pilot_reads_the_same_plan_off_the_grid_as_off_all_its_thresholds() -> None:
+    curve = power_law()
+    known = grid(curve, [0.01, 0.03])
+    for off in (0.8, 1.0, 1.25):
+        whole = [(tau, off * loss) for tau, loss in curve]
+        assert plan([(tau, loss) for tau, loss in whole if tau in known], [0.01, 0.03]) == plan(whole, [0.01, 0.03])
+    assert len(known) < 20
+
+
+@given(st.floats(0.0, 0.5), st.integers(0, 50))
+def test_between_thresholds_losses_lie_on_straight_lines(tau: float, seed: int) -> None:
+    pool = made_up(3, seed)
+    taus = pool.thresholds.tolist()
+    for group in range(3):
+        wanted = np.interp(tau, taus, pool.losses[:, group])
+        assert float(pool.losses_at(tau)[group]) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
+    index = seed % len(taus)
+    assert torch.equal(pool.losses_at(taus[index]), pool.losses[index])
+    assert torch.equal(pool.bytes_at(taus[index]), pool.bytes[index])
+    assert torch.equal(pool.losses_at(0.0), torch.zeros(3).double())
+    assert torch.equal(pool.bytes_at(0.0), torch.ones(3).double())
+
+
+# The whole command, on the tiny model.
+
+
+def choices(out: Path, **changes: Any) -> CoverageOptions:
+    options = CoverageOptions(
+        str(tiny_flow().selector),
+        str(out),
+        corpus=str(tiny_flow().texts),
+        budgets=BUDGETS,
+        batch_sizes=[SIZE],
+        groups=24,
+        calibration_groups=12,
+        resplits=20,
+        bootstraps=20,
+        length=LENGTH,
+        prompt=PROMPT,
+    )
+    return replace(options, **changes)
+
+
+@cache
+def measured() -> Path:
+    """The folder of a run with two batch sizes; nobody may write to it."""
+    folder = scratch() / "deep" / "out"
+    coverage(choices(folder, batch_sizes=[4, SIZE]))
+    return folder
+
+
+@cache
+def shifted() -> Path:
+    """The folder of a run with a shift; nobody may write to it."""
+    folder = scratch() / "out"
+    shutil.copytree(measured(), folder)
+    coverage(choices(folder, shift=SHIFT))
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "coverage.json").read_text())
+
+
+class Measuring(Exception):
+    """A model was run."""
+
+
+@contextmanager
+def not_measuring() -> Iterator[None]:
+    """While open, running a model on groups of SIZE sequences fails."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def stop(module: torch.nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (SIZE,):
+            raise Measuring
+
+    handle = register_module_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
+    """The same groups in the same parts give the same plan; bounds are read between measured thresholds, hence nearly."""
+    options = choices(tmp_path)
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    selector, layers = LynxSelector.from_pretrained(tiny_flow().selector), find_moe_layers(loaded.model)
+    groups = read_groups(options, loaded, SIZE, None, 24)
+    pool = module.Meter(options, selector, loaded).pool(groups)
+    found = 0
+    for seed in range(2):
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]
+        own = [groups[i] for i in order]
+        cells = certify(loaded.model, layers, selector, own, options.procedure())
+        plans = plan(pilot_curve(loaded.model, layers, selector, own[:PILOT_GROUPS], options.procedure()), BUDGETS)
+        again = recertify(pool, order[:PILOT_GROUPS], order[PILOT_GROUPS:], options, SIZE, upper_bound)
+        for budget, (tau, upper) in again.items():
+            steps = [0.0, *plans[budget]]
+            place = min(range(len(steps)), key=lambda i: abs(steps[i] - tau))
+            assert tau == pytest.approx(steps[place], rel=1e-6)
+            assert abs(place - steps.index(cells[budget]["threshold"])) <= 1
+            if tau:
+                result = simulate.compare(
+                    loaded.model, layers, own[PILOT_GROUPS:], [selector.at_threshold(tau)], PROMPT
+                )[0]
+                assert upper == pytest.approx(upper_bound(result.group_means("kl"), 0.95), rel=0.05)
+                found += 1
+    assert found >= 3
+
+
+def test_the_report_is_what_is_written() -> None:
+    report = report_of(measured())
+    assert {path.split("/")[0] for path in contents(measured())} == {"coverage.json", "pools"}
+    assert report["options"] == asdict(choices(measured(), batch_sizes=[4, SIZE]))
+    assert report["base_model"] == str(tiny_flow().model)
+    assert report["sources"] == {"even": pytest.approx(0.5, abs=0.1), "odd": pytest.approx(0.5, abs=0.1)}
+    assert sum(report["sources"].values()) == pytest.approx(1.0)
+    places = [(row["shift"], row["batch_size"], row["budget"]) for row in report["rows"]]
+    assert places == [(False, size, budget) for size in (SIZE, 4) for budget in BUDGETS]
+    places = [(row["shift"], row["batch_size"], row["budget"]) for row in report_of(shifted())["rows"]]
+    assert places == [(shift, SIZE, budget) for shift in (False, True) for budget in BUDGETS]
+    for row in [*report["rows"], *report_of(shifted())["rows"]]:
+        assert row["nothing"] < 1
+        assert 0.5 < row["upper_share"] <= 1
+        assert 0.3 < row["bytes"] < 1.1
+        assert row["true_over_interval"][0] <= row["true_over"] <= row["true_over_interval"][1]
+        assert 0.5 < row["test_share"] < 1.3
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    """Nor for another confidence, other draws, or without the shift; the figures follow those options."""
+    shutil.copytree(measured(), tmp_path / "out")
+    options = choices(tmp_path / "out", batch_sizes=[SIZE], confidence=0.6, resplits=10)
+    with not_measuring():
+        report = coverage(options)
+    assert len(report["rows"]) == 2
+    assert report["exact"]["true_over"] == pytest.approx(0.4)
+    for row, careful in zip(report["rows"], report_of(measured())["rows"], strict=False):
+        assert row["test_share"] > careful["test_share"]
+
+
+@pytest.mark.parametrize("change", [{"metric": "nll"}, {"budgets": [0.1]}, {"seed": 4}, {"prompt": 9}], ids=str)
+def test_what_other_options_decide_is_measured(change: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(measured(), tmp_path / "out")
+    with not_measuring(), pytest.raises(Measuring):
+        coverage(choices(tmp_path / "out", **change))
+
+
+def test_another_selector_or_text_is_measured(tmp_path: Path) -> None:
+    shutil.copytree(measured(), tmp_path / "out")
+    shutil.copytree(tiny_flow().selector, tmp_path / "selector")
+    shutil.copytree(tiny_flow().texts, tmp_path / "texts")
+    options = choices(tmp_path / "out", selector=str(tmp_path / "selector"), corpus=str(tmp_path / "texts"))
+    with not_measuring():
+        coverage(options)  # moved, but equal
+    text = (tmp_path / "texts" / "even.jsonl").read_text()
+    (tmp_path / "texts" / "even.jsonl").write_text("\n".join(reversed(text.splitlines())))
+    with not_measuring(), pytest.raises(Measuring):
+        coverage(options)
+    (tmp_path / "texts" / "even.jsonl").write_text(text)
+    other = LynxSelector.from_pretrained(tmp_path / "selector")
+    other.layers[0].sensitivity.mul_(1.01)  # type: ignore[operator]
+    other.save_pretrained(tmp_path / "selector")
+    with not_measuring(), pytest.raises(Measuring):
+        coverage(options)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_report(tmp_path: Path) -> None:
+    """Stopped in the second batch size, and again after the first one's file was damaged, as a crash may do it."""
+    out = tmp_path / "out"
+    options = choices(out, batch_sizes=[4, SIZE])
+    with interrupting_forward(rows=4), pytest.raises(KeyboardInterrupt):
+        coverage(options)
+    (file,) = (out / "pools").iterdir()
+    assert file.name.startswith(f"batch-{SIZE}-")
+    assert not (out / "coverage.json").exists()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    with not_measuring(), pytest.raises(Measuring):
+        coverage(options)
+    file.write_bytes(whole)
+    with not_measuring():
+        coverage(options)
+    again = {name: data for name, data in contents(out).items() if name != "coverage.json"}
+    assert again == {name: data for name, data in contents(measured()).items() if name != "coverage.json"}
+    first, second = report_of(measured()), report_of(out)
+    assert {**second, "options": {**second["options"], "out": str(measured())}} == first
+
+
+def test_a_shift_calibrates_on_some_sources_and_tests_on_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is run: groups of all sources, of the first ones alone, of the others alone; the last at the second's grid."""
+    seen: list[tuple[set[str], int, list[str]]] = []
+    run = simulate.compare
+
+    def spy(model: Any, layers: Any, groups: Any, policies: Any, *rest: Any) -> Any:
+        seen.append(({n for _, names in groups for n in names}, len(groups), [p.setting for p in policies]))
+        return run(model, layers, groups, policies, *rest)
+
+    made: list[Curve] = []
+    monkeypatch.setattr(module, "compare", spy)
+    monkeypatch.setattr(module, "grid", lambda curve, budgets: made.append(curve) or grid(curve, budgets))  # type: ignore[func-returns-value]
+    coverage(choices(tmp_path, shift=SHIFT, groups=25))
+    assert [(names, count) for names, count, _ in seen] == [({"even", "odd"}, 25), ({"even"}, 16), ({"odd"}, 9)]
+    assert seen[1][2] == seen[2][2]
+    assert len(made) == 2
+
+
+def test_groups_of_a_pool_are_of_all_splits_and_share_no_sequence() -> None:
+    flow, options = tiny_flow(), choices(Path("unused"))
+    loaded = load_model(str(flow.model), "cpu")
+    groups = read_groups(options, loaded, SIZE, None, 24)
+    found = [tuple(row) for tokens, _ in groups for row in tokens.tolist()]
+    assert len(set(found)) == len(found) == 24 * SIZE
+    for split in ("calibrate", "test"):
+        alone = read_groups(replace(options, split=[split]), loaded, SIZE, None, 24)
+        own = {tuple(row) for tokens, _ in alone for row in tokens.tolist()}
+        assert len(own & set(found)) == 24 * SIZE // 2
+    fitted = read_groups(replace(options, split=["fit"]), loaded, SIZE, None, 100)
+    assert not {tuple(row) for tokens, _ in fitted for row in tokens.tolist()} & set(found)
+
+
+def test_the_card_takes_the_figures_and_nothing_else_changes(tmp_path: Path) -> None:
+    """The figures of training stay; without --card the selector is left alone."""
+    folder = tmp_path / "selector"
+    shutil.copytree(tiny_flow().selector, folder)
+    before = contents(folder)
+    coverage(choices(tmp_path / "out", selector=str(folder)))
+    assert contents(folder) == before
+    report = coverage(choices(tmp_path / "out", selector=str(folder), card=True))
+    after = contents(folder)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"README.md", "metrics.json", "run-coverage.yaml"}
+    assert read_metrics(folder) == {**json.loads(before["metrics.json"]), "coverage": report}
+    assert "## Coverage" in (folder / "README.md").read_text()
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every option in the spelling of a terminal; the table says what was found, and what an exact bound would show."""
+    shutil.copytree(shifted(), tmp_path / "out")
+    words = (
+        f"--selector {tiny_flow().selector} --out {tmp_path / 'out'} --corpus {tiny_flow().texts} --length {LENGTH} "
+    )
+    words += (
+        f"--prompt {PROMPT} --groups 24 --calibration-groups 12 --resplits 20 --bootstraps 20 --batch-sizes {SIZE} "
+    )
+    given = [*words.split(), "--budgets", "0.05", "0.1", "--split", "calibrate", "test", "--shift", json.dumps(SHIFT)]
+    assert parse("coverage", CoverageOptions, given) == choices(tmp_path / "out", shift=SHIFT)
+    capsys.readouterr()
+    with not_measuring():
+        assert main(["coverage", *given]) == 0
+    out, err = capsys.readouterr()
+    assert not err.strip()
+    report = report_of(tmp_path / "out")
+    lines = [line for line in out.splitlines() if line.startswith("│")]
+    first = [line.split("│")[1].strip() for line in lines]
+    assert first == ["0.05", "0.1", "0.05, shifted", "0.1, shifted", "exact"]
+    for line, row in zip(lines, report["rows"], strict=False):
+        assert f" {row['test_over']:.1%} " in line
+        assert f" {row['test_share']:.2f} │ " in line
+        assert (
+            f" {row['true_over']:.1%} ({row['true_over_interval'][0]:.1%}–{row['true_over_interval'][1]:.1%}) " in line
+        )
+    assert f" {report['exact']['test_over']:.1%} " in lines[-1]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"budgets": []}, "--budgets is empty"),
+        ({"confidence": 1.0}, "--confidence 1 "),
+        ({"prompt": 0}, "--prompt 0 "),
+        ({"batch_sizes": [0]}, "--batch_sizes 0 "),
+        ({"calibration_groups": 11}, "--calibration_groups 11 is not usable: expected 12 or more"),
+        ({"groups": 19}, "--groups 19 is not usable: expected 20 or more"),
+        ({"groups": 23, "shift": SHIFT}, "--groups 23 is not usable with --shift: expected 24 or more"),
+        ({"resplits": 0}, "--resplits 0 "),
+        ({"bootstraps": 0}, "--bootstraps 0 "),
+        ({"split": []}, "--split (nothing) "),
+        ({"split": ["test", "test"]}, "--split test test "),
+        ({"split": ["all", "test"]}, "--split all test "),
+        ({"shift": {"calibrate": ["even"]}}, "--shift "),
+        ({"shift": {"calibrate": ["even"], "test": []}}, "--shift "),
+        ({"shift": {"calibrate": ["even"], "test": ["odd", "even"]}}, "--shift "),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_used(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as error:
+        choices(tmp_path, **change)
+    assert reason in one_line(error)
+
+
+def test_a_shift_of_sources_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"names strange, .*: expected some of even, odd") as error:
+        coverage(choices(tmp_path / "out", shift={"calibrate": ["even"], "test": ["strange"]}))
+    one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shift", [None, SHIFT], ids=["", "shift"])
+def test_too_little_text_for_one_batch_size_is_said_before_any_is_measured(shift: Any, tmp_path: Path) -> None:
+    options = choices(tmp_path / "out", batch_sizes=[SIZE, 8], groups=60 if shift is None else 28, shift=shift)
+    with pytest.raises(CorpusError, match=r"sequences of 32 tokens, .* groups of 8 are needed") as error:
+        coverage(options)
+    one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_far_beyond_the_pilot_is_no_hindrance(tmp_path: Path) -> None:
+    """No threshold loses so much: the plan ends at the pilot's largest, which loses little."""
+    report = coverage(choices(tmp_path, budgets=[50.0]))
+    (row,) = report["rows"]
+    assert row["nothing"] == 0.0
+    assert row["test_share"] < 0.5
