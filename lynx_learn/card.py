@@ -145,7 +145,8 @@ def _coverage(report: dict[str, Any] | None) -> str:
         "budget. The splits depend on each other; a bound that is exact, and reached the budget every time, would show "
         f"{exact['test_over']:.1%} and {exact['pool_over']:.1%}. `true mean over`: the same in {o['bootstraps']} independent draws from the "
         "groups, whose mean is then the true one; `bound misses`: share of these draws in which the bound, where the true "
-        f"mean is the budget, lies below it. Of both {exact['true_over']:.1%} is allowed.\n",
+        f"mean is the budget, lies below it. Of both {exact['true_over']:.1%} is allowed."
+        + (" On other sources all groups tested on count in the first three.\n" if shift else "\n"),
     ]
     if shift:
         parts.append(_under_shift([row for row in report["rows"] if row["shift"]], o["shift"]))
@@ -158,17 +159,18 @@ def _percents(interval: list[float]) -> str:
 
 def _under_shift(rows: list[dict[str, Any]], shift: dict[str, list[str]]) -> str:
     """That nothing is guaranteed on other sources, and what was measured there."""
+    groups = f"Calibrated on draws from {rows[0]['groups']} groups, tested on {rows[0]['test_groups']} others.\n"
     said = f"**Calibrated on {', '.join(shift['calibrate'])} and tested on {', '.join(shift['test'])}, the guarantee does not hold.** "
     measured = [row for row in rows if row["test_share"] is not None]
     if not measured:
-        return f"{said}Nothing was certified there, so nothing was lost.\n"
+        return f"{said}Nothing was certified there, so nothing was lost. {groups}"
     worst = max(measured, key=lambda row: (row["test_over"], row["test_share"]))
     where = f"at batch {worst['batch_size']}, budget {worst['budget']}"
     if worst["test_over"] > 0:
-        return f"{said}Over its budget in {worst['test_over']:.0%} of the splits, and {worst['test_share']:.2f} times it on average, {where}.\n"
+        return f"{said}Over its budget in {worst['test_over']:.0%} of the splits, and {worst['test_share']:.2f} times it on average, {where}. {groups}"
     return (
         f"{said}By measurement the loss stayed within the budget there, at most {worst['test_share']:.2f} of it ({where}), "
-        "though nothing guarantees it.\n"
+        f"though nothing guarantees it. {groups}"
     )
 
 

@@ -476,6 +476,8 @@ def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int)
                 "shift": other is not None,
                 "batch_size": size,
                 "budget": budget,
+                "groups": pool.groups,
+                "test_groups": other.groups if other else pool.groups - options.calibration_groups,
                 "test_over": sum(o.test > budget for o in outcomes) / len(outcomes),
                 "pool_over": sum(o.whole > budget for o in outcomes) / len(outcomes),
                 "true_over": over / options.bootstraps,

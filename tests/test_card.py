@@ -167,6 +167,7 @@ def test_a_shift_that_costs_more_than_the_budget_is_said_to() -> None:
     text = with_coverage(worse)
     assert "Calibrated on even and tested on odd, the guarantee does not hold." in text
     assert "Over its budget in 100% of the splits, and 1.50 times it on average, at batch 8, budget 0.1." in text
+    assert "Calibrated on draws from 16 groups, tested on 8 others." in text
 
 
 def test_a_shift_that_costs_less_is_still_not_guaranteed() -> None:

@@ -139,6 +139,7 @@ def test_other_groups_that_lose_more_show_as_overruns() -> None:
     pool, other = made_up(48, seed=0), made_up(48, seed=1, scale=1.4)
     for row in figures(pool, other, drawing(bootstraps=200), SIZE):
         assert row["shift"]
+        assert (row["groups"], row["test_groups"]) == (48, 48)
         assert row["test_over"] == row["pool_over"] > 0.95
         assert row["true_over_interval"][0] > 0.95
         assert 1.2 < row["test_share"] < 1.4
@@ -167,6 +168,7 @@ def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
         figures(pool, None, options, SIZE), resplit(pool, None, options, SIZE).items(), strict=True
     ):
         assert (row["shift"], row["batch_size"], row["budget"]) == (False, SIZE, budget)
+        assert (row["groups"], row["test_groups"]) == (32, 8)
         tests, wholes = ([getattr(o, name) for o in outcomes] for name in ("test", "whole"))
         assert row["test_over"] == sum(test > budget for test in tests) / 200
         assert row["pool_over"] == sum(whole > budget for whole in wholes) / 200

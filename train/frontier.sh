@@ -8,5 +8,5 @@ second="--model runs/second-moe/model"
 lynx-learn collect --config train/selector/collect.yaml $second --out runs/second/trace
 lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --reference false --out runs/second/selector
 lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
-  --batch-sizes 16 32 --batches mixed --tokens 20000 --card false --out runs/second/report
+  --batch-sizes 16 --batches mixed --tokens 20000 --card false --out runs/second/report
 python train/frontier_page.py --config train/frontier-page.yaml
