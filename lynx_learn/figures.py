@@ -132,7 +132,8 @@ def _draw_line(panel: Any, points: list[dict[str, Any]], method: str, beside: bo
     if beside:
         look |= {"linestyle": "--", "alpha": 0.6, "marker": None}
     x, y, margins = ([point[key] for point in points] for key in ("bytes", "kl", "kl_margin"))
-    order = 3 if method in LEGEND["with surrogates"] else 2
+    # The oracle may lie on the learned line, and is thin enough to be drawn over it.
+    order = 4 if method == "oracle" else 3 if method in LEGEND["with surrogates"] else 2
     panel.errorbar(x, y, margins, fmt="none", ecolor=look["color"], alpha=0.25, zorder=order)
     panel.plot(x, y, zorder=order, **look)
 
@@ -143,7 +144,7 @@ def _draw_saving(panel: Any, report: dict[str, Any], row: dict[str, Any]) -> Non
     here = {m["method"]: m["bytes"] for m in report["matched"] if all(m[key] == row[key] for key in same)}
     ends = here["learned"], here[row["best_rule"]]
     arrow = {"arrowstyle": "<->", "color": INK, "shrinkA": 0, "shrinkB": 0}
-    panel.annotate("", (ends[0], row["level"]), (ends[1], row["level"]), arrowprops=arrow, zorder=4)
+    panel.annotate("", (ends[0], row["level"]), (ends[1], row["level"]), arrowprops=arrow, zorder=5)
     panel.annotate(
         f"{row['bytes_to_best_rule']['ratio'] - 1:+.0%}".replace("-", "−"),
         (max(ends), row["level"]),
@@ -155,7 +156,7 @@ def _draw_saving(panel: Any, report: dict[str, Any], row: dict[str, Any]) -> Non
         fontsize=11,
         color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0},
-        zorder=5,
+        zorder=6,
     )
 
 
@@ -165,9 +166,9 @@ def _look(method: str) -> dict[str, Any]:
     return {
         "color": colour,
         "marker": marker or None,
-        "markersize": 6 if learned else 5,
+        "markersize": 7 if learned else 5,
         "markerfacecolor": colour if learned else "white",
-        "linewidth": 3.0 if learned else 1.8 if method == "oracle" else 1.3,
+        "linewidth": 3.6 if learned else 1.4,
         "linestyle": "--" if method == "oracle" else "-",
     }
 
