@@ -63,7 +63,7 @@ class TrainOptions:
     batch: int = 512
     rate: float = 1e-2
     reference: bool = True
-    tune_steps: int = 200
+    tune_steps: int = 100
     tune_rate: float = 1e-3
     tune_batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
     sensitivity_groups: int = 4

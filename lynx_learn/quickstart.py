@@ -22,7 +22,7 @@ from .selector import LynxSelector, read_metrics
 
 BATCH = 16
 # Fewer than `train` takes by default, for the sake of time.
-TUNE_STEPS = 80
+TUNE_STEPS = 40
 PROMPT = "def read_lines(path):\n"
 
 

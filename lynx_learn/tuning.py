@@ -182,7 +182,7 @@ def _thresholds(
     ends = []
     for loss in LOSSES:
         low, high = math.log(1e-6), math.log(10.0)
-        for _ in range(8):
+        for _ in range(6):
             middle = (low + high) / 2
             policy: Policy = selector.at_threshold(math.exp(middle))
             (result,) = compare(
