@@ -128,6 +128,7 @@ def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "evaluate": [
             *("--selector", selector, "--trace", trace, "--corpus", "python-stdlib", "--out", report, "--workers", "1"),
             *("--batch_sizes", "16", "--batches", "mixed", "--tokens", "1", "--length", "32", "--prompt", "8"),
+            *("--methods", "xshare", "sere", "learned", "formula", "oracle"),
         ],
         "coverage": [
             *(
