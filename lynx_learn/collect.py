@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from . import corpus as corpora
 from .errors import OptionError, TraceError
-from .families import MoeLayer, Routing, find_moe_layers, intercept, model_type, router_fingerprint
+from .families import MoeLayer, find_moe_layers, model_type, router_fingerprint
+from .hooks import Routing, intercept
 from .models import LoadedModel, load_model
 from .progress import track
 from .traces import PHASES, Trace, TraceOptions, TraceWriter

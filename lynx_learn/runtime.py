@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .errors import ModelError
-from .families import DecodeCall, MoeLayer, Rewrite, Routing, experts_by_distinct, find_moe_layers, intercept, read_call
+from .families import MoeLayer, find_moe_layers
+from .hooks import DecodeCall, Rewrite, Routing, experts_by_distinct, intercept, read_call
 from .policies import Decision, Groups, Policy, silence, used_experts
 from .selector import LynxSelector, ThresholdPolicy
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .families import MoeLayer, Rewrite, Routing, intercept
+from .families import MoeLayer
+from .hooks import Rewrite, Routing, intercept
 from .policies import Groups, Policy
 from .runtime import Stats, Tally, act
 

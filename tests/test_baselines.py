@@ -29,9 +29,10 @@ from lynx_learn.baselines import (
 )
 from lynx_learn.errors import OptionError
 from lynx_learn.expert_stats import ExpertStats
-from lynx_learn.families import MoeLayer, ScoringRule, find_moe_layers
+from lynx_learn.families import MoeLayer, find_moe_layers
 from lynx_learn.policies import Decision, Groups, Policy, silence, used_experts
 from lynx_learn.runtime import skip_experts
+from lynx_learn.scoring import ScoringRule
 
 RULE = ScoringRule("softmax", top_k=2, normalise=True)
 # The same without normalisation, and with weights that are a softmax of the chosen logits.

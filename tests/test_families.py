@@ -27,14 +27,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lynx_learn.errors import ModelError
-from lynx_learn.families import (
-    Activation,
-    ScoringRule,
-    experts_by_distinct,
-    find_moe_layers,
-    read_call,
-    router_fingerprint,
-)
+from lynx_learn.families import find_moe_layers, router_fingerprint
+from lynx_learn.hooks import experts_by_distinct, read_call
+from lynx_learn.scoring import Activation, ScoringRule
 
 
 def by_expert(indices: Tensor, weights: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from lynx_learn.baselines import KeepSet
 from lynx_learn.errors import OptionError
 from lynx_learn.expert_stats import measure_experts
-from lynx_learn.families import MoeLayer, ScoringRule, find_moe_layers
+from lynx_learn.families import MoeLayer, find_moe_layers
 from lynx_learn.methods import METHODS, curves
 from lynx_learn.oracle import Oracle
 from lynx_learn.policies import Policy
 from lynx_learn.runtime import skip_experts
+from lynx_learn.scoring import ScoringRule
 from lynx_learn.selector import LynxSelector, ThresholdPolicy
 from lynx_learn.simulate import simulated_logits
 

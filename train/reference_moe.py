@@ -31,7 +31,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lynx_learn.corpus import read_documents
-from lynx_learn.families import MoeLayer, Routing, find_moe_layers, intercept
+from lynx_learn.families import MoeLayer, find_moe_layers
+from lynx_learn.hooks import Routing, intercept
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 

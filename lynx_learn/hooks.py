@@ -1,0 +1,151 @@
+"""The calls of a transformers model: which of them are decode steps, and rewriting what an MoE block is about to do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .families import MoeLayer
+
+
+class Routing(NamedTuple):
+    """What one MoE block is about to do with N tokens."""
+
+    hidden: Tensor
+    """(N, hidden), entering the block."""
+    logits: Tensor
+    """(N, experts), before the activation."""
+    indices: Tensor
+    """(N, top_k)."""
+    weights: Tensor
+    """(N, top_k)."""
+
+
+class Rewrite(NamedTuple):
+    """What it shall do instead."""
+
+    indices: Tensor
+    weights: Tensor
+    addition: Tensor | None
+    """(N, hidden), added to the routed experts' output."""
+
+
+OnCall = Callable[[tuple[Any, ...], dict[str, Any]], None]
+OnLayer = Callable[[MoeLayer, Routing], Rewrite | None]
+
+
+@contextmanager
+def intercept(
+    model: nn.Module, layers: list[MoeLayer], on_layer: OnLayer, on_call: OnCall | None = None
+) -> Iterator[None]:
+    """While open, `on_call` sees each call of the model and `on_layer` each MoE block's routing, and may rewrite it.
+
+    When a call has ended, also by an exception, `on_call` sees an empty one.
+    Every hook is removed when the context ends, also by an exception.
+    """
+    handles: list[Any] = []
+    try:
+        if on_call is not None:
+
+            def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                on_call(args, kwargs)
+
+            def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                on_call((), {})
+
+            handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
+            handles.append(model.register_forward_hook(after_call, always_call=True))
+        for layer in layers:
+            handles += _hook_layer(layer, on_layer)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
+    held: dict[str, Tensor | None] = {}
+
+    def after_router(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        held["logits"] = output[layer.logits_at]
+
+    def before_experts(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        values = list(args) + list(kwargs.values())
+        hidden, indices, weights = values[:3]
+        logits = held.pop("logits")
+        assert logits is not None
+        rewrite = on_layer(layer, Routing(hidden, logits, indices, weights))
+        held["addition"] = rewrite.addition if rewrite is not None else None
+        if rewrite is None:
+            return None
+        return (hidden, rewrite.indices.to(indices.dtype), rewrite.weights.to(weights.dtype)), {}
+
+    def after_experts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        addition = held.pop("addition", None)
+        return None if addition is None else output + addition.to(output.dtype)
+
+    return [
+        layer.router.register_forward_hook(after_router),
+        layer.experts.register_forward_pre_hook(before_experts, with_kwargs=True),
+        layer.experts.register_forward_hook(after_experts),
+    ]
+
+
+class DecodeCall(NamedTuple):
+    """A call of the model that decodes one token per sequence."""
+
+    active: Tensor | None
+    """(sequences,) True where a sequence still runs; None: all do."""
+
+
+def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecodeCall | None:
+    """Tell a decode step from anything else (prefill, training, chunks), and which of its sequences still run.
+
+    A decode step brings one token per sequence and a cache that already holds some. A sequence has ended when its
+    token is the padding token; without one, the first end token, which `generate` then pads with. Rows whose attention
+    mask ends in 0 do not run either.
+    """
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    tokens = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    cache = kwargs.get("past_key_values")
+    if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache is None or not int(cache.get_seq_length()):
+        return None
+    active: Tensor | None = None
+    generation = getattr(model, "generation_config", None)
+    pad = getattr(generation, "pad_token_id", None)
+    if pad is None:
+        ends = getattr(generation, "eos_token_id", None)
+        pad = ends[0] if isinstance(ends, list) and ends else ends
+    if isinstance(ids, Tensor) and isinstance(pad, int):
+        active = ids[:, -1] != pad
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        present = mask[:, -1].bool()
+        active = present if active is None else active & present
+    return DecodeCall(active)
+
+
+@contextmanager
+def experts_by_distinct(model: nn.Module) -> Iterator[None]:
+    """While open, the experts run by an implementation whose time follows the distinct experts.
+
+    `batched_mm` reads one expert per assignment, so skipping would save nothing; off the CPU `generate()` switches
+    `grouped_mm` to it for decode. Under a name of its own `grouped_mm` is not switched.
+    """
+    config = getattr(model, "config", None)
+    current = getattr(config, "_experts_implementation", None)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if current == "batched_mm" or (current == "grouped_mm" and not on_cpu):
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        ALL_EXPERTS_FUNCTIONS.register("lynx_grouped_mm", ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+        model.set_experts_implementation("lynx_grouped_mm")  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.set_experts_implementation(current)  # type: ignore[operator]
+    else:
+        yield
