@@ -27,8 +27,8 @@ class Rule:
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        return 0
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return 0.0
 
 
 class KeepSet(Rule):

@@ -128,24 +128,47 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return DecodeCall(active)
 
 
+BY_DISTINCT = "lynx_grouped_mm"
+
+
+def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """transformers' `grouped_mm` without the rows of assignments whose weight is 0.
+
+    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. An index
+    one past the last expert is how expert parallelism says that another rank does the work.
+    """
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    elsewhere = indices.masked_fill(weights == 0, experts.num_experts)
+    parallel = getattr(experts, "_is_expert_parallel", False)
+    experts._is_expert_parallel = True
+    try:
+        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, elsewhere, weights)
+    finally:
+        experts._is_expert_parallel = parallel
+
+
 @contextmanager
 def experts_by_distinct(model: nn.Module) -> Iterator[None]:
-    """While open, the experts run by an implementation whose time follows the distinct experts.
+    """While open, experts that would run as `grouped_mm` or `batched_mm` run so that time follows the distinct experts.
 
     `batched_mm` reads one expert per assignment, so skipping would save nothing; off the CPU `generate()` switches
-    `grouped_mm` to it for decode. Under a name of its own `grouped_mm` is not switched.
+    `grouped_mm` to it for decode, but no implementation of another name. Other implementations (`eager`, kernels of
+    other libraries) stay what they are.
     """
-    config = getattr(model, "config", None)
-    current = getattr(config, "_experts_implementation", None)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if current == "batched_mm" or (current == "grouped_mm" and not on_cpu):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register("lynx_grouped_mm", ALL_EXPERTS_FUNCTIONS["grouped_mm"])
-        model.set_experts_implementation("lynx_grouped_mm")  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            model.set_experts_implementation(current)  # type: ignore[operator]
-    else:
+    if not hasattr(model, "get_experts_implementation"):
         yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _grouped_by_distinct)
+    before: dict[str, str | None] = model.get_experts_implementation()  # type: ignore[operator]
+    during = {part: BY_DISTINCT if own in ("grouped_mm", "batched_mm") else own for part, own in before.items()}
+    if during == before:
+        yield
+        return
+    model.set_experts_implementation(during)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # type: ignore[operator]

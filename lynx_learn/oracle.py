@@ -20,10 +20,9 @@ class Oracle(ThresholdPolicy):
         super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        _, thresholds = self.by_device[groups.logits.device]
-        costs = true_costs(layer, own, groups) * own.sensitivity
-        return own.decide(groups, thresholds[-1:].expand(len(groups.logits)), costs)
+        ready = self.ready[layer.index]
+        costs = true_costs(layer, ready.selector, groups) * ready.selector.sensitivity
+        return ready.selector.decide(groups, ready.threshold(groups.active), costs)
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ class Decision(NamedTuple):
     """(G, T, hidden), what surrogates answer; None: nothing."""
     answered: Tensor | None = None
     """(G, T, top_k) True where a surrogate answers."""
-    surrogates_read: Tensor | None = None
-    """(G,) number of surrogates that a batch reads."""
+    loads: tuple[Tensor, Tensor] | None = None
+    """Experts that active tokens load as routed and as run, both (G, experts), from a policy that has silenced the others itself."""
 
 
 class Policy(Protocol):
@@ -59,15 +59,16 @@ class Policy(Protocol):
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         """Rewrite one layer's assignments."""
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        """Bytes of one expert's surrogate; 0 where there are none."""
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        """Bytes of surrogates that decode batches of a layer read which left out `skipped` experts in all."""
 
 
 def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:
     """Which experts the active tokens' assignments load: `(G, experts)`, bool."""
-    votes = torch.zeros(*indices.shape[:-2], experts, dtype=torch.int32, device=indices.device)
-    counted = active.unsqueeze(-1).expand_as(indices).flatten(-2).to(torch.int32)
-    return votes.scatter_add(-1, indices.flatten(-2).long(), counted) > 0
+    # Those of other tokens go to one place more, which is cut off.
+    places = torch.where(active.unsqueeze(-1), indices, experts).flatten(-2)
+    used = torch.zeros(*indices.shape[:-2], experts + 1, dtype=torch.bool, device=indices.device)
+    return used.scatter(-1, places, True)[..., :experts]
 
 
 def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
@@ -80,4 +81,4 @@ def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
         None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
     )
     answered = None if decision.answered is None else decision.answered & live
-    return Decision(indices, weights, addition, answered, decision.surrogates_read)
+    return Decision(indices, weights, addition, answered)

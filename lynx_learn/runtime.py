@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ModelError
 from .families import MoeLayer, find_moe_layers
@@ -21,35 +21,41 @@ class Tally:
 
     def __init__(self, layers: list[MoeLayer], policy: Policy | None) -> None:
         self.layers, self.policy = layers, policy
-        self.batches = 0
-        # per layer: experts before and after, assignments, those answered by surrogates, surrogates read
-        self.sums = {layer.index: torch.zeros(5, dtype=torch.int64, device=layer.device) for layer in layers}
+
+        def zeros() -> dict[int, Tensor]:
+            return {layer.index: torch.zeros((), dtype=torch.int64, device=layer.device) for layer in layers}
+
+        self.batches, self.tokens, self.answered = zeros(), zeros(), zeros()
+        # Batches that loaded each expert, as routed and as run.
+        self.loads = {la.index: torch.zeros(2, la.num_experts, dtype=torch.int64, device=la.device) for la in layers}
 
     def add(self, layer: MoeLayer, groups: Groups, decision: Decision) -> None:
         """Count one layer's decode batches, as routed and as run."""
-        none = groups.active.sum() * 0
-        parts = (
-            used_experts(groups.indices, groups.active, layer.num_experts).sum(),
-            used_experts(decision.indices, groups.active, layer.num_experts).sum(),
-            groups.active.sum() * layer.top_k,
-            none if decision.answered is None else decision.answered.sum(),
-            none if decision.surrogates_read is None else decision.surrogates_read.sum(),
+        index = layer.index
+        loads = decision.loads or tuple(
+            used_experts(part, groups.active, layer.num_experts) for part in (groups.indices, decision.indices)
         )
-        self.sums[layer.index] += torch.stack(parts)
+        self.batches[index] += len(groups.active)
+        self.tokens[index] += groups.active.sum()
+        self.loads[index] += torch.stack(loads).sum(1)
+        if decision.answered is not None:
+            self.answered[index] += decision.answered.sum()
 
     def stats(self) -> "Stats":
-        rows = torch.stack([self.sums[layer.index].cpu() for layer in self.layers]).double()
-        count = max(self.batches, 1)
-        size = torch.tensor([float(layer.expert_bytes) for layer in self.layers], dtype=torch.float64)
-        extra = [float(self.policy.surrogate_bytes(layer)) if self.policy else 0.0 for layer in self.layers]
-        before = float(rows[:, 0] @ size)
-        after = float(rows[:, 1] @ size + rows[:, 4] @ torch.tensor(extra, dtype=torch.float64))
+        batches = [int(self.batches[layer.index]) for layer in self.layers]
+        loaded = [self.loads[layer.index].sum(1).tolist() for layer in self.layers]
+        assigned = sum(int(self.tokens[layer.index]) * layer.top_k for layer in self.layers)
+        before, after = 0.0, 0.0
+        for layer, count, (wanted, run) in zip(self.layers, batches, loaded, strict=True):
+            before += wanted * layer.expert_bytes
+            after += run * layer.expert_bytes
+            after += self.policy.surrogate_bytes(layer, wanted - run, count) if self.policy else 0.0
         return Stats(
-            steps=self.batches,
-            experts_before=(rows[:, 0] / count).tolist(),
-            experts_after=(rows[:, 1] / count).tolist(),
+            steps=max(batches, default=0),
+            experts_before=[wanted / max(count, 1) for count, (wanted, _) in zip(batches, loaded, strict=True)],
+            experts_after=[run / max(count, 1) for count, (_, run) in zip(batches, loaded, strict=True)],
             bytes_ratio=after / before if before else 1.0,
-            answered_share=float(rows[:, 3].sum() / rows[:, 2].sum().clamp_min(1)),
+            answered_share=sum(int(value) for value in self.answered.values()) / max(assigned, 1),
         )
 
 
@@ -84,7 +90,9 @@ def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) ->
     """Let the policy rewrite one layer's groups, and count."""
     decision = Decision(groups.indices, groups.weights)
     if policy is not None:
-        decision = silence(policy.decide(layer, groups), groups.active, layer.num_experts)
+        decision = policy.decide(layer, groups)
+        if decision.loads is None:
+            decision = silence(decision, groups.active, layer.num_experts)
     tally.add(layer, groups, decision)
     return decision
 
@@ -142,7 +150,6 @@ class Skipping:
 
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = read_call(self.model, args, kwargs)
-        self.tally.batches += self.call is not None
 
     def _on_layer(self, layer: MoeLayer, routing: Routing) -> Rewrite | None:
         if self.call is None:
@@ -152,7 +159,7 @@ class Skipping:
         if active is None:
             active = torch.ones(tokens, dtype=torch.bool, device=routing.hidden.device)
         hidden, logits, indices, weights = (part.unsqueeze(0) for part in routing)
-        groups = Groups(hidden, logits, indices, weights, active.to(routing.hidden.device).unsqueeze(0))
+        groups = Groups(hidden, logits, indices.long(), weights, active.to(routing.hidden.device).unsqueeze(0))
         done = act(self.policy, layer, groups, self.tally)
         return Rewrite(done.indices[0], done.weights[0], None if done.addition is None else done.addition[0])
 

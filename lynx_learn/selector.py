@@ -1,10 +1,11 @@
 """`LynxSelector`: per MoE layer a scorer, surrogates and a sensitivity; with thresholds, a policy for a budget."""
 
+import copy
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from .config import SelectorConfig
 from .errors import OptionError, SelectorError
 from .families import MoeLayer, router_fingerprint
-from .features import assignment_features
+from .features import assignment_features, feature_parts
 from .policies import Decision, Groups, used_experts
-from .scorers import SCORERS
+from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
@@ -36,17 +37,17 @@ class LayerSelector(nn.Module):
         self.register_buffer("sensitivity", torch.ones(()))
 
     def costs(self, groups: Groups) -> Tensor:
-        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
+        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`."""
         features = assignment_features(groups.logits, groups.indices, groups.weights)
-        costs = self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
-        return torch.where(groups.active.unsqueeze(-1), costs, torch.zeros_like(costs))
+        return self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
 
     @staticmethod
     def totals(groups: Groups, costs: Tensor) -> Tensor:
-        """Cost of leaving out each expert `(G, experts)`: the sum over a batch's assignments."""
-        flat = groups.indices.flatten(-2).long()
-        zeros = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], device=costs.device)
-        return zeros.scatter_add(-1, flat, costs.flatten(-2))
+        """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
+        counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
+        flat = groups.indices.flatten(-2)
+        zeros = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], dtype=costs.dtype, device=costs.device)
+        return zeros.scatter_add(-1, flat, counted.flatten(-2))
 
     def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
@@ -54,7 +55,7 @@ class LayerSelector(nn.Module):
         keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
         if self.keep_top1:
             first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
-            flat = groups.indices.flatten(-2).long()
+            flat = groups.indices.flatten(-2)
             keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
         return anchor, keep
 
@@ -64,21 +65,18 @@ class LayerSelector(nn.Module):
         The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
         """
         costs = self.costs(groups) if costs is None else costs
-        flat = groups.indices.flatten(-2).long()
-        total = self.totals(groups, costs)
-        anchor, keep = self.keep(groups, total, thresholds)
-        kept = keep.gather(-1, flat).view_as(groups.indices)
+        anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
+        live = groups.active.unsqueeze(-1)
+        kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & live
         indices = torch.where(kept, groups.indices, anchor.unsqueeze(-1))
-        nothing = torch.zeros_like(groups.weights)
-        weights = torch.where(kept, groups.weights, nothing)
+        weights = groups.weights * kept
+        used = used_experts(groups.indices, groups.active, keep.shape[-1])
+        loads = (used, used & keep)
         if not self.surrogates.rank:
-            return Decision(indices, weights)
-        dropped = torch.where(kept | ~groups.active.unsqueeze(-1), nothing, groups.weights)
-        addition = self.surrogates.answer(groups.hidden, groups.indices.long(), dropped)
-        experts = total.shape[-1]
-        gone = used_experts(groups.indices, groups.active, experts) & ~keep
-        read = gone.sum(-1) if self.surrogates.grouped else torch.full_like(flat[..., 0], experts)
-        return Decision(indices, weights, addition, ~kept, read)
+            return Decision(indices, weights, loads=loads)
+        dropped = kept ^ live
+        addition = self.surrogates.answer(groups.hidden, groups.indices, groups.weights * dropped)
+        return Decision(indices, weights, addition, dropped, loads)
 
 
 class LynxSelector(nn.Module):
@@ -225,6 +223,32 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
 
 
+@dataclass(frozen=True)
+class Ready:
+    """One layer's selector as decode runs it: a copy on the layer's device, surrogates in the experts' precision."""
+
+    selector: LayerSelector
+    folded: Folded
+    sizes: Tensor
+    """Calibrated batch sizes, ascending."""
+    thresholds: Tensor
+    """One more than sizes: the first is for smaller batches."""
+
+    @classmethod
+    def on(cls, layer: MoeLayer, own: LayerSelector, sizes: Tensor, thresholds: Tensor) -> "Ready":
+        own = copy.deepcopy(own).to(layer.device)
+        own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
+        return cls(own, own.scorer.fold(own.sensitivity), sizes.to(layer.device), thresholds.to(layer.device))
+
+    def threshold(self, active: Tensor) -> Tensor:
+        """The threshold `(G,)` for the number of active tokens `(G, T)`."""
+        return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
+
+    def costs(self, groups: Groups) -> Tensor:
+        """As `LayerSelector.costs`, from the folded scorer."""
+        return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
+
+
 class ThresholdPolicy:
     """A selector with a threshold per decode batch size.
 
@@ -239,7 +263,7 @@ class ThresholdPolicy:
         sizes = sorted(thresholds)
         self.sizes = torch.tensor(sizes)
         self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
-        self.by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.ready: dict[int, Ready] = {}
 
     @property
     def skips(self) -> bool:
@@ -249,20 +273,14 @@ class ThresholdPolicy:
     def bind(self, layers: list[MoeLayer]) -> None:
         self.selector.check(layers)
         for layer, own in zip(layers, self.selector.layers, strict=True):
-            own.to(layer.device)
-            own.surrogates.to(layer.dtype)
-            self.by_device[layer.device] = (self.sizes.to(layer.device), self.thresholds.to(layer.device))
+            self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        sizes, thresholds = self.by_device[groups.logits.device]
-        count = groups.active.sum(-1, keepdim=True)
-        chosen = thresholds[(count >= sizes).sum(-1)]
-        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        return own.decide(groups, chosen)
+        ready = self.ready[layer.index]
+        return ready.selector.decide(groups, ready.threshold(groups.active), ready.costs(groups))
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        return own.surrogates.bytes_each
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:

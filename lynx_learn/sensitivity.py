@@ -32,16 +32,15 @@ class HalfOfOneLayer:
             return Decision(groups.indices, groups.weights)
         own: LayerSelector = self.selector.layers[self.layer]  # type: ignore[assignment]
         costs = own.costs(groups)
-        total = torch.zeros_like(groups.logits, dtype=costs.dtype)[:, 0]
-        total = total.scatter_add(-1, groups.indices.flatten(-2), costs.flatten(-2))
+        total = own.totals(groups, costs)
         loaded = torch.where(total > 0, total, torch.full_like(total, float("nan")))
         decision = own.decide(groups, loaded.nanmedian(-1).values, costs)
         self.cost += float(costs[decision.weights == 0].sum())
         self.tokens += groups.active.numel()
         return decision
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        return 0
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return 0.0
 
 
 def measure_sensitivities(

@@ -34,7 +34,6 @@ def simulated_logits(
     """
     sequences, positions = tokens.shape
     tally = Tally(layers, policy)
-    tally.batches = positions - prompt
 
     def on_layer(layer: MoeLayer, routing: Routing) -> Rewrite | None:
         def by_position(part: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def simulated_logits(
 
         hidden, logits, indices, weights = (by_position(part) for part in routing)
         active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        groups = Groups(hidden, logits, indices, weights, active)
+        groups = Groups(hidden, logits, indices.long(), weights, active)
         done = act(policy, layer, groups, tally)
         if policy is None:
             return None

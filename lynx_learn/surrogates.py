@@ -12,6 +12,8 @@ from torch.nn import functional
 
 # Ridge penalties tried, as multiples of the mean diagonal of the Gram matrix; the last leaves little but the mean.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Up to this share of the experts' bytes, all surrogates are read in one product.
+SMALL_SHARE = 0.02
 
 
 class Surrogates(nn.Module):
@@ -23,7 +25,7 @@ class Surrogates(nn.Module):
 
     def __init__(self, experts: int, hidden: int, rank: int) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.grouped = rank, False
         self.down = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
         self.up = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
         self.constant = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
@@ -48,21 +50,37 @@ class Surrogates(nn.Module):
         for tensor in self.parameters():
             tensor.copy_(tensor.to(dtype))
 
-    @property
-    def grouped(self) -> bool:
-        """Whether only the surrogates that answer are read: `grouped_mm` wants bfloat16 and rows of multiples of 16 bytes."""
-        return self.down.dtype == torch.bfloat16 and not self.rank % 8 and not self.down.shape[-1] % 8
+    def choose(self, expert_bytes: int) -> None:
+        """Choose how assignments are answered, beside experts of so many bytes.
+
+        Where all surrogates together are a small share of the experts, one product with all of them costs least time.
+        Where they are not, only those that answer are read, if that can be done: `grouped_mm` wants bfloat16 and rows
+        of multiples of 16 bytes.
+        """
+        able = self.down.dtype == torch.bfloat16 and not self.rank % 8 and not self.down.shape[-1] % 8
+        self.grouped = able and self.bytes_each > SMALL_SHARE * expert_bytes
+
+    def bytes_read(self, skipped: float, batches: int) -> float:
+        """Bytes that decode batches read which left out `skipped` experts in all."""
+        return self.bytes_each * (skipped if self.grouped else float(self.down.shape[0] * batches))
 
     def answer(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The same as `forward` from assignments: experts and weights `(..., top_k)`, 0 where none answers.
+        """Weighted sum of the surrogates' outputs `(..., hidden)`, from assignments.
 
-        Assignments are sorted by expert, so that each surrogate that answers is read once and no other at all.
+        Args:
+            hidden: what enters the block `(..., hidden)`.
+            indices: experts `(..., top_k)`.
+            weights: their weights `(..., top_k)`, 0 where the surrogate does not answer.
         """
+        if self.grouped:
+            return self._answer_grouped(hidden, indices, weights)
+        by_expert = torch.zeros(*weights.shape[:-1], self.down.shape[0], dtype=weights.dtype, device=weights.device)
+        return self(hidden, by_expert.scatter_add(-1, indices, weights))
+
+    def _answer_grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Assignments are sorted by expert, so that each surrogate that answers is read once and no other at all."""
         experts, top_k = self.down.shape[0], indices.shape[-1]
         x, weights = hidden.to(self.down.dtype).flatten(0, -2), weights.to(self.down.dtype)
-        if not self.grouped:
-            by_expert = torch.zeros(*weights.shape[:-1], experts, dtype=weights.dtype, device=weights.device)
-            return self(hidden, by_expert.scatter_add(-1, indices, weights))
         silent = weights.flatten() == 0
         expert, order = indices.flatten().masked_fill(silent, experts).sort(stable=True)
         counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
@@ -85,7 +103,9 @@ class Surrogates(nn.Module):
         """
         x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
         codes = (x @ self.down.flatten(0, 1).T).unflatten(-1, self.down.shape[:2])
-        return (codes * weights.unsqueeze(-1)).flatten(-2) @ self.up.flatten(0, 1) + weights @ self.constant
+        codes = (codes * weights.unsqueeze(-1)).flatten(-2).flatten(0, -2)
+        constants = weights.flatten(0, -2) @ self.constant
+        return torch.addmm(constants, codes, self.up.flatten(0, 1)).view(hidden.shape)
 
 
 @dataclass

@@ -66,8 +66,8 @@ class StraightThrough:
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        return 0
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return 0.0
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]

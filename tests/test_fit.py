@@ -342,8 +342,8 @@ class Predicted:
         self.decided += groups.active.numel()
         return decision
 
-    def surrogate_bytes(self, layer: MoeLayer) -> int:
-        return self.inner.surrogate_bytes(layer)
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return self.inner.surrogate_bytes(layer, skipped, batches)
 
 
 @pytest.mark.slow

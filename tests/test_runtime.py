@@ -218,7 +218,8 @@ def test_fewer_experts_are_loaded_and_counted_rightly(name: str, rank: int, keep
         loaded_bytes += len(seen.loaded) * seen.layer.expert_bytes
         if rank:
             read = len(seen.wanted - seen.loaded) if rank == GROUPED else EXPERTS
-            loaded_bytes += read * sum(part[0].nbytes for part in own_surrogates(selector, seen))
+            numbers = sum(part[0].numel() for part in own_surrogates(selector, seen))
+            loaded_bytes += read * numbers * seen.layer.dtype.itemsize
         if keep_top1:
             best = seen.routed[0].gather(1, seen.routed[1].argmax(1, keepdim=True))
             assert set(best.flatten().tolist()) <= seen.loaded

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import HIDDEN, random_selector, randomise, tiny_model
+from tiny import EXPERTS, HIDDEN, random_selector, randomise, tiny_model
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from lynx_learn import selector as selector_module
 from lynx_learn.config import FORMAT_VERSION
@@ -38,7 +39,8 @@ def random_groups(layer: MoeLayer, batches: int = 3, tokens: int = 6, seed: int 
 
 
 def same(a: Decision, b: Decision) -> bool:
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
+    (x, form), (y, other) = tree_flatten(tuple(a)), tree_flatten(tuple(b))
+    return form == other and all(p is q or torch.equal(p, q) for p, q in zip(x, y, strict=True))
 
 
 # Three tokens of a layer with four experts. Costs by expert: 0: 5, 1: 0.25 + 0.25, 2: 0.375 + 0.125, 3: 1.
@@ -110,13 +112,13 @@ def test_surrogates_answer_with_the_original_weight(batches: int, tokens: int, r
                 part.up[expert].T @ (part.down[expert] @ groups.hidden[g, t]) + part.constant[expert]
             )
     torch.testing.assert_close(decision.addition, wanted, rtol=1e-4, atol=1e-4)
-    kept = ~decision.answered
+    kept = ~decision.answered & groups.active.unsqueeze(-1)
     assert torch.equal(decision.indices[kept], groups.indices[kept])
     assert torch.equal(decision.weights[kept], groups.weights[kept])
-    assert 0.1 < decision.answered.float().mean() < 0.9
+    assert 0.05 < decision.answered[groups.active].float().mean() < 0.9
 
 
-def test_costs_are_scores_times_sensitivity_and_zero_for_what_does_not_run() -> None:
+def test_costs_are_scores_times_sensitivity_and_what_does_not_run_adds_none() -> None:
     model = tiny_model("olmoe")
     selector = random_selector(model)
     groups = random_groups(find_moe_layers(model)[0])
@@ -124,10 +126,36 @@ def test_costs_are_scores_times_sensitivity_and_zero_for_what_does_not_run() -> 
     with torch.no_grad():
         features = assignment_features(groups.logits, groups.indices, groups.weights)
         logarithms = part.scorer(features, groups.indices, groups.hidden)
-    wanted = logarithms.exp() * part.sensitivity * groups.active.unsqueeze(-1)
+    wanted = logarithms.exp() * part.sensitivity
     torch.testing.assert_close(part.costs(groups), wanted)
     assert not groups.active.all()
     assert part.sensitivity != 1
+    total = torch.zeros(len(groups.active), EXPERTS)
+    for g, t in groups.active.nonzero().tolist():
+        total[g].index_add_(0, groups.indices[g, t], wanted[g, t])
+    torch.testing.assert_close(part.totals(groups, wanted), total)
+
+
+@pytest.mark.parametrize("scorer", ["formula", "linear", "mlp"])
+def test_decode_runs_the_same_costs_folded(scorer: str) -> None:
+    model = tiny_model("olmoe")
+    layers = find_moe_layers(model)
+    selector = random_selector(model, scorer=scorer)
+    policy = selector.at_threshold(1.0)
+    policy.bind(layers)
+    for layer in layers:
+        groups = random_groups(layer, batches=3, tokens=40)
+        part: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
+        torch.testing.assert_close(policy.ready[layer.index].costs(groups), part.costs(groups), rtol=1e-4, atol=1e-6)
+
+
+def test_a_policy_leaves_the_selector_as_it_is() -> None:
+    model = tiny_model("olmoe").bfloat16()
+    selector = random_selector(model)
+    before = {key: value.clone() for key, value in selector.state_dict().items()}
+    selector.at_threshold(1.0).bind(find_moe_layers(model))
+    assert all(value.dtype == before[key].dtype for key, value in selector.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in selector.state_dict().items())
 
 
 def test_threshold_is_that_of_the_largest_size_not_above_the_active_tokens() -> None:
@@ -142,7 +170,8 @@ def test_threshold_is_that_of_the_largest_size_not_above_the_active_tokens() -> 
         decision = policy.decide(layer, groups)
         for tau in (0.0, 3.0, 6.0):
             assert same(decision, own(selector).decide(groups, torch.tensor([tau]))) == (tau == threshold), count
-        assert torch.equal(decision.indices, groups.indices) == (threshold == 0)
+        live = groups.active
+        assert torch.equal(decision.indices[live], groups.indices[live]) == (threshold == 0)
     assert policy.skips
     assert not selector.at_threshold(0.0).skips
 

@@ -129,6 +129,7 @@ def test_rank_zero_is_the_mean_output() -> None:
 def test_both_forms_are_a_loop_over_assignments(dtype: torch.dtype, rank: int) -> None:
     experts, hidden_size = 5, 16
     module = Surrogates(experts, hidden_size, rank).to(dtype)
+    module.choose(expert_bytes=0)
     assert module.grouped == (dtype == torch.bfloat16)
     for seed, part in enumerate((module.down, module.up, module.constant)):
         part.copy_(normal(*part.shape, seed=seed))
@@ -150,9 +151,22 @@ def test_both_forms_are_a_loop_over_assignments(dtype: torch.dtype, rank: int) -
 def test_grouping_reads_no_surrogate_that_does_not_answer() -> None:
     """A surrogate full of NaN spoils whatever reads it."""
     module = Surrogates(4, 16, 8).bfloat16()
+    module.choose(expert_bytes=0)
     module.down.fill_(math.nan)[2] = 1.0
     indices, weights = torch.tensor([[[0, 2], [1, 3], [2, 0]]]), torch.tensor([[[0.0, 0.5], [0.0, 0.0], [0.25, 0.0]]])
     assert module.answer(normal(1, 3, 16).bfloat16(), indices, weights.bfloat16()).isfinite().all()
+
+
+def test_small_surrogates_are_read_together_and_counted_so() -> None:
+    module = Surrogates(4, 16, 8).bfloat16()
+    module.choose(expert_bytes=100 * module.bytes_each)
+    assert not module.grouped
+    assert module.bytes_read(skipped=5, batches=3) == 3 * 4 * module.bytes_each
+    module.choose(expert_bytes=10 * module.bytes_each)
+    assert module.grouped
+    assert module.bytes_read(skipped=5, batches=3) == 5 * module.bytes_each
+    module.float().choose(expert_bytes=10 * module.bytes_each)
+    assert not module.grouped
 
 
 def test_bytes_are_those_of_one_expert() -> None:
