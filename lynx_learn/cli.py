@@ -24,6 +24,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
     "coverage": ("coverage", "CoverageOptions", "coverage", "check the bound of calibrate on many random splits"),
     "evaluate": ("evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
+    "bench": ("bench", "BenchOptions", "bench", "time decode steps with skipping on and off in turns"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -164,6 +165,8 @@ def _show(command: str, options: Any, result: Any) -> None:
             report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
         ),
     }
+    if command == "bench":
+        views["bench"] = lambda: report.show(*report.bench_tables(result))
     if command in views:
         views[command]()
 

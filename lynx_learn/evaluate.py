@@ -14,8 +14,6 @@ thresholds calibrated for the selector's budgets are always measured.
 import hashlib
 import json
 import math
-import os
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +29,7 @@ from .errors import OptionError
 from .figures import frontier
 from .matching import Readings, Sweep, matched, ratios
 from .methods import METHODS
+from .models import environment
 from .progress import track
 from .runtime import Stats
 from .selector import LynxSelector, read_metrics
@@ -308,17 +307,3 @@ def margin(values: Tensor) -> float:
     from scipy.stats import t
 
     return float(t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))
-
-
-def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
-    import transformers
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    return {
-        "machine": machine,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -1,4 +1,4 @@
-"""Figures from a report of `evaluate`."""
+"""Figures from the reports of `evaluate` and `bench`."""
 
 from pathlib import Path
 from typing import Any
@@ -197,3 +197,53 @@ def _heading(text: str) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle="", label=text)
+
+
+def step_times(report: dict[str, Any], folder: Path) -> None:
+    """Write `bench.svg` and `bench.png`: time of a decode step against distinct experts, a panel per case.
+
+    The line is what steps take that load so many experts and decide nothing; an arrow goes from the untouched step to
+    the one that skips.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(SETTINGS):
+        figure = _draw_steps(report)
+        figure.savefig(folder / "bench.svg", metadata={"Date": None})
+        figure.savefig(folder / "bench.png", dpi=160)
+
+
+def _draw_steps(report: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    cases = report["cases"]
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(1.5 + 4.2 * columns, 0.8 + 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, case in zip(panels, cases, strict=False):
+        line = case["line"]
+        experts = [point[0] for point in line["points"]] + [case["experts_off"]]
+        ends = [0.0, max(experts)]
+        panel.plot(ends, [line["a_ms"] + line["b_ms"] * x for x in ends], color=GREY, linewidth=1.4)
+        panel.plot(
+            *zip(*line["points"], strict=True), "o", color=GREY, markerfacecolor="white", label="nothing decided"
+        )
+        off, on = (case["experts_off"], case["off_ms"]), (case["experts_on"], case["on_ms"])
+        panel.plot(*off, "s", color=BLUE, markersize=8, label="untouched")
+        panel.plot(*on, "o", color=RED, markersize=9, label="skipping")
+        panel.annotate("", on, off, arrowprops={"arrowstyle": "->", "color": INK, "shrinkA": 6, "shrinkB": 6})
+        ratio = f"off / on: {case['ratio']:.2f}"
+        panel.text(0.97, 0.05, ratio, transform=panel.transAxes, ha="right", fontweight="bold", color=INK)
+        title = f"batch of {case['batch_size']}, {case['dtype']}, {case['implementation']}"
+        panel.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        panel.set_xlim(left=0)
+        panel.set_ylim(0, 1.1 * max(case["off_ms"], case["on_ms"], *(point[1] for point in line["points"])))
+        panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        panel.set_axisbelow(True)
+    for panel in panels[len(cases) :]:
+        panel.remove()
+    panels[0].legend(frameon=False, loc="upper left")
+    figure.supxlabel("distinct experts that a layer loads")
+    figure.supylabel("decode step, ms")
+    return figure

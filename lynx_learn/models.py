@@ -1,6 +1,8 @@
 """Load a transformers model from a folder or the Hub, safely."""
 
 import json
+import os
+import platform
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -88,3 +90,17 @@ def _folder_revision(path: Path) -> str:
         return f"{json.loads(training.read_text())['tokens_seen']} tokens"
     except (OSError, ValueError, KeyError, TypeError):  # none, or somebody else's
         return "local"
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return {
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from . import corpus as corpora
-from .bench import StepTimes, time_steps
 from .calibrate import CalibrateOptions, calibrate
 from .collect import CollectOptions, collect
 from .errors import OptionError, SelectorError
@@ -19,6 +18,7 @@ from .models import REFERENCE, LoadedModel, load_model
 from .report import calibration_table, matched_table, show, table, training_table
 from .runtime import skip_experts
 from .selector import LynxSelector, read_metrics
+from .timing import paired_ratio, take_turns
 
 BATCH = 16
 # Fewer than `train` takes by default, for the sake of time.
@@ -113,23 +113,27 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         "decode_step": times,
     }
     show(_closing_table(report, times, options), *_continue(loaded, selector, options.budget))
-    (out / "quickstart.json").write_text(json.dumps(summary, indent=2, default=lambda o: o.__dict__) + "\n")
+    (out / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> StepTimes:
+def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> dict[str, float]:
     rows, _ = corpora.decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, 160, 1, 3, fewest=1)[0]
-    return time_steps(loaded.model, selector.policy(options.budget), rows.to(loaded.input_device), prompt=64)
+    steps = take_turns(
+        loaded.model, {"off": None, "on": selector.policy(options.budget)}, rows.to(loaded.input_device), prompt=64
+    )
+    off, on = steps["off"], steps["on"]
+    return {"off_ms": off.median, "on_ms": on.median, "ratio": paired_ratio(off, on), "steps": len(off.ms)}
 
 
-def _closing_table(report: dict[str, Any], times: StepTimes, options: QuickstartOptions) -> object:
+def _closing_table(report: dict[str, Any], times: dict[str, float], options: QuickstartOptions) -> object:
     rows = []
     for p in report["points"]:
         if p["method"] == "untouched":
-            rows.append(["untouched", f"{p['experts']:.1f}", "100%", "", "", f"{times.off_ms:.1f} ms"])
+            rows.append(["untouched", f"{p['experts']:.1f}", "100%", "", "", f"{times['off_ms']:.1f} ms"])
         elif p["setting"].startswith("budget="):
             budget = p["setting"].removeprefix("budget=")
-            step = f"{times.on_ms:.1f} ms ({times.ratio:.2f}×)" if budget == f"{options.budget:g}" else ""
+            step = f"{times['on_ms']:.1f} ms ({times['ratio']:.2f}×)" if budget == f"{options.budget:g}" else ""
             rows.append(
                 [
                     f"learned, budget {budget}",

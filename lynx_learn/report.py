@@ -167,3 +167,43 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
         ["layer", "unexplained", "sensitivity", *kinds],
         rows,
     )
+
+
+def bench_tables(report: dict[str, Any]) -> list[Table | str]:
+    """Times of decode steps with skipping on and off, and where the time of deciding goes."""
+    if "skipped" in report:
+        return [f"skipped: {report['skipped']}"]
+    options, where = report["options"], report["environment"]
+    what = options["model"] or f"shape {options['shape']}, {options['layers']} layers, random weights"
+    timed, parts, whole = [], [], []
+    for case in report["cases"]:
+        name = f"{case['dtype']} {case['implementation']}, batch {case['batch_size']}"
+        timed.append(
+            [
+                name,
+                f"{case['off_ms']:.2f}",
+                f"{case['on_ms']:.2f}",
+                f"{case['ratio']:.2f} ({case['ratio_low']:.2f} to {case['ratio_high']:.2f})",
+                f"{case['experts_off']:.1f} → {case['experts_on']:.1f}",
+                f"{case['bytes']:.0%}",
+                f"{case['line']['a_ms']:.2f} + {case['line']['b_ms']:.3f} T",
+                "–" if case["realised"] is None else f"{case['realised']:.0%}",
+            ]
+        )
+        micro = case["microseconds_per_layer"].values()
+        parts.append(
+            [name, f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", *(f"{value:.0f}" for value in micro)]
+        )
+        if "generate" in case:
+            end = case["generate"]
+            speeds = (f"{end[key]:.0f}" for key in ("tokens_per_s_off", "tokens_per_s_on"))
+            whole.append([name, *speeds, f"{end['ratio']:.2f}", f"{end['same_tokens']:.0%}"])
+    machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
+    head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
+    tables: list[Table | str] = [table(f"Decode step: {what}; {machine}", head, timed)]
+    names = [f"{name}, µs per layer" for name in case["microseconds_per_layer"]]
+    tables.append(table("Deciding everything, skipping nothing", ["", "extra ms", "of a step", *names], parts))
+    if whole:
+        head = ["", "tokens/s off", "tokens/s on", "off / on", "same tokens"]
+        tables.append(table("Whole calls of generate", head, whole))
+    return tables

@@ -64,19 +64,27 @@ class LayerSelector(nn.Module):
 
         The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
         """
-        costs = self.costs(groups) if costs is None else costs
+        return self.answer(groups, self.rewrite(groups, thresholds, self.costs(groups) if costs is None else costs))
+
+    def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
+        """The decision without what surrogates answer."""
         anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
         live = groups.active.unsqueeze(-1)
         kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & live
-        indices = torch.where(kept, groups.indices, anchor.unsqueeze(-1))
-        weights = groups.weights * kept
         used = used_experts(groups.indices, groups.active, keep.shape[-1])
-        loads = (used, used & keep)
-        if not self.surrogates.rank:
-            return Decision(indices, weights, loads=loads)
-        dropped = kept ^ live
-        addition = self.surrogates.answer(groups.hidden, groups.indices, groups.weights * dropped)
-        return Decision(indices, weights, addition, dropped, loads)
+        return Decision(
+            torch.where(kept, groups.indices, anchor.unsqueeze(-1)),
+            groups.weights * kept,
+            answered=kept ^ live if self.surrogates.rank else None,
+            loads=(used, used & keep),
+        )
+
+    def answer(self, groups: Groups, decision: Decision) -> Decision:
+        """With what surrogates answer."""
+        if decision.answered is None:
+            return decision
+        weights = groups.weights * decision.answered
+        return decision._replace(addition=self.surrogates.answer(groups.hidden, groups.indices, weights))
 
 
 class LynxSelector(nn.Module):
