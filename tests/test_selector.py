@@ -345,19 +345,23 @@ def test_a_full_disk_leaves_the_old_selector(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("scorer", "rank", "keep_top1", "batches", "tokens"),
-    [("formula", 0, False, 3, 6), ("linear", 4, True, 1, 4), ("mlp", 4, False, 1, 20), ("mlp", 4, True, 3, 6)],
+    [("formula", 0, False, 3, 6), ("linear", 4, True, 1, 4), ("mlp", 4, False, 1, 20), ("mlp", 8, True, 3, 6)],
 )
-def test_decide_is_one_graph_for_any_values(scorer: str, rank: int, keep_top1: bool, batches: int, tokens: int) -> None:
-    """No break, and no shape or branch that depends on data."""
-    model = tiny_model("mixtral")
-    part = own(random_selector(model, rank, scorer, keep_top1=keep_top1))
+def test_deciding_is_one_graph_for_any_values(
+    scorer: str, rank: int, keep_top1: bool, batches: int, tokens: int
+) -> None:
+    """No break, and no shape or branch that depends on data, from the router's output to what is run instead."""
+    model = tiny_model("mixtral").to(torch.bfloat16 if rank == 8 else torch.float32)
     layer = find_moe_layers(model)[0]
+    policy = random_selector(model, rank, scorer, keep_top1=keep_top1).at_threshold(2.0)
+    policy.bind(find_moe_layers(model))
+    assert policy.ready[0].selector.surrogates.grouped == (rank == 8)
     torch.compiler.reset()
-    traced = torch.compile(part.decide, fullgraph=True, backend="eager", dynamic=False)
-    for seed, threshold in ((0, 2.0), (1, 0.0), (2, math.inf)):
+    traced = torch.compile(lambda groups: policy.decide(layer, groups), fullgraph=True, backend="eager", dynamic=False)
+    for seed in range(3):
         groups = random_groups(layer, batches, tokens, seed)
+        groups = groups._replace(hidden=groups.hidden.to(layer.dtype))
         if seed == 2:
             groups = groups._replace(active=torch.zeros_like(groups.active))
-        limits = torch.full((batches,), threshold)
         with torch.no_grad(), torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
-            assert same(traced(groups, limits), part.decide(groups, limits))
+            assert same(traced(groups), policy.decide(layer, groups))
