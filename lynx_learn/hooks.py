@@ -67,8 +67,8 @@ def intercept(
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
     held: dict[str, Tensor | None] = {}
 
-    def after_router(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        held["logits"] = output[layer.logits_at]
+    def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        held["logits"] = layer.logits_of(output)
 
     def before_experts(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
