@@ -220,7 +220,9 @@ def _call_of(router: nn.Module, hidden: Tensor) -> list[Any]:
         ) from None
     parts = [p for p in output if isinstance(p, Tensor)] if isinstance(output, tuple | list) else []
     indices = next((p for p in parts if not p.is_floating_point() and p.ndim == 2), None)
-    weights = next((p for p in parts if indices is not None and p.is_floating_point() and p.shape == indices.shape), None)
+    weights = next(
+        (p for p in parts if indices is not None and p.is_floating_point() and p.shape == indices.shape), None
+    )
     if indices is None or weights is None:
         raise ModelError("has a router that does not return logits, weights and indices")
     return [hidden, indices, weights]

@@ -67,10 +67,7 @@ class ScoringRule:
         if self.groups > 1:
             choice = choice.masked_fill(~self._open_groups(choice), float("-inf"))
         values, indices = choice.topk(self.top_k, dim=-1)
-        if self.activation == "topk_softmax":
-            weights = values.softmax(-1)
-        else:
-            weights = self.chosen(logits, indices)
+        weights = values.softmax(-1) if self.activation == "topk_softmax" else self.chosen(logits, indices)
         if allowed is not None:
             absent = values == float("-inf")
             indices = torch.where(absent, indices[..., :1], indices)

@@ -74,33 +74,47 @@ def reference_route(rule: ScoringRule, logits: list[float], allowed: list[bool])
     present = [e for e in range(len(logits)) if allowed[e]]
     if rule.activation == "sigmoid":
         score = {e: 1 / (1 + math.exp(-logits[e])) for e in present}
+    elif rule.activation == "sqrt_softplus":
+        score = {e: math.sqrt(math.log(1 + math.exp(logits[e]))) for e in present}
     else:
         total = sum(math.exp(logits[e]) for e in present)
         score = {e: math.exp(logits[e]) / total for e in present}
-    choice = dict(score) if rule.activation != "topk_softmax" else {e: logits[e] for e in present}
+    by_logit = rule.activation in ("topk_softmax", "sparsemixer")
+    choice = {e: logits[e] for e in present} if by_logit else dict(score)
     if rule.bias is not None:
         choice = {e: choice[e] + float(rule.bias[e]) for e in present}
     size = len(logits) // rule.groups
     members = {g: [e for e in present if e // size == g] for g in range(rule.groups)}
-    strength = {g: sum(sorted((choice[e] for e in m), reverse=True)[:2]) for g, m in members.items() if m}
+    strength = {
+        g: sum(sorted((choice[e] for e in m), reverse=True)[: rule.group_best]) for g, m in members.items() if m
+    }
     opened = sorted(strength, key=lambda g: -strength[g])[: rule.top_groups] if rule.groups > 1 else list(strength)
     chosen = sorted((e for g in opened for e in members[g]), key=lambda e: -choice[e])[: rule.top_k]
     if rule.activation == "topk_softmax":
         total = sum(math.exp(logits[e]) for e in chosen)
         score = {e: math.exp(logits[e]) / total for e in chosen}
+    if rule.activation == "sparsemixer":
+        for place, best in enumerate(chosen):
+            left = [e for e in present if e not in chosen[:place]]
+            gap = {e: (logits[best] - logits[e]) / max(abs(logits[e]), logits[best]) for e in left}
+            total = sum(math.exp(logits[e]) for e in left if gap[e] <= 2 * rule.nearness)
+            score[best] = math.exp(logits[best]) / total
     weights = {e: score[e] for e in chosen}
     if rule.normalise:
         weights = {e: w / sum(weights[f] for f in chosen) for e, w in weights.items()}
-    return {e: w * rule.scale for e, w in weights.items()}
+    own = [1.0] * len(logits) if rule.expert_scale is None else rule.expert_scale.tolist()
+    return {e: w * own[e] * rule.scale for e, w in weights.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    activation=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    activation=st.sampled_from(["softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "sparsemixer"]),
     normalise=st.booleans(),
     scale=st.sampled_from([1.0, 2.5]),
     biased=st.booleans(),
-    groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]),
+    groups=st.sampled_from([(1, 1, 2), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1)]),
+    by_expert=st.booleans(),
+    nearness=st.sampled_from([0.01, 0.3]),
     top_k=st.integers(1, 4),
     allowed=st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS).filter(any),
     seed=st.integers(0, 2**31),
@@ -110,15 +124,22 @@ def test_route_among_allowed_equals_reference(
     normalise: bool,
     scale: float,
     biased: bool,
-    groups: tuple[int, int],
+    groups: tuple[int, int, int],
+    by_expert: bool,
+    nearness: float,
     top_k: int,
     allowed: list[bool],
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(5, EXPERTS, generator=generator)
-    bias = torch.randn(EXPERTS, generator=generator) if biased and activation != "topk_softmax" else None
-    rule = ScoringRule(activation, top_k, normalise, scale, bias, *groups)
+    bias = torch.randn(EXPERTS, generator=generator) if biased else None
+    own = 0.5 + torch.rand(EXPERTS, generator=generator) if by_expert else None
+    if activation in ("topk_softmax", "sparsemixer"):
+        bias = None
+    if activation == "sparsemixer":
+        groups = (1, 1, 2)
+    rule = ScoringRule(activation, top_k, normalise, scale, bias, *groups, own, nearness)
     indices, weights = rule.route(logits, torch.tensor(allowed))
     assert indices.shape == weights.shape == (5, top_k)
     assert all(allowed[e] for e in indices.flatten().tolist()), "a forbidden expert would be loaded"

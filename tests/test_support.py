@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from support_table import NEWEST, support_table
+from support_table import support_table
 from tiny import EXPERTS, decode, random_selector, words
 from torch import Tensor, nn
-from zoo import NOT_DECODERS, VARIANTS, ZOO, Kind, build, class_of, modeling
+from zoo import ABSENT, NEWEST, NOT_DECODERS, OLDEST, VARIANTS, ZOO, build, class_of, modeling
 
 from lynx_learn.errors import ModelError
 from lynx_learn.families import MoeLayer, find_moe_layers
 from lynx_learn.runtime import skip_experts
 from lynx_learn.selector import LynxSelector
 
-SOME = 2.0  # a threshold: costs of typical assignments are around 1
 ROWS, PROMPT, LENGTH = 6, 5, 9
-KINDS = {name: kind for name, kind in {**ZOO, **VARIANTS}.items() if not kind.refused}
-REFUSED = {name: kind for name, kind in ZOO.items() if kind.refused}
+KINDS = {name: kind for name, kind in {**ZOO, **VARIANTS}.items() if kind.reason in ("", ABSENT)}
+REFUSED = {name: kind for name, kind in ZOO.items() if kind.reason and kind.reason != ABSENT}
 
 
 class Call(NamedTuple):
@@ -108,22 +107,18 @@ def kept_and_surrogates(layer: MoeLayer, selector: LynxSelector, routed: Call, k
     return wanted
 
 
-def present(kind: Kind) -> nn.Module:
-    if class_of(kind) is None:
-        pytest.skip(f"{kind.model_class} is not in transformers {transformers.__version__}")
-    return build(kind)
-
-
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_acts_on_every_block_and_rightly(name: str) -> None:
-    model = present(KINDS[name])
+    if KINDS[name].reason == ABSENT:
+        pytest.skip(f"not in transformers {transformers.__version__}")
+    model = build(KINDS[name])
     tokens = words(ROWS, LENGTH)
     steps = LENGTH - PROMPT
 
     # Found: every module that holds the weights of experts.
     layers = find_moe_layers(model)
-    holders = [m for m in model.modules() if sum(p.ndim == 3 and p.shape[0] == EXPERTS for p in vars(m)["_parameters"].values() if p is not None) > 1]
+    holders = [m for m in model.modules() if sum(p.ndim == 3 for p in m.parameters(recurse=False)) > 1]
     assert [layer.experts for layer in layers] == holders
     assert len(layers) == 2
 
@@ -143,7 +138,7 @@ def test_acts_on_every_block_and_rightly(name: str) -> None:
     selector = random_selector(model)
     with (
         spying(layers) as as_routed,
-        skip_experts(model, selector.at_threshold(SOME)) as skipping,
+        skip_experts(model, selector.at_threshold(KINDS[name].threshold)) as skipping,
         spying(layers) as as_run,
     ):
         skipped = decode(model, tokens, PROMPT)
@@ -170,13 +165,19 @@ def test_acts_on_every_block_and_rightly(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refuses_with_the_reason(name: str) -> None:
     kind = REFUSED[name]
-    model = present(kind)
+    model = build(kind)
     with pytest.raises(ModelError) as caught:
         find_moe_layers(model)
     message = str(caught.value)
     assert f"'{name}'" in message
-    assert kind.refused in message
+    assert kind.reason in message
     assert "\n" not in message
+
+
+@pytest.mark.skipif(transformers.__version__ not in (OLDEST, NEWEST), reason="the zoo knows the oldest and the newest")
+def test_the_zoo_knows_what_is_absent() -> None:
+    absent = {name for name, kind in ZOO.items() if class_of(kind) is None}
+    assert absent == {name for name, kind in ZOO.items() if kind.reason == ABSENT}
 
 
 @pytest.mark.skipif(transformers.__version__ != NEWEST, reason=f"the table is of transformers {NEWEST}")

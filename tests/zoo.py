@@ -15,6 +15,10 @@ from tiny import EOS, EXPERTS, HIDDEN, PAD, TOP_K, VOCAB
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+# The versions of transformers that the package is tested with.
+OLDEST, NEWEST = "5.16.1", "5.19.0"
+ABSENT = "absent"
+UNSTACKED = "does not keep its expert weights as stacked 3-D parameters"
 # By every name a configuration may know it; each takes those that it has.
 OPTIONS: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -84,17 +88,30 @@ INDEXER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of transformers, where `OPTIONS` do not fit other options, and why it is refused, if it is."""
+    """A class of transformers, with other options where `OPTIONS` do not fit.
+
+    Attributes:
+        refused: why, if it is refused.
+        oldest: the same with the oldest transformers, where that differs; `ABSENT` if it does not have it.
+        threshold: for costs; those of typical assignments are around 1.
+    """
 
     model_class: str
     options: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
+    oldest: str = ""
+    threshold: float = 2.0
+
+    @property
+    def reason(self) -> str:
+        """Why the installed transformers' model is refused; empty if it is supported."""
+        return (transformers.__version__ == OLDEST and self.oldest) or self.refused
 
 
 # By the model type that its own configuration states.
 ZOO: dict[str, Kind] = {
     "afmoe": Kind("AfmoeForCausalLM", {"route_scale": 1.5}),
-    "aria_text": Kind("AriaTextForCausalLM"),
+    "aria_text": Kind("AriaTextForCausalLM", oldest=UNSTACKED),
     "axk1": Kind("AXK1ForCausalLM", MLA),
     "axk2": Kind("AXK2ForCausalLM", MLA),
     "cohere2_moe": Kind("Cohere2MoeForCausalLM"),
@@ -119,12 +136,12 @@ ZOO: dict[str, Kind] = {
     "granitemoeshared": Kind("GraniteMoeSharedForCausalLM"),
     "hunyuan_v1_moe": Kind("HunYuanMoEV1ForCausalLM"),
     "hy_v3": Kind("HYV3ForCausalLM"),
-    "hy_v4": Kind("HYV4ForCausalLM"),
+    "hy_v4": Kind("HYV4ForCausalLM", oldest=ABSENT),
     "jamba": Kind(
         "JambaForCausalLM",
         {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 0, "expert_layer_period": 1},
     ),
-    "kimi_linear": Kind("KimiLinearForCausalLM", {**MLA, **LINEAR}),
+    "kimi_linear": Kind("KimiLinearForCausalLM", {**MLA, **LINEAR}, oldest=ABSENT),
     "laguna": Kind("LagunaForCausalLM", {"moe_routed_scaling_factor": 2.0}),
     "lfm2_moe": Kind("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"]}),
     "mellum": Kind("MellumForCausalLM"),
@@ -153,7 +170,7 @@ ZOO: dict[str, Kind] = {
             **{"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}},
             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": TOP_K, "hidden_size": HIDDEN},
         },
-        "does not keep its expert weights as stacked 3-D parameters",
+        UNSTACKED,
     ),
     "deepseek_v4": Kind("DeepseekV4ForCausalLM", {"mlp_layer_types": ["hash_moe", "moe"]}, "input_ids"),
     "doge": Kind("DogeForCausalLM", {"is_moe": True}, "no Mixture-of-Experts block of a known shape"),
@@ -163,7 +180,12 @@ ZOO: dict[str, Kind] = {
     "inkling_text": Kind("InklingForCausalLM", {}, "scores experts in an unknown way"),
     "jetmoe": Kind("JetMoeForCausalLM", {}, "no child `gate` or `router`"),
     "llama4_text": Kind("Llama4ForCausalLM", {}, "runs every expert"),
-    "longcat_flash": Kind("LongcatFlashForCausalLM", {"num_layers": 1, "zero_expert_num": 4}, "chooses among 12"),
+    "longcat_flash": Kind(
+        "LongcatFlashForCausalLM",
+        {"num_layers": 1, "zero_expert_num": 4},
+        "chooses among 12",
+        oldest="does not return its logits",
+    ),
     "zaya": Kind("ZayaForCausalLM", {"num_experts_per_tok": 1}, "chooses among 9"),
 }
 # Folders of transformers whose code knows of experts, and that hold no decoder with Mixture-of-Experts blocks.
@@ -189,7 +211,9 @@ VARIANTS: dict[str, Kind] = {
     "laguna with capped logits": Kind("LagunaForCausalLM", {"moe_router_logit_softcapping": 2.0}),
     "qwen3_vl_moe with its vision tower": Kind("Qwen3VLMoeForConditionalGeneration", {"vision_config": VISION}),
     "nemotron_h in a narrower space": Kind(
-        "NemotronHForCausalLM", {"layers_block_type": ["moe", "attention", "moe"], "moe_latent_size": 16}
+        "NemotronHForCausalLM",
+        {"layers_block_type": ["attention", "moe", "attention", "moe"], "moe_latent_size": 16},
+        threshold=10.0,
     ),
 }
 
