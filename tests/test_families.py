@@ -1,5 +1,6 @@
 """Blocks are found, scoring rules are the routers' own, and what does not fit is refused by name."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +114,7 @@ def reference_route(rule: ScoringRule, logits: list[float], allowed: list[bool])
     scale=st.sampled_from([1.0, 2.5]),
     biased=st.booleans(),
     groups=st.sampled_from([(1, 1, 2), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1)]),
-    by_expert=st.booleans(),
+    scaled=st.booleans(),
     nearness=st.sampled_from([0.01, 0.3]),
     top_k=st.integers(1, 4),
     allowed=st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS).filter(any),
@@ -125,7 +126,7 @@ def test_route_among_allowed_equals_reference(
     scale: float,
     biased: bool,
     groups: tuple[int, int, int],
-    by_expert: bool,
+    scaled: bool,
     nearness: float,
     top_k: int,
     allowed: list[bool],
@@ -134,7 +135,7 @@ def test_route_among_allowed_equals_reference(
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(5, EXPERTS, generator=generator)
     bias = torch.randn(EXPERTS, generator=generator) if biased else None
-    own = 0.5 + torch.rand(EXPERTS, generator=generator) if by_expert else None
+    own = 0.5 + torch.rand(EXPERTS, generator=generator) if scaled else None
     if activation in ("topk_softmax", "sparsemixer"):
         bias = None
     if activation == "sparsemixer":
@@ -197,12 +198,30 @@ def build_dbrx() -> nn.Module:
     )
 
 
+def with_stray_experts() -> PreTrainedModel:
+    """A Mixtral with one more set of experts that nothing routes to by a known block."""
+    model = tiny_model("mixtral")
+    stray = nn.ParameterDict({"up": torch.zeros(4, 3, 3), "down": torch.zeros(4, 3, 3)})
+    model.get_submodule("model.layers.1").add_module("more", stray)
+    return model
+
+
+def with_another_router_call() -> PreTrainedModel:
+    """A Mixtral whose second block gives its experts something else than indices and weights."""
+    model = tiny_model("mixtral")
+    block = model.get_submodule("model.layers.1.mlp")
+    block.forward = lambda hidden: block.experts(hidden, block.gate(hidden[0])[0], None)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "llama": (lambda: build("Llama", intermediate_size=48), "'llama'", "no Mixture-of-Experts block"),
     "llama4": (build_llama4, "'llama4", "runs every expert"),
     "dbrx": (build_dbrx, "'dbrx'", "stacked 3-D parameters"),
     "router of logits only": (lambda: with_router(bare_router, 0), "'mixtral'", "does not return logits, weights and"),
     "unknown scoring": (lambda: with_router(odd_router, 0), "'mixtral'", "unknown way"),
+    "experts beside the known ones": (with_stray_experts, "model.layers.1.more", "outside of a known block"),
+    "another call of the experts": (with_another_router_call, "model.layers.1.mlp", "does not call its experts with"),
     "unknown scoring in one layer": (lambda: with_router(odd_router, 1), "model.layers.1.mlp", "unknown way"),
 }
 
@@ -216,6 +235,33 @@ def test_refuses_by_name_with_the_reason(case: str) -> None:
     assert named in message
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", ["mixtral", "unknown scoring"])
+def test_reading_a_model_leaves_nothing_on_it(case: str) -> None:
+    model = tiny_model(case) if case in FAMILIES else REFUSED[case][0]()
+    with contextlib.suppress(ModelError):
+        find_moe_layers(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_probabilities_in_the_place_of_logits_are_taken_back() -> None:
+    """Rows that sum to one are a softmax; its logarithm gives the same routing, also among allowed experts."""
+
+    def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shares = nn.functional.linear(hidden.reshape(-1, HIDDEN), self.weight).softmax(-1)
+        values, indices = shares.topk(self.top_k, dim=-1)
+        return shares, values / values.sum(-1, keepdim=True), indices
+
+    plain = find_moe_layers(tiny_model("mixtral"))[0]
+    layer = find_moe_layers(with_router(forward, 0))[0]
+    assert (plain.logits_are_probabilities, layer.logits_are_probabilities) == (False, True)
+    hidden = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(3))
+    allowed = torch.arange(EXPERTS) % 2 == 0
+    with torch.no_grad():
+        wanted = plain.rule.route(plain.logits_of(plain.router(hidden)), allowed)
+        found = layer.rule.route(layer.logits_of(layer.router(hidden)), allowed)
+    torch.testing.assert_close(by_expert(*found), by_expert(*wanted))
 
 
 def test_fingerprint_is_of_the_routers_alone() -> None:
