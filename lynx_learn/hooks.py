@@ -67,8 +67,8 @@ def intercept(
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
     held: dict[str, Tensor | None] = {}
 
-    def after_router(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        held["logits"] = output[layer.logits_at]
+    def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        held["logits"] = layer.logits_of(output)
 
     def before_experts(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,7 +111,7 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
     cache = kwargs.get("past_key_values")
-    if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache is None or not int(cache.get_seq_length()):
+    if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache is None or not _holds_tokens(cache):
         return None
     active: Tensor | None = None
     generation = getattr(model, "generation_config", None)
@@ -126,6 +126,18 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         present = mask[:, -1].bool()
         active = present if active is None else active & present
     return DecodeCall(active)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether any layer has seen tokens: those of linear attention, which may come first, do not count them."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    return any(map(_is_filled, layers or [cache]))
+
+
+def _is_filled(part: Any) -> bool:
+    length = part.get_seq_length()
+    # Static caches count on the device, and asking would wait for it; they are laid out when the first tokens come.
+    return bool(part.is_initialized) if isinstance(length, Tensor) else length > 0
 
 
 BY_DISTINCT = "lynx_grouped_mm"

@@ -5,7 +5,7 @@ import torch
 from tiny import EXPERTS, FAMILIES, PAD, TOP_K, Seen, decode, random_selector, tiny_model, watching, words
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from lynx_learn.baselines import XShare
 from lynx_learn.errors import ModelError, OptionError, SelectorError
@@ -367,3 +367,29 @@ def test_every_experts_implementation_gives_the_same(implementation: str) -> Non
     with skip_experts(model, policy):
         torch.testing.assert_close(decode(model, tokens, PROMPT, mask)[1], wanted, rtol=1e-4, atol=1e-4)
     assert model.get_experts_implementation()[""] == implementation
+
+
+def test_a_cache_of_fixed_size_gives_the_same() -> None:
+    model = tiny_model("mixtral")
+    tokens = words(SMALL, LENGTH)
+    policy = random_selector(model).at_threshold(SOME)
+    with skip_experts(model, policy) as skipping:
+        wanted = decode(model, tokens, PROMPT)[1]
+    assert skipping.stats.steps == LENGTH - PROMPT
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    with skip_experts(model, policy) as fixed, torch.no_grad():
+        model(input_ids=tokens[:, :PROMPT], past_key_values=cache)
+        assert fixed.stats.steps == 0
+        steps = [model(input_ids=tokens[:, at : at + 1], past_key_values=cache).logits for at in range(PROMPT, LENGTH)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert fixed.stats == skipping.stats
+
+
+def test_a_token_on_a_fresh_cache_of_fixed_size_is_prefill() -> None:
+    model = tiny_model("mixtral")
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    with skip_experts(model, random_selector(model).at_threshold(SOME)) as skipping, torch.no_grad():
+        model(input_ids=words(SMALL, 1), past_key_values=cache)
+        assert skipping.stats.steps == 0
+        model(input_ids=words(SMALL, 1), past_key_values=cache)
+        assert skipping.stats.steps == 1
