@@ -24,6 +24,7 @@ COMMANDS = {
     "calibrate": ("calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
     "coverage": ("coverage", "CoverageOptions", "coverage", "check the bound of calibrate on many random splits"),
     "evaluate": ("evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
+    "export": ("export", "ExportOptions", "export", "write a selector as an ONNX graph for serving engines"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -163,6 +164,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         "evaluate": lambda: report.show(
             report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
         ),
+        "export": lambda: report.show(*report.export_lines(result)),
     }
     if command in views:
         views[command]()
