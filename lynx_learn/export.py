@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .errors import LynxError, OptionError
 from .features import feature_parts
-from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY, OnnxSelector, Provider
+from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY, OnnxSelector, Provider, runtime_with
 from .policies import Groups
 from .scorers import Folded, Scorer
 from .selector import LayerSelector, LynxSelector
@@ -135,6 +135,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise LynxError(f"{error.name} is not installed: pip install 'lynx-learn[onnx]'") from None
+    runtime_with(options.provider)
     selector = LynxSelector.from_pretrained(options.selector)
     if options.out is None and not Path(options.selector).is_dir():
         raise OptionError(f"--out is missing: {options.selector} is no folder here to put {FILE} into")

@@ -18,6 +18,29 @@ NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecut
 SILENT = 4  # errors come as exceptions; onnxruntime would print them as well
 
 
+def runtime_with(provider: Provider) -> Any:
+    """The onnxruntime module, if it was built with a provider; whether that works shows only in a session.
+
+    Raises:
+        LynxError: it is not installed, or without this provider.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise LynxError(
+            "onnxruntime is not installed: pip install 'lynx-learn[onnx]', or for CUDA 'lynx-learn[onnx-gpu]', never both"
+        ) from None
+    if provider not in NAMES:
+        raise OptionError(f"provider {provider!r} is not usable: expected one of {', '.join(NAMES)}")
+    available = onnxruntime.get_available_providers()
+    if NAMES[provider] not in available:
+        raise LynxError(
+            f"provider {provider} is not usable: this onnxruntime was built with {', '.join(available)} alone; in an "
+            "environment without it, pip install 'lynx-learn[onnx-gpu]'"
+        )
+    return onnxruntime
+
+
 class OnnxDecision(NamedTuple):
     """What the graph answers for one layer and one decode batch; see `export.Graph`."""
 
@@ -52,23 +75,11 @@ class OnnxSelector:
             LynxError: onnxruntime is not installed, or has no such provider that works.
             SelectorError: the file is missing, damaged, or not one that `lynx-learn export` wrote.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise LynxError(
-                "onnxruntime is not installed: pip install 'lynx-learn[onnx]', or for CUDA 'lynx-learn[onnx-gpu]', never both"
-            ) from None
+        onnxruntime = runtime_with(provider)
         name = "the graph" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes) and not Path(source).is_file():
             raise SelectorError(f"{name} is no file: expected one that `lynx-learn export` wrote")
-        if provider not in NAMES:
-            raise OptionError(f"provider {provider!r} is not usable: expected one of {', '.join(NAMES)}")
-        wanted, available = NAMES[provider], onnxruntime.get_available_providers()
-        if wanted not in available:
-            raise LynxError(
-                f"provider {provider} is not usable: this onnxruntime was built with {', '.join(available)} alone; in an "
-                "environment without it, pip install 'lynx-learn[onnx-gpu]'"
-            )
+        wanted = NAMES[provider]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, SILENT
         try:
