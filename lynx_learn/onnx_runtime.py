@@ -92,7 +92,7 @@ class OnnxSelector:
             )
         except Exception as error:  # onnxruntime's exceptions share no base
             raise SelectorError(
-                f"{name} cannot be loaded by onnxruntime on {wanted} ({_reason(error)}): export the selector again"
+                f"{name} cannot be loaded by onnxruntime on {wanted} ({_reason(error)}): expected a whole file of `lynx-learn export` and a device that works"
             ) from None
         # A provider that was built in but finds no device or library is left out without an error.
         self.provider: str = self.session.get_providers()[0]
