@@ -150,6 +150,38 @@ def coverage_table(report: dict[str, Any]) -> Table:
     return table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
 
 
+def export_lines(found: dict[str, Any]) -> list[object]:
+    """What was exported, how far it is from PyTorch, and its times if it was timed."""
+    parity = found["parity"]
+    sizes = ", ".join(map(str, parity["tokens"]))
+    lines: list[object] = [
+        f"{found['file']}: {found['bytes'] / 1e3:,.0f} kB, checked with onnxruntime on {found['provider']}",
+        f"against PyTorch on {parity['layers']} layers, batches of {sizes}: costs differ by at most "
+        f"{parity['absolute']:.1e} nats, {parity['relative']:.1e} relatively; keep bits: {parity['differing']} of "
+        f"{parity['bits']:,} differ",
+    ]
+    if times := found.get("times"):
+        names = {
+            "eager": "PyTorch, eager",
+            "compiled": "PyTorch, torch.compile",
+            "onnxruntime": "onnxruntime",
+            "bound": "onnxruntime, IO binding",
+            "runner": "OnnxSelector.run, from tensors",
+        }
+        rows = []
+        for key, name in names.items():
+            row = times["microseconds"][key]
+            rows.append([name, *(f"{row[part]:.1f}" for part in ("median", "low", "high"))] if row else [name, *"–––"])
+        lines.append(
+            f"{times['experts']} experts, {times['tokens']} tokens, top {times['top_k']}, width {times['hidden']}, scorer "
+            f"{times['scorer']}; one thread, {times['machine']['processor']}"
+        )
+        lines.append(table("Microseconds of one layer's decision", ["by", "median", "10%", "90%"], rows))
+        if "reason" in times["microseconds"]:
+            lines.append(f"torch.compile is not usable here: {times['microseconds']['reason']}")
+    return lines
+
+
 def training_table(layers: list[dict[str, Any]]) -> Table:
     """Each layer's scorer against the formula, on held-out sequences."""
     kinds = [k for k in ("formula", "linear", "mlp", "gradient_boosting") if k in layers[0]]

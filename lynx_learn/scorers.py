@@ -47,7 +47,8 @@ class Folded(NamedTuple):
         inner = parts.assignment @ self.assignment + (token @ self.token).unsqueeze(-2) + self.experts[indices]
         log_costs = inner[..., width]
         if width:
-            log_costs = log_costs + nn.functional.silu(inner[..., :width]) @ self.outer
+            # As a matrix of one column: onnxruntime takes several times as long for a product with a vector.
+            log_costs = log_costs + (nn.functional.silu(inner[..., :width]) @ self.outer.unsqueeze(-1)).squeeze(-1)
         return log_costs.clamp_min(LOWEST_LOG_COST).exp()
 
 

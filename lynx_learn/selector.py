@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import SelectorConfig
-from .errors import OptionError, SelectorError
+from .errors import SelectorError
 from .families import MoeLayer, router_fingerprint
 from .features import assignment_features, feature_parts
 from .policies import Decision, Groups, used_experts
@@ -121,22 +121,7 @@ class LynxSelector(nn.Module):
         Raises:
             OptionError: the budget is negative, or the selector was not calibrated for it.
         """
-        if not budget >= 0:
-            raise OptionError(f"budget {budget:g} is not usable: expected 0 or more")
-        if budget == 0:
-            return ThresholdPolicy(self, {1: 0.0}, "budget=0")
-        table = self.config.thresholds.get(metric)
-        if not table:
-            known = ", ".join(self.config.thresholds) or "none"
-            raise OptionError(
-                f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first"
-            )
-        for text, buckets in table.items():
-            if float(text) == budget:
-                return ThresholdPolicy(self, {int(n): tau for n, tau in buckets.items()}, f"budget={budget:g}")
-        raise OptionError(
-            f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
-        )
+        return ThresholdPolicy(self, self.config.calibrated(budget, metric), f"budget={budget:g}")
 
     def at_threshold(self, threshold: float) -> "ThresholdPolicy":
         """The policy with one threshold (nats) for every batch size, calibrated or not."""

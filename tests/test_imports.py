@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lynx_learn"
-HEAVY = ("lightning", "datasets", "sklearn", "onnxruntime", "matplotlib")
+HEAVY = ("lightning", "datasets", "sklearn", "onnx", "onnxscript", "onnxruntime", "matplotlib")
 
 # Module -> the modules of this package that it may import; each only ones that stand above it.
 ALLOWED: dict[str, str] = {
     "errors": "",
     "config": "errors",
+    "onnx_runtime": "errors config",
     "progress": "",
     "report": "",
     "figures": "",
@@ -46,6 +47,7 @@ ALLOWED: dict[str, str] = {
     "fit": "errors config progress features surrogates families models traces selector card training sensitivity tuning",
     "calibrate": "errors progress corpus families models selector card simulate",
     "coverage": "errors progress corpus families models traces selector card simulate calibrate",
+    "export": "errors onnx_runtime features scorers traces policies selector",
     "store": "errors traces",
     "sweeps": "errors families models traces policies expert_stats selector methods simulate",
     "evaluate": "errors progress corpus figures matching models runtime selector methods card simulate store sweeps",
@@ -63,6 +65,9 @@ RESERVED = {
     "rich": {"progress", "report"},
     "jsonargparse": {"cli"},
     "matplotlib": {"figures"},
+    "onnx": {"export"},
+    "onnxscript": {"export"},
+    "onnxruntime": {"onnx_runtime"},
 }
 
 
@@ -113,8 +118,14 @@ def test_the_package_itself_is_light(code: str) -> None:
     assert loaded.isdisjoint({*HEAVY, "torch", "transformers", "numpy"})
 
 
+def test_an_exported_graph_is_served_without_torch() -> None:
+    loaded = loaded_by("from lynx_learn.onnx_runtime import OnnxSelector")
+    assert "numpy" in loaded
+    assert loaded.isdisjoint({*HEAVY, "torch", "transformers"})
+
+
 def test_what_serves_a_selector_loads_nothing_that_trains_one() -> None:
-    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.calibrate, lynx_learn.evaluate"
+    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.calibrate, lynx_learn.evaluate, lynx_learn.export"
     loaded = loaded_by(code)
     assert "torch" in loaded
     assert loaded.isdisjoint(HEAVY)
