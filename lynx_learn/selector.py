@@ -6,7 +6,10 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +24,7 @@ from .policies import Decision, Groups, used_experts
 from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
+KERNELS = ("auto", "torch", "triton")
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
 
@@ -256,18 +260,35 @@ class Ready:
         """As `LayerSelector.costs`, from the folded scorer."""
         return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
 
+    def rewrite(self, groups: Groups) -> Decision:
+        """As `LayerSelector.rewrite`."""
+        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
+
+    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Rewritten:
+        """As `rewrite`, in Triton kernels."""
+        return kernels.rewrite(self.folded, self.sizes, self.thresholds, self.selector.keep_top1, groups)
+
 
 class ThresholdPolicy:
     """A selector with a threshold per decode batch size.
 
     The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
     over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
+
+    `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
+    triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
+    give the same decision but for rounding of the costs.
     """
 
     name = "learned"
 
-    def __init__(self, selector: LynxSelector, thresholds: dict[int, float], setting: str) -> None:
-        self.selector, self.setting = selector, setting
+    def __init__(
+        self, selector: LynxSelector, thresholds: dict[int, float], setting: str, kernel: str = "auto"
+    ) -> None:
+        if kernel not in KERNELS:
+            raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
+        self.selector, self.setting, self.kernel = selector, setting, kernel
+        self.kernels: ModuleType | None = None
         sizes = sorted(thresholds)
         self.sizes = torch.tensor(sizes)
         self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
@@ -282,10 +303,28 @@ class ThresholdPolicy:
         self.selector.check(layers)
         for layer, own in zip(layers, self.selector.layers, strict=True):
             self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
+        on_cuda = any(layer.device.type == "cuda" for layer in layers)
+        # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
+        if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
+            from . import kernels
+
+            self.kernels = kernels
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         ready = self.ready[layer.index]
-        return ready.selector.decide(groups, ready.threshold(groups.active), ready.costs(groups))
+        rewritten = self._rewritten_in_kernels(ready, groups)
+        return ready.selector.answer(groups, ready.rewrite(groups) if rewritten is None else rewritten)
+
+    def _rewritten_in_kernels(self, ready: Ready, groups: Groups) -> Decision | None:
+        """None where that cannot be done, or takes longer."""
+        if self.kernels is None or not self.kernels.supported(ready.folded, groups):
+            return None
+        if self.kernel == "auto" and not groups.logits.is_cuda:
+            return None
+        fused, plain = partial(ready.rewrite_in_kernels, self.kernels, groups), partial(ready.rewrite, groups)
+        if self.kernel == "auto" and not self.kernels.is_faster(ready.folded, groups, fused, plain):
+            return None
+        return fused()
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
