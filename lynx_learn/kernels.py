@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .features import SMALLEST_WEIGHT, TOKEN_PARTS
-from .policies import Decision, Groups
+from .policies import Groups, Rewritten
 from .scorers import LOWEST_LOG_COST, Folded
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
@@ -261,50 +261,55 @@ def costs_by_expert(folded: Folded, groups: Groups, keep_top1: bool) -> Tensor:
     return rows
 
 
-def rewrite(folded: Folded, sizes: Tensor, thresholds: Tensor, keep_top1: bool, groups: Groups) -> Decision:
-    """As `Ready.rewrite` of a selector that has surrogates, for what is `supported`.
-
-    Args:
-        folded: the layer's scorer.
-        sizes: calibrated batch sizes, ascending.
-        thresholds: one more than sizes: the first is for smaller batches.
-        keep_top1: whether each token's first expert stays.
-        groups: one decode batch.
-    """
+def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Rewritten:
+    """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
     _, tokens, experts = groups.logits.shape
-    top_k, device = groups.indices.shape[-1], groups.logits.device
+    top_k = groups.indices.shape[-1]
     indices, weights, active = (part.contiguous() for part in groups[2:])
     new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
     dropped = torch.empty_like(indices, dtype=torch.bool)
-    loads = torch.empty(2, 1, experts, dtype=torch.bool, device=device)
+    loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
     experts_padded, tokens_padded = _padded(experts), _padded(tokens)
+    _rewrite[(1,)](
+        rows,
+        indices,
+        weights,
+        active,
+        sizes,
+        thresholds,
+        new_indices,
+        new_weights,
+        dropped,
+        loads,
+        tokens,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        SIZES=len(sizes),
+        KEEP_TOP1=keep_top1,
+        EXPERTS_PADDED=experts_padded,
+        SIZES_PADDED=_padded(len(sizes)),
+        TOKENS_PADDED=tokens_padded,
+        TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
+        BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
+        num_warps=8,
+    )
+    return Rewritten(new_indices, new_weights, dropped, (loads[0], loads[1]))
+
+
+def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Rewritten:
+    """As `Ready.rewrite`, for what is `supported`.
+
+    Args:
+        folded: the layer's scorer.
+        groups: one decode batch.
+        sizes: calibrated batch sizes, ascending.
+        thresholds: one more than sizes: the first is for smaller batches.
+        keep_top1: whether each token's first expert stays.
+    """
+    device = groups.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        rows = costs_by_expert(folded, groups, keep_top1)
-        _rewrite[(1,)](
-            rows,
-            indices,
-            weights,
-            active,
-            sizes,
-            thresholds,
-            new_indices,
-            new_weights,
-            dropped,
-            loads,
-            tokens,
-            EXPERTS=experts,
-            TOP_K=top_k,
-            SIZES=len(sizes),
-            KEEP_TOP1=keep_top1,
-            EXPERTS_PADDED=experts_padded,
-            SIZES_PADDED=_padded(len(sizes)),
-            TOKENS_PADDED=tokens_padded,
-            TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
-            BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
-            num_warps=8,
-        )
-    return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
+        return rewrite_by(costs_by_expert(folded, groups, keep_top1), groups, sizes, thresholds, keep_top1)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}

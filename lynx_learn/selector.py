@@ -266,7 +266,7 @@ class Ready:
 
     def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Rewritten:
         """As `rewrite`, in Triton kernels."""
-        return kernels.rewrite(self.folded, self.sizes, self.thresholds, self.selector.keep_top1, groups)
+        return kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, self.selector.keep_top1)
 
 
 class ThresholdPolicy:
