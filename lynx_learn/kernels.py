@@ -1,7 +1,8 @@
 """A decode batch's decision in two Triton kernels: the same numbers as `Ready.costs` and `LayerSelector.rewrite`.
 
-The PyTorch form is some forty small kernels, and at decode it is their launches that cost time. Importing this module
-needs triton, which comes with torch's CUDA builds; so it is imported only where a layer is on such a device.
+The PyTorch form is dozens of small operations, each a launch of its own. Which form takes less time is measured where
+they run (`is_faster`). Importing this module needs triton, which comes with torch's CUDA builds; so it is imported only
+where a layer is on such a device.
 
 Nothing waits for the host, shapes do not depend on values, and every sum has a fixed order: the same input gives the
 same bits, also in a CUDA graph.
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .features import SMALLEST_WEIGHT, TOKEN_PARTS
-from .policies import Groups, Rewritten
+from .policies import Decision, Groups
 from .scorers import LOWEST_LOG_COST, Folded
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
@@ -261,7 +262,7 @@ def costs_by_expert(folded: Folded, groups: Groups, keep_top1: bool) -> Tensor:
     return rows
 
 
-def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Rewritten:
+def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
     _, tokens, experts = groups.logits.shape
     top_k = groups.indices.shape[-1]
@@ -293,11 +294,11 @@ def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, 
         BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
         num_warps=8,
     )
-    return Rewritten(new_indices, new_weights, dropped, (loads[0], loads[1]))
+    return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
 
 
-def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Rewritten:
-    """As `Ready.rewrite`, for what is `supported`.
+def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+    """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
 
     Args:
         folded: the layer's scorer.
@@ -315,8 +316,11 @@ def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, k
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
-def is_faster(folded: Folded, groups: Groups, fused: Callable[[], object], plain: Callable[[], object]) -> bool:
-    """Whether `fused` takes less time than `plain` where `groups` are, on a CUDA device.
+Form = Callable[[Groups], object]
+
+
+def is_faster(folded: Folded, groups: Groups, fused: Form, plain: Form) -> bool:
+    """Whether `fused` takes less time than `plain` for `groups`, on the CUDA device where these are.
 
     Both are run and timed the first time that a layer of this shape meets a batch of this size, up to a power of two;
     that waits for the device. Nothing is timed while a CUDA graph is captured or torch compiles: what was never timed
@@ -331,7 +335,7 @@ def is_faster(folded: Folded, groups: Groups, fused: Callable[[], object], plain
             return True
         try:
             with torch.cuda.device(groups.logits.device):
-                _verdicts[key] = milliseconds(fused) < milliseconds(plain)
+                _verdicts[key] = milliseconds(fused, groups) < milliseconds(plain, groups)
         except Exception as error:
             # A model must run on a machine where only the kernels do not.
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -340,14 +344,14 @@ def is_faster(folded: Folded, groups: Groups, fused: Callable[[], object], plain
     return _verdicts[key]
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
+def milliseconds(form: Form, groups: Groups, repeats: int = 10) -> float:
     """The shortest of some runs on the current CUDA device, launches included, after as many that only warm up."""
     shortest = float("inf")
     for repeat in range(2 * repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        run()
+        form(groups)
         end.record()
         end.synchronize()
         if repeat >= repeats:

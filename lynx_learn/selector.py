@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -264,9 +265,11 @@ class Ready:
         """As `LayerSelector.rewrite`."""
         return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
 
-    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Rewritten:
+    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
         """As `rewrite`, in Triton kernels."""
-        return kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, self.selector.keep_top1)
+        own = self.selector
+        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
+        return decision if own.surrogates.rank else decision._replace(answered=None)
 
 
 class ThresholdPolicy:
@@ -312,19 +315,17 @@ class ThresholdPolicy:
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         ready = self.ready[layer.index]
-        rewritten = self._rewritten_in_kernels(ready, groups)
-        return ready.selector.answer(groups, ready.rewrite(groups) if rewritten is None else rewritten)
+        return ready.selector.answer(groups, self._form(ready, groups)(groups))
 
-    def _rewritten_in_kernels(self, ready: Ready, groups: Groups) -> Decision | None:
-        """None where that cannot be done, or takes longer."""
+    def _form(self, ready: Ready, groups: Groups) -> Callable[[Groups], Decision]:
+        """What computes the decision for a batch."""
         if self.kernels is None or not self.kernels.supported(ready.folded, groups):
-            return None
-        if self.kernel == "auto" and not groups.logits.is_cuda:
-            return None
-        fused, plain = partial(ready.rewrite_in_kernels, self.kernels, groups), partial(ready.rewrite, groups)
-        if self.kernel == "auto" and not self.kernels.is_faster(ready.folded, groups, fused, plain):
-            return None
-        return fused()
+            return ready.rewrite
+        fused = partial(ready.rewrite_in_kernels, self.kernels)
+        if self.kernel == "triton":
+            return fused
+        cuda = groups.logits.is_cuda
+        return fused if cuda and self.kernels.is_faster(ready.folded, groups, fused, ready.rewrite) else ready.rewrite
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)

@@ -27,7 +27,7 @@ from torch import Tensor
 from lynx_learn.config import SelectorConfig
 from lynx_learn.errors import OptionError
 from lynx_learn.families import find_moe_layers
-from lynx_learn.policies import Groups, Rewritten
+from lynx_learn.policies import Decision, Groups
 from lynx_learn.selector import LayerSelector, LynxSelector, Ready, ThresholdPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -83,7 +83,7 @@ def ready_for(
     device: str = "cpu",
 ) -> Ready:
     """One layer's selector with random parameters, costs of typical assignments around 1."""
-    config = SelectorConfig("", "", "", "", ("layer",), experts, top_k, hidden, 1, scorer, 0, keep_top1)
+    config = SelectorConfig("", "", "", "", ("layer",), experts, top_k, hidden, 1, scorer, 1, keep_top1)
     selector = LynxSelector(config)
     randomise(selector, seed)
     own: LayerSelector = selector.layers[0]  # type: ignore[assignment]
@@ -142,13 +142,16 @@ def check_rows(rows: Tensor, ready: Ready, groups: Groups) -> None:
     assert torch.equal((rows < 0).gather(1, groups.indices[0]), first)
 
 
-def check_rewritten(done: Rewritten, wanted: Rewritten) -> None:
-    for got, other in zip((*done[:3], *done.loads), (*wanted[:3], *wanted.loads), strict=True):
+def check_rewritten(done: Decision, wanted: Decision) -> None:
+    assert done.loads is not None
+    assert wanted.loads is not None
+    parts = ((d.indices, d.weights, d.answered, *d.loads) for d in (done, wanted))
+    for got, other in zip(*parts, strict=True):
         assert got.dtype == other.dtype
         torch.testing.assert_close(got, other, rtol=0, atol=0, equal_nan=True)
 
 
-def check_loads_are_consistent(done: Rewritten, groups: Groups) -> None:
+def check_loads_are_consistent(done: Decision, groups: Groups) -> None:
     before, after = done.loads
     live = groups.active[0]
     assert before[0].nonzero().flatten().tolist() == groups.indices[0, live].unique().tolist()
@@ -267,7 +270,9 @@ def test_the_rule_on_costs_by_hand(interpreter: Run, case: str, active: tuple[bo
     check_loads_are_consistent(done, groups)
 
 
-def decide_twice(scorer: str, batches: int, dtype: torch.dtype, contiguous: bool) -> tuple[bool, bool, int]:
+def decide_twice(
+    scorer: str, batches: int, dtype: torch.dtype, contiguous: bool = True, rank: int = 4
+) -> tuple[bool, bool, int]:
     """Whether both forms of a policy decide the same, whether that skips, and how often the kernels ran."""
     from lynx_learn import kernels
 
@@ -283,16 +288,16 @@ def decide_twice(scorer: str, batches: int, dtype: torch.dtype, contiguous: bool
     decisions = []
     with mock.patch.object(kernels, "rewrite", wraps=kernels.rewrite) as used:
         for kernel in ("torch", "triton"):
-            policy = ThresholdPolicy(random_selector(model, scorer=scorer), {1: 2.0, 6: 0.0}, "", kernel)
+            policy = ThresholdPolicy(random_selector(model, rank, scorer), {1: 2.0, 6: 0.0}, "", kernel)
             policy.bind(layers)
             decisions.append(policy.decide(layers[0], groups))
-    assert decisions[0].answered is not None
-    return same(*decisions), bool(decisions[0].answered.any()), used.call_count
+    skips = bool((decisions[0].weights != groups.weights)[groups.active].any())
+    return same(*decisions), skips, used.call_count
 
 
-@pytest.mark.parametrize("scorer", ["formula", "linear", "mlp"])
-def test_a_policy_decides_the_same_with_surrogates(interpreter: Run, scorer: str) -> None:
-    assert interpreter(decide_twice, scorer, 1, torch.bfloat16, True) == (True, True, 1)
+@pytest.mark.parametrize(("scorer", "rank"), [("formula", 0), ("linear", 4), ("mlp", 4)])
+def test_a_policy_decides_the_same(interpreter: Run, scorer: str, rank: int) -> None:
+    assert interpreter(decide_twice, scorer, 1, torch.bfloat16, True, rank) == (True, True, 1)
 
 
 def test_a_policy_takes_tensors_that_are_not_contiguous(interpreter: Run) -> None:
@@ -300,7 +305,7 @@ def test_a_policy_takes_tensors_that_are_not_contiguous(interpreter: Run) -> Non
 
 
 def test_many_batches_at_once_stay_with_pytorch(interpreter: Run) -> None:
-    assert interpreter(decide_twice, "mlp", 3, torch.float32, True) == (True, True, 0)
+    assert interpreter(decide_twice, "mlp", 3, torch.float32) == (True, True, 0)
 
 
 def test_what_is_not_supported_is_refused(interpreter: Run) -> None:
@@ -354,14 +359,14 @@ def verdicts() -> list[tuple[bool, int]]:
 
     times, seen, taken = {"fused": 1.0, "plain": 2.0}, [], []
 
-    def milliseconds(run: Callable[[], str]) -> float:
-        taken.append(run())
-        return times[run()]
+    def milliseconds(form: Callable[[Groups], str], groups: Groups) -> float:
+        taken.append(form(groups))
+        return times[taken[-1]]
 
     def ask(tokens: int, capturing: bool = False) -> None:
         folded, groups = ready_for(8, 2, 4).folded, groups_of(tokens, 8, 2, 4)
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=capturing):
-            verdict = kernels.is_faster(folded, groups, lambda: "fused", lambda: "plain")
+            verdict = kernels.is_faster(folded, groups, lambda groups: "fused", lambda groups: "plain")
         seen.append((verdict, len(taken)))
 
     with (
