@@ -171,7 +171,7 @@ def _rewrite(
     real = expert < EXPERTS
     sums = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
     lowest = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
-    for start in range(0, tokens, TOKENS_BLOCK):
+    for start in range(0, TOKENS_PADDED, TOKENS_BLOCK):
         token = start + tl.arange(0, TOKENS_BLOCK)
         inside = (token < tokens)[:, None] & real[None, :]
         part = tl.load(rows + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
@@ -197,7 +197,7 @@ def _rewrite(
     tl.store(loads + EXPERTS + expert, used & (leave == 0), mask=real)
 
     left = leave.to(tl.int32)
-    for start in range(0, tokens * TOP_K, BLOCK):
+    for start in range(0, TOKENS_PADDED * TOP_K, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tokens * TOP_K
         own = tl.load(indices + at, mask=inside, other=0)

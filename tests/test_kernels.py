@@ -166,6 +166,7 @@ def is_close_call(total: Tensor, threshold: float) -> bool:
     return bool(near or (top[0] > 0 and (top[0] - top[1]).abs() <= 1e-3 * top[0]))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
