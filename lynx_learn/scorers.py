@@ -131,7 +131,7 @@ class Scorer(nn.Module):
             assignment=of_assignment @ features,
             token=torch.cat([of_token @ features, projected]),
             experts=torch.cat([net.experts, direct.unsqueeze(1)], dim=1) + constant,
-            projection=projection,
+            projection=projection.contiguous(),
             outer=net.outer.clone(),
         )
 

@@ -32,7 +32,8 @@ ALLOWED: dict[str, str] = {
     "expert_stats": "errors families traces",
     "policies": "families",
     "baselines": "errors families policies expert_stats",
-    "selector": "errors config features scorers surrogates families policies",
+    "kernels": "features scorers policies",
+    "selector": "errors config features scorers surrogates families policies kernels",
     "oracle": "families policies selector",
     "methods": "errors families policies expert_stats baselines selector oracle",
     "card": "errors selector",
@@ -68,6 +69,7 @@ RESERVED = {
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnxruntime": {"onnx_runtime"},
+    "triton": {"kernels"},
 }
 
 
