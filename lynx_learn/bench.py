@@ -53,7 +53,7 @@ class BenchOptions:
         budget: of the selector, in nats of KL per token; not with --fraction.
         fraction: share of the untouched model's distinct experts to keep, by a threshold found for it.
         rank: of a random selector's surrogates.
-        kernel: what computes decisions: `auto`, `torch`, `compiled` or `triton`.
+        kernel: what computes decisions: `auto`, `torch` or `triton`.
         batch_sizes: sequences decoded together.
         dtypes: of the model, `auto` for the one its files are in.
         implementations: how experts run, as transformers names them.

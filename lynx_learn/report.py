@@ -222,10 +222,11 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
                 "–" if case["realised"] is None else f"{case['realised']:.0%}",
             ]
         )
-        micro = case["microseconds_per_layer"].values()
-        parts.append(
-            [name, f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", *(f"{value:.0f}" for value in micro)]
-        )
+        micro = case["microseconds_per_layer"]
+        shown = " / ".join(f"{micro[part]:.0f}" for part in micro if part != "all")
+        names = [part for part in micro if part != "all"]
+        overhead = [f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", f"{micro['all']:.0f}"]
+        parts.append([name, *overhead, f"{shown} ({', '.join(names)})"])
         if "generate" in case:
             end = case["generate"]
             speeds = (f"{end[key]:.0f}" for key in ("tokens_per_s_off", "tokens_per_s_on"))
@@ -233,8 +234,8 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
     machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
     head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
     tables: list[Table | str] = [table(f"Decode step: {what}; {machine}", head, timed)]
-    names = [f"{name}, µs per layer" for name in case["microseconds_per_layer"]]
-    tables.append(table("Deciding everything, skipping nothing", ["", "extra ms", "of a step", *names], parts))
+    head = ["", "extra, ms", "of a step", "µs per layer", "µs per layer while skipping"]
+    tables.append(table("Deciding everything, skipping nothing", head, parts))
     if whole:
         head = ["", "tokens/s off", "tokens/s on", "off / on", "same tokens"]
         tables.append(table("Whole calls of generate", head, whole))

@@ -25,7 +25,7 @@ from .policies import Decision, Groups, used_experts
 from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
-KERNELS = ("auto", "torch", "compiled", "triton")
+KERNELS = ("auto", "torch", "triton")
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
 
@@ -263,10 +263,9 @@ class ThresholdPolicy:
     The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
     over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
 
-    `kernel` says what computes a decode batch's decision: "torch"; "compiled", the same through torch.compile, which
-    takes a minute at the first step and a C++ compiler on a CPU; "triton", whatever its kernels support; or "auto":
-    triton on CUDA devices where it takes less time than torch, which is found out once for each layer shape and batch
-    size. All give the same decision but for rounding of the costs.
+    `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
+    triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
+    give the same decision but for rounding of the costs.
     """
 
     name = "learned"
@@ -278,7 +277,6 @@ class ThresholdPolicy:
             raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
         self.selector, self.setting, self.kernel = selector, setting, kernel
         self.kernels: ModuleType | None = None
-        self.compiled: Callable[[Ready, Groups], Decision] = Ready.rewrite
         sizes = sorted(thresholds)
         self.sizes = torch.tensor(sizes)
         self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
@@ -293,8 +291,6 @@ class ThresholdPolicy:
         self.selector.check(layers)
         for layer, own in zip(layers, self.selector.layers, strict=True):
             self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
-        if self.kernel == "compiled":
-            self.compiled = torch.compile(Ready.rewrite, fullgraph=True)
         on_cuda = any(layer.device.type == "cuda" for layer in layers)
         # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
@@ -306,8 +302,6 @@ class ThresholdPolicy:
 
     def form(self, ready: Ready, groups: Groups) -> Callable[[Groups], Decision]:
         """What computes the decision for a batch, but for the surrogates' answers."""
-        if self.kernel == "compiled":
-            return partial(self.compiled, ready)
         if self.kernels is None or not self.kernels.supported(ready.folded, groups):
             return ready.rewrite
         fused = partial(ready.rewrite_in_kernels, self.kernels)

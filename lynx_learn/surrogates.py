@@ -84,7 +84,8 @@ class Surrogates(nn.Module):
             picked = by_expert.flatten(0, -2).any(0).nonzero().squeeze(-1)
             if not len(picked):
                 return torch.zeros_like(hidden)
-            return _answer(hidden, by_expert[..., picked], self.down[picked], self.up[picked], self.constant[picked])
+            parts = (part.index_select(0, picked) for part in (self.down, self.up, self.constant))
+            return _answer(hidden, by_expert.index_select(-1, picked), *parts)
         return self(hidden, by_expert)
 
     def _answer_grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
