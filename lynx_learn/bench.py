@@ -261,12 +261,12 @@ def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: to
     if options.budget is not None:
         policy = selector.policy(options.budget, kernel=options.kernel)
     else:
-        policy = _keeping(model, selector, tokens, options)
+        policy = keeping(model, selector, tokens, options)
     return Subject(model, tokens, policy, selector)
 
 
 @torch.no_grad()
-def _keeping(model: nn.Module, selector: LynxSelector, tokens: Tensor, options: BenchOptions) -> ThresholdPolicy:
+def keeping(model: nn.Module, selector: LynxSelector, tokens: Tensor, options: BenchOptions) -> ThresholdPolicy:
     """The policy whose threshold keeps the wanted share of the untouched model's distinct experts, by bisection."""
     assert options.fraction is not None
     part = tokens[:, : options.prompt + TRIAL_STEPS]
