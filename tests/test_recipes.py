@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lynx_learn import LynxSelector, cli
+from lynx_learn import LynxSelector, cli, skip_experts
 from lynx_learn.corpus import read_documents
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,29 @@ def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", filled) == prose
     assert "<!-- end -->\n<!--" not in filled
     assert all(re.search(rf"<!-- {name} -->\n\|", filled) for name in ("frontier", "methods", "ablations", "coverage"))
+
+
+@pytest.mark.slow
+def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Path) -> None:
+    script = [sys.executable, "train/random_model.py", "--layers", "2", "--fraction", "0.5"]
+    done = subprocess.run(
+        [*script, "--out", str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "at budget 1.0" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model", dtype="auto")
+    selector = LynxSelector.from_pretrained(tmp_path / "new" / "selector")
+    ids = torch.randint(3, 4000, (16, 8), generator=torch.Generator().manual_seed(1))
+    with skip_experts(model, selector, budget=1.0) as skipping:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    stats = skipping.stats
+    assert stats.steps == 4
+    assert sum(stats.experts_after) / sum(stats.experts_before) == pytest.approx(0.5, abs=0.15)
+    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "model")("def")["input_ids"]
+    again = subprocess.run(
+        [*script, "--out", str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode != 0
+    assert "is not empty" in again.stderr
 
 
 def test_no_recipe_is_left_out() -> None:

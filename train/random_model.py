@@ -35,6 +35,8 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
     tokenizer = AutoTokenizer.from_pretrained(reference_moe())
     options = BenchOptions(out, shape=shape, layers=layers, fraction=fraction)
     model = shaped_model(shape, layers, torch.device("cpu"), torch.bfloat16)
+    if int(model.config.vocab_size) < len(tokenizer):  # type: ignore[union-attr,arg-type]
+        raise SystemExit(f"--layers {layers} leaves fewer words than the tokenizer has ({len(tokenizer)}): take more")
     selector = random_selector(model, options.rank)
     length = options.prompt + options.steps
     tokens = torch.randint(3, len(tokenizer), (batch_size, length), generator=torch.Generator().manual_seed(0))
@@ -48,4 +50,4 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
 
 
 if __name__ == "__main__":
-    auto_cli(write)
+    auto_cli(write, as_positional=False)
