@@ -190,9 +190,7 @@ def test_fewer_experts_and_the_simulated_loss(untouched: Server, skipping: Serve
     from lynx_learn.selector import LynxSelector
     from lynx_learn.simulate import simulated_logits
 
-    choices, counted = skipping.counted(
-        lambda: skipping.complete(prompts, temperature=1.0, seed=1, logprobs=TOP)
-    )
+    choices, counted = skipping.counted(lambda: skipping.complete(prompts, temperature=1.0, seed=1, logprobs=TOP))
     sequences = [prompt + new for prompt, new in zip(prompts, tokens_of(choices), strict=True)]
     wanted = untouched_tables(untouched, sequences)
     found = [[log_probabilities(table) for table in choice.logprobs.top_logprobs] for choice in choices]
@@ -211,7 +209,9 @@ def test_fewer_experts_and_the_simulated_loss(untouched: Server, skipping: Serve
     steps = counted['lynx_steps_total{outcome="acted"}'] * len(layers)
     before, after = (counted[f"lynx_experts_{part}_total"] / steps for part in ("routed", "loaded"))
     print(f"served KL {served.mean():.5f}, simulated {simulated.mean():.5f}, first {max(first):.2g}")
-    print('corr', torch.corrcoef(torch.stack([served.flatten(), simulated.flatten()])), served.mean(0), simulated.mean(0))
+    print(
+        "corr", torch.corrcoef(torch.stack([served.flatten(), simulated.flatten()])), served.mean(0), simulated.mean(0)
+    )
     print(f"experts {before:.2f} -> {after:.2f}, simulated {stats}, {counted}")
     assert max(first) < 1e-4
     assert after < 0.75 * before
@@ -247,7 +247,9 @@ def test_streams_side_by_side(untouched: Server, skipping: Server, prompts: list
     assert found != wanted
 
 
-def test_a_request_that_opted_out_is_as_untouched(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
+def test_a_request_that_opted_out_is_as_untouched(
+    untouched: Server, skipping: Server, prompts: list[list[int]]
+) -> None:
     """Its neighbours skip, at the same steps."""
     wanted = untouched.complete(prompts, logprobs=1)
 
@@ -302,3 +304,77 @@ def test_preempted_requests_come_back(untouched: Server, skipping: Server, promp
     assert [len(tokens) for tokens in found] == [LONG] * STREAMS
     assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
     assert found[0] == tokens_of(untouched.complete(prompts[:1], LONG))[0]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What engines with other settings did: `tokens` or `error`; and under `log` what they wrote."""
+    folder = tmp_path_factory.mktemp("cases")
+    asked = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET)}
+    engine = {**SETTINGS, "model": reference_moe(), "enforce_eager": True}
+    other = {**engine, "model": str(other_routers(folder / "other"))}
+    config = {"selector": str(SELECTOR), "budget": BUDGET}
+    planned = [
+        ("not asked", {}, engine),
+        ("budget 0", {**asked, "LYNX_BUDGET": "0"}, engine),
+        ("environment", asked, engine),
+        ("additional config", {}, {**engine, "additional_config": {"lynx": config}}),
+        ("unknown key", {}, {**engine, "additional_config": {"lynx": {**config, "bugdet": 1}}}),
+        ("not calibrated", {**asked, "LYNX_BUDGET": "0.02"}, engine),
+        ("no such selector", {**asked, "LYNX_SELECTOR": str(folder / "none")}, engine),
+        ("other model", asked, other),
+        ("other model, warn", {**asked, "LYNX_ON_UNSUPPORTED": "warn"}, other),
+        ("compiled", asked, {**engine, "enforce_eager": False}),
+    ]
+    listed = [{"name": name, "environment": own, "engine": options} for name, own, options in planned]
+    script = Path(__file__).with_name("vllm_cases.py")
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(listed)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=folder,
+        env=environment(),
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert len(results) == len(planned), done.stdout[-2000:] + done.stderr[-4000:]
+    return {**{result["name"]: result for result in results}, "log": {"text": done.stdout + done.stderr}}
+
+
+def other_routers(folder: Path) -> Path:
+    """The reference MoE with one number of one router changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(reference_moe(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.gate.weight"][0, 0] += 0.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_engine_in_this_process(cases: dict[str, dict[str, Any]]) -> None:
+    plain = cases["not asked"]["tokens"]
+    assert cases["budget 0"]["tokens"] == plain
+    assert cases["environment"]["tokens"] != plain
+    assert cases["additional config"]["tokens"] == cases["environment"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("unknown key", "--additional-config has lynx.bugdet, which is none of selector, budget and on_unsupported"),
+        ("not calibrated", r"not calibrated for a budget of 0.02 \(calibrated: 0.003, 0.01, 0.03\)"),
+        ("no such selector", "is neither a folder nor a Hub repository"),
+        ("other model", r"the model's routers are [0-9a-f]{12}: load that model and revision"),
+        ("compiled", "compiled graphs run past the routing that skipping acts on: add --enforce-eager"),
+    ],
+)
+def test_refused_at_start(cases: dict[str, dict[str, Any]], name: str, line: str) -> None:
+    print(cases[name])
+    assert re.search(line, cases[name]["error"])
+    assert "\n" not in cases[name]["error"]
+
+
+def test_warned_and_served_untouched(cases: dict[str, dict[str, Any]]) -> None:
+    assert "tokens" in cases["other model, warn"]
+    assert cases["log"]["text"].count("lynx-learn serves untouched: the selector was trained for") == 1

@@ -131,14 +131,10 @@ def refuse(settings: Settings, reason: LynxError) -> None:
     Raises:
         UnsupportedError: unless LYNX_ON_UNSUPPORTED=warn.
     """
-    from vllm.logger import init_logger
-
-    # Only loggers below vLLM's own are shown by default.
-    logger = init_logger("vllm.plugins.lynx_learn")
     if settings.on_unsupported == "warn":
-        logger.warning_once("lynx-learn serves untouched: %s", reason)
-        return
-    line = f"{reason} (or set {ON_UNSUPPORTED}=warn to serve untouched)"
-    logger.error("lynx-learn: %s", line)
-    raise UnsupportedError(line) from None
+        from vllm.logger import init_logger
 
+        # Only loggers below vLLM's own are shown by default.
+        init_logger("vllm.plugins.lynx_learn").warning_once("lynx-learn serves untouched: %s", reason)
+        return
+    raise UnsupportedError(f"{reason} (or set {ON_UNSUPPORTED}=warn to serve untouched)") from None

@@ -47,18 +47,19 @@ def install() -> None:
         return
     WorkerWrapperBase.lynx_learn = True
 
+    # Where a wrapper has no such method of its own, it passes the call on to its worker.
+    own = getattr(WorkerWrapperBase, "load_model", None) or (
+        lambda wrapper, *a, **k: wrapper.worker.load_model(*a, **k)
+    )
+
     def load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-        result = wrapper.worker.load_model(*args, **kwargs)
-        attach(wrapper.worker)
-        return result
-
-    own = getattr(WorkerWrapperBase, "load_model", None)
-    if own is not None:
-
-        def load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-            result = own(wrapper, *args, **kwargs)
+        result = own(wrapper, *args, **kwargs)
+        try:
             attach(wrapper.worker)
-            return result
+        except LynxError as error:
+            _say(error)
+            raise
+        return result
 
     WorkerWrapperBase.load_model = load_model
 
@@ -204,7 +205,7 @@ def read_gate(gate: nn.Module, dtype: torch.dtype) -> nn.ParameterDict:
     state: dict[str, Tensor] = dict(gate.state_dict())
     if not state["weight"].numel():
         units = torch.eye(int(gate.input_size), dtype=dtype)  # type: ignore[arg-type]
-        state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator]
+        state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator,call-arg]
     return nn.ParameterDict({key: nn.Parameter(value, requires_grad=False) for key, value in state.items()})
 
 
@@ -351,23 +352,27 @@ class Acting:
         missing = [layer.name for layer in self.layers if layer.index not in self.reached]
         if not missing:
             self.proven = True
-            _logger().info("lynx-learn: self-check passed, every MoE layer ran what was decided in the first decode step")
+            _logger().info(
+                "lynx-learn: self-check passed, every MoE layer ran what was decided in the first decode step"
+            )
             return
         self.detach()
-        refuse(
-            self.settings,
-            UnsupportedError(
-                f"in the first decode step the experts of {len(missing)} of {len(self.layers)} layers ({missing[0]}, …) "
-                "did not run what was decided"
-            ),
+        reason = UnsupportedError(
+            f"in the first decode step the experts of {len(missing)} of {len(self.layers)} layers ({missing[0]}, …) did "
+            "not run what was decided"
         )
+        try:
+            refuse(self.settings, reason)
+        except LynxError as error:
+            _say(error)
+            raise
 
     def _publish(self) -> None:
         # Without waiting for the device: there the sums may lag behind by a step.
         self.host.copy_(self.sums, non_blocking=True)
         if self.slots is None:
             return
-        self.slots[:] = [*self.host.tolist(), *self.outcomes.values()]
+        self.slots[:] = [*self.host.tolist(), *self.outcomes.values(), len(self.layers)]
         if time.monotonic() - self.logged > LOG_EVERY_S:
             self.logged = time.monotonic()
             routed, loaded = self.host[:2].tolist()
@@ -443,6 +448,11 @@ class _LayerHook:
             output[:, : self.layer.hidden_size] += self.addition.to(output.dtype)
         self.ids = self.addition = None
         return output
+
+
+def _say(error: LynxError) -> None:
+    _logger().error("lynx-learn: %s", error)
+    metrics.refused(str(error))
 
 
 def _tensor_rank() -> int:

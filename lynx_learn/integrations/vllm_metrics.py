@@ -1,13 +1,13 @@
-"""Counters of the workers, shown in the API server's `/metrics`.
+"""What workers tell the process that the user started: counters for `/metrics`, and why they refuse.
 
-vLLM has no channel for counters of a plugin's from a worker to the server, so they go through a small file that both
-map into memory. The first process of an engine names the folder in the environment, which its children inherit; nothing
-is written until a worker skips.
+vLLM has no channel for a plugin from a worker to the server, so both go through files in a folder that the first process
+names in the environment, which its children inherit. Nothing is written until a worker skips or refuses.
 """
 
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = "LYNX_METRICS_DIR"
+FOLDER = "LYNX_WORKER_DIR"
+REFUSED = "refused"
 ACTED = "acted"
 SKIPPED = ("prefill", "mixed", "opted_out", "below_smallest_size")
 """Why a step is left as it is."""
 SUMS = ("experts_routed", "experts_loaded", "assignments", "assignments_answered")
-SLOTS = (*SUMS, ACTED, *SKIPPED)
+LAYERS = "moe_layers"
+SLOTS = (*SUMS, ACTED, *SKIPPED, LAYERS)
 HELP = {
     "experts_routed": "Distinct experts that decode steps acted on are routed to, summed over steps and MoE layers.",
     "experts_loaded": "Distinct experts that those steps load, summed over steps and MoE layers.",
@@ -50,32 +52,50 @@ class Collector:
         self.folder = folder
 
     def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         totals = read_totals(self.folder)
         if not totals:
             return
         for name in SUMS:
             yield CounterMetricFamily(f"lynx_{name}", HELP[name], value=totals[name])
-        steps = CounterMetricFamily("lynx_steps", "Steps of the engine, by what was done with them.", labels=["outcome"])
+        steps = CounterMetricFamily(
+            "lynx_steps", "Steps of the engine, by what was done with them.", labels=["outcome"]
+        )
         for name in (ACTED, *SKIPPED):
             steps.add_metric([name], totals[name])
         yield steps
+        yield GaugeMetricFamily(f"lynx_{LAYERS}", "MoE layers that are acted on.", value=totals[LAYERS])
+
+
+def refused(reason: str) -> None:
+    """Have the first process say the reason again when it ends: behind the traces of every process, not before them."""
+    folder = os.environ.get(FOLDER)
+    if folder and not Path(folder).name.startswith(_prefix(os.getpid())):
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (Path(folder) / REFUSED).write_text(reason, encoding="utf-8")
+
+
+def _prefix(process: int) -> str:
+    return f"lynx-learn-{process}-"
 
 
 def expose() -> None:
     """Name the folder, in an engine's first process, and show what is there in this process's metrics."""
     if FOLDER in os.environ:
         return
-    folder = Path(tempfile.gettempdir()) / f"lynx-learn-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-    os.environ[FOLDER] = str(folder)
     owner = os.getpid()
+    folder = Path(tempfile.gettempdir()) / f"{_prefix(owner)}{uuid.uuid4().hex[:12]}"
+    os.environ[FOLDER] = str(folder)
 
-    def remove() -> None:
-        if os.getpid() == owner:  # not in a child that inherited this by forking
-            shutil.rmtree(folder, ignore_errors=True)
+    def end() -> None:
+        if os.getpid() != owner:  # a child that inherited this by forking
+            return
+        if (folder / REFUSED).exists():
+            print(f"lynx-learn: {(folder / REFUSED).read_text(encoding='utf-8')}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
 
-    atexit.register(remove)
+    atexit.register(end)
     from prometheus_client import REGISTRY
 
     REGISTRY.register(Collector(folder))
