@@ -82,13 +82,19 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, name: str, extra: tuple[str, ...] = (), **settings: str) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    name: str,
+    extra: tuple[str, ...] = ("--enforce-eager",),
+    engine: dict[str, Any] = SETTINGS,
+    **settings: str,
+) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = [part for key, value in SETTINGS.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    options = [part for key, value in engine.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", reference_moe()]
-    command += ["--served-model-name", "reference", "--port", str(port), "--enforce-eager", *options, *extra]
+    command += ["--served-model-name", "reference", "--port", str(port), *options, *extra]
     server = Server(f"http://127.0.0.1:{port}", folder / f"{name}.log")
     with open(server.log, "w") as log:
         process = subprocess.Popen(
@@ -242,8 +248,6 @@ def test_streams_side_by_side(untouched: Server, skipping: Server, prompts: list
     assert counted['lynx_steps_total{outcome="acted"}'] > 0
     assert counted['lynx_steps_total{outcome="prefill"}'] + counted['lynx_steps_total{outcome="mixed"}'] > 0
     assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
-    same = sum(a == b for w, f in zip(wanted, found, strict=True) for a, b in zip(w, f, strict=True))
-    print(f"{same / (STREAMS * NEW):.1%} of greedy tokens at the same place are the same; {counted}")
     assert found != wanted
 
 
@@ -265,7 +269,6 @@ def test_a_request_that_opted_out_is_as_untouched(
         return max(abs(a - b) for a, b in pairs)
 
     opted, others = [range(0, STREAMS, 4), [row for row in range(STREAMS) if row % 4]]
-    print([round(distance(row), 6) for row in range(STREAMS)])
     assert all(found[row].token_ids == wanted[row].token_ids for row in opted)
     assert max(distance(row) for row in opted) < 1e-3
     assert min(distance(row) for row in others) > 1e-3
@@ -304,6 +307,53 @@ def test_preempted_requests_come_back(untouched: Server, skipping: Server, promp
     assert [len(tokens) for tokens in found] == [LONG] * STREAMS
     assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
     assert found[0] == tokens_of(untouched.complete(prompts[:1], LONG))[0]
+
+
+def test_readme_serves_and_compares(tmp_path: Path) -> None:
+    """The section's commands, but for the name of the server's: `vllm` of the CPU package does not start."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Serve with vLLM") : text.index("## Measured")]
+    serve, compare = re.findall(r"^```bash\n(.*?)^```", section, flags=re.M | re.S)
+    export, command = serve.strip().splitlines()
+    settings = dict(part.split("=") for part in export.removeprefix("export ").split())
+    assert command.startswith("vllm serve lynx_learn/reference_moe ")
+    options = tuple(command.removeprefix("vllm serve lynx_learn/reference_moe ").split())
+    settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
+    with serving(tmp_path, "readme", options, {}, **settings) as server:
+        words = compare.split()
+        assert words[:3] == ["python", "-m", "lynx_learn.integrations.vllm_bench"]
+        done = subprocess.run(
+            [sys.executable, *words[1:], "--url", server.address, "--turns", "1"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=environment(),
+        )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    experts = figures["distinct_experts_per_layer"]
+    assert experts["on"] < 0.75 * experts["off"]
+    assert figures["greedy_tokens_at_the_same_place"] > 0.3
+    assert figures["steps"]['lynx_steps_total{outcome="opted_out"}'] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "own", "line"),
+    [
+        (False, {}, "compiled graphs run past the routing that skipping acts on: add --enforce-eager"),
+        (True, {"LYNX_BUDGET": "0.02"}, "the selector is not calibrated for a budget of 0.02"),
+    ],
+    ids=["in the worker", "in the first process"],
+)
+def test_the_last_line_of_a_server_says_why(tmp_path: Path, extra: bool, own: dict[str, str], line: str) -> None:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", reference_moe()]
+    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", "100000000"] + ["--enforce-eager"] * extra
+    settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET), **own}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment(**settings)
+    )
+    assert done.returncode != 0
+    assert line in done.stderr.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +420,6 @@ def test_an_engine_in_this_process(cases: dict[str, dict[str, Any]]) -> None:
     ],
 )
 def test_refused_at_start(cases: dict[str, dict[str, Any]], name: str, line: str) -> None:
-    print(cases[name])
     assert re.search(line, cases[name]["error"])
     assert "\n" not in cases[name]["error"]
 
