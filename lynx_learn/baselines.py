@@ -111,14 +111,9 @@ def leave_out_of_token(groups: Groups, kept: Tensor) -> Decision:
     return leave_out(groups, kept, groups.indices.gather(-1, kept.to(torch.int8).argmax(-1, keepdim=True)))
 
 
-def normalises(layer: MoeLayer) -> bool:
-    """Whether the model's weights of each token have a fixed sum."""
-    return layer.rule.normalise or layer.rule.activation == "topk_softmax"
-
-
 def restore_sum(layer: MoeLayer, groups: Groups, decision: Decision) -> Decision:
     """Scale a token's remaining weights to their sum before, if the model's rule fixes that; as routed with fewer."""
-    if not normalises(layer):
+    if not layer.rule.normalises or layer.rule.expert_scale is not None:
         return decision
     before, after = (part.float().sum(-1, keepdim=True) for part in (groups.weights, decision.weights))
     weights = decision.weights.float() * (before / after.clamp_min(1e-20))
@@ -379,10 +374,10 @@ class OEA(Rule):
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         loaded = first_experts(groups, self.count, layer.num_experts).unsqueeze(-2)
         indices, routed = layer.rule.route(groups.logits, loaded.expand_as(groups.logits))
-        weights = layer.rule.scores(groups.logits).gather(-1, indices) * (routed > 0)
-        if normalises(layer):
+        weights = layer.rule.chosen(groups.logits, indices) * (routed > 0)
+        if layer.rule.normalises:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Decision(indices, (weights * layer.rule.scale).to(groups.weights.dtype))
+        return Decision(indices, layer.rule.scaled(indices, weights).to(groups.weights.dtype))
 
 
 @dataclass

@@ -24,7 +24,7 @@ from .models import DTYPES, REFERENCE, environment, load_model
 from .policies import Decision, Groups, Policy, used_experts
 from .progress import track
 from .runtime import skip_experts
-from .selector import LynxSelector, ThresholdPolicy
+from .selector import KERNELS, LynxSelector, ThresholdPolicy
 from .shapes import SHAPES, random_selector, shaped_model
 from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, with_threads
 from .traces import write_atomically
@@ -35,8 +35,8 @@ OFF, ON, DECIDING = "off", "on", "deciding"
 # Below every total that a scorer can give: with it all is decided and nothing left out.
 NOTHING = 1e-37
 WARM_UP = 4
-# Steps that a threshold is tried on when a share of the experts is asked for, and how often.
-TRIAL_STEPS, TRIALS = 6, 12
+# Steps that a threshold is tried on when a share of the experts is asked for, how often at most, and how close is enough.
+TRIAL_STEPS, TRIALS, CLOSE = 6, 24, 0.005
 GENERATE_TURNS = 3
 
 
@@ -53,6 +53,7 @@ class BenchOptions:
         budget: of the selector, in nats of KL per token; not with --fraction.
         fraction: share of the untouched model's distinct experts to keep, by a threshold found for it.
         rank: of a random selector's surrogates.
+        kernel: what computes decisions: `auto`, `torch` or `triton`.
         batch_sizes: sequences decoded together.
         dtypes: of the model, `auto` for the one its files are in.
         implementations: how experts run, as transformers names them.
@@ -74,6 +75,7 @@ class BenchOptions:
     budget: float | None = None
     fraction: float | None = None
     rank: int = 8
+    kernel: str = "auto"
     batch_sizes: list[int] = field(default_factory=lambda: [16])
     dtypes: list[str] = field(default_factory=lambda: ["bfloat16"])
     implementations: list[str] = field(default_factory=lambda: ["grouped_mm"])
@@ -95,6 +97,8 @@ class BenchOptions:
             )
         if self.budget is not None and self.selector is None:
             raise OptionError("--budget needs a calibrated --selector; a random one takes --fraction")
+        if self.kernel not in KERNELS:
+            raise OptionError(f"--kernel {self.kernel!r} is not usable: expected one of {', '.join(KERNELS)}")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise OptionError(f"--fraction {self.fraction:g} is not usable: expected above 0, at most 1")
         for name in ("layers", "prompt", "steps", "threads", "rank"):
@@ -134,22 +138,28 @@ class Fewer:
 class Watched(ThresholdPolicy):
     """A selector's policy that waits for the device after each part of a decision, and keeps the times."""
 
-    parts = ("scorer", "rewrite", "surrogates")
-
     def __init__(self, policy: ThresholdPolicy) -> None:
         self.__dict__.update(policy.__dict__)
-        self.microseconds: dict[str, list[float]] = {part: [] for part in self.parts}
+        self.microseconds: dict[str, list[float]] = {}
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        ready, marks = self.ready[layer.index], [clock(layer.device)]
-        costs = ready.costs(groups)
-        marks.append(clock(layer.device))
-        decision = ready.selector.rewrite(groups, ready.threshold(groups.active), costs)
-        marks.append(clock(layer.device))
+        ready, form = self.ready[layer.index], self.form(self.ready[layer.index], groups)
+        marks = [clock(layer.device)]
+
+        def passed(part: str) -> None:
+            marks.append(clock(layer.device))
+            self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
+
+        if form == ready.rewrite:
+            costs = ready.costs(groups)
+            passed("scorer")
+            decision = ready.selector.rewrite(groups, ready.threshold(groups.active), costs)
+            passed("rewrite")
+        else:
+            decision = form(groups)
+            passed("scorer and rewrite")
         decision = ready.selector.answer(groups, decision)
-        marks.append(clock(layer.device))
-        for part, start, end in zip(self.parts, marks, marks[1:], strict=False):
-            self.microseconds[part].append(1e6 * (end - start))
+        passed("surrogates")
         return decision
 
 
@@ -249,36 +259,34 @@ def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: to
         else LynxSelector.from_pretrained(options.selector)
     )
     if options.budget is not None:
-        policy = selector.policy(options.budget)
+        policy = selector.policy(options.budget, kernel=options.kernel)
     else:
-        assert options.fraction is not None
-        policy = _keeping(model, selector, tokens, options.prompt, options.fraction)
+        policy = keeping(model, selector, tokens, options)
     return Subject(model, tokens, policy, selector)
 
 
 @torch.no_grad()
-def _keeping(model: nn.Module, selector: LynxSelector, tokens: Tensor, prompt: int, fraction: float) -> ThresholdPolicy:
-    """The policy whose threshold keeps about this share of the untouched model's distinct experts, by bisection."""
-    if fraction == 1:
-        return selector.at_threshold(NOTHING)
-    part = tokens[:, : prompt + TRIAL_STEPS]
-    low, high = math.log(1e-12), math.log(1e12)
-    for _ in range(TRIALS * 2):
+def keeping(model: nn.Module, selector: LynxSelector, tokens: Tensor, options: BenchOptions) -> ThresholdPolicy:
+    """The policy whose threshold keeps the wanted share of the untouched model's distinct experts, by bisection."""
+    assert options.fraction is not None
+    part = tokens[:, : options.prompt + TRIAL_STEPS]
+    low, high = math.log(NOTHING), -math.log(NOTHING)
+    for _ in range(TRIALS):
         middle = (low + high) / 2
-        stats = take_turns(model, {ON: selector.at_threshold(math.exp(middle))}, part, prompt, 0)[ON].stats
+        policy = selector.at_threshold(math.exp(middle))
+        stats = take_turns(model, {ON: policy}, part, options.prompt, 0, options.threads)[ON].stats
         assert stats is not None
         share = sum(stats.experts_after) / sum(stats.experts_before)
-        low, high = (middle, high) if share > fraction else (low, middle)
-        if abs(share - fraction) < 0.005:
+        low, high = (middle, high) if share > options.fraction else (low, middle)
+        if abs(share - options.fraction) < CLOSE:
             break
-    return selector.at_threshold(math.exp(middle))
+    return selector.at_threshold(math.exp(middle), options.kernel)
 
 
 def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
-    layers = int(subject.model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
     experts = subject.selector.config.num_experts
     counts = sorted({max(round(share * experts), 1) for share in LINE})
-    deciding = subject.selector.at_threshold(NOTHING)
+    deciding = subject.selector.at_threshold(NOTHING, options.kernel)
     policies: dict[str, Policy | None] = {OFF: None, ON: subject.policy, DECIDING: deciding}
     policies |= {f"{count}": Fewer(count) for count in counts}
     stepping = Graphed if options.graph else Called
@@ -287,9 +295,10 @@ def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
     watched = Watched(subject.policy)
     part = subject.tokens[:, : options.prompt + WARM_UP + min(options.steps, 10)]
     take_turns(subject.model, {ON: watched}, part, options.prompt, 0, options.threads)
-    warm = len(watched.ready) * WARM_UP
-    result["microseconds_per_layer"] = {n: statistics.median(v[warm:]) for n, v in watched.microseconds.items()}
-    result["layers"], result["threshold"] = layers, [float(t) for t in subject.policy.thresholds[1:]]
+    moe = len(watched.ready)
+    micro = {name: statistics.median(values[moe * WARM_UP :]) for name, values in watched.microseconds.items()}
+    result["microseconds_per_layer"] = {**micro, "all": 1e3 * result["deciding_ms"] / moe}
+    result["moe_layers"], result["threshold"] = moe, [float(t) for t in subject.policy.thresholds[1:]]
     if options.generate:
         result["generate"] = _generate(subject, options)
     return result

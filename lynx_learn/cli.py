@@ -25,6 +25,7 @@ COMMANDS = {
     "coverage": ("coverage", "CoverageOptions", "coverage", "check the bound of calibrate on many random splits"),
     "evaluate": ("evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
     "bench": ("bench", "BenchOptions", "bench", "time decode steps with skipping on and off in turns"),
+    "export": ("export", "ExportOptions", "export", "write a selector as an ONNX graph for serving engines"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -164,9 +165,9 @@ def _show(command: str, options: Any, result: Any) -> None:
         "evaluate": lambda: report.show(
             report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
         ),
+        "bench": lambda: report.show(*report.bench_tables(result)),
+        "export": lambda: report.show(*report.export_lines(result)),
     }
-    if command == "bench":
-        views["bench"] = lambda: report.show(*report.bench_tables(result))
     if command in views:
         views[command]()
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import SelectorError
+from .errors import OptionError, SelectorError
 
 FORMAT_VERSION = 1
 # metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
@@ -53,15 +53,22 @@ class SelectorConfig:
             SelectorError: with what is wrong.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise SelectorError(
                 f"{path.parent} is no selector: it has no {path.name}; `lynx-learn train` writes one"
             ) from None
         except (OSError, ValueError) as error:
-            raise SelectorError(
-                f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes"
-            ) from None
+            raise _unreadable(str(path), error) from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> "SelectorConfig":
+        """As `read`, from the text of the file `path`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise _unreadable(path, error) from None
         if not isinstance(values, dict):
             raise SelectorError(f"{path} holds no JSON object: expected the one that `lynx-learn train` writes")
         version = values.get("format_version")
@@ -79,6 +86,33 @@ class SelectorConfig:
             raise SelectorError(f"{path} has values that cannot be used for {', '.join(wrong)}: train again")
         values["layers"] = tuple(values["layers"])
         return cls(**values)
+
+    def calibrated(self, budget: float, metric: str = "kl") -> dict[int, float]:
+        """Decode batch size -> calibrated threshold (nats) for a budget (nats of KL, or the unit of `metric`).
+
+        Raises:
+            OptionError: the budget is negative, or the selector was not calibrated for it.
+        """
+        if not budget >= 0:
+            raise OptionError(f"budget {budget:g} is not usable: expected 0 or more")
+        if budget == 0:
+            return {1: 0.0}
+        table = self.thresholds.get(metric)
+        if not table:
+            known = ", ".join(self.thresholds) or "none"
+            raise OptionError(
+                f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first"
+            )
+        for text, buckets in table.items():
+            if float(text) == budget:
+                return {int(n): tau for n, tau in buckets.items()}
+        raise OptionError(
+            f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
+        )
+
+
+def _unreadable(path: str, error: Exception) -> SelectorError:
+    return SelectorError(f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes")
 
 
 def _unusable(values: dict[str, Any]) -> list[str]:

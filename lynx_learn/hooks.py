@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .families import MoeLayer
@@ -67,8 +68,8 @@ def intercept(
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
     held: dict[str, Tensor | None] = {}
 
-    def after_router(module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        held["logits"] = output[layer.logits_at]
+    def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        held["logits"] = layer.logits_of(output)
 
     def before_experts(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,7 +112,7 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     ids = kwargs.get("input_ids", args[0] if args else None)
     tokens = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
     cache = kwargs.get("past_key_values")
-    if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache is None or not int(cache.get_seq_length()):
+    if not isinstance(tokens, Tensor) or tokens.shape[1] != 1 or cache is None or not _holds_tokens(cache):
         return None
     active: Tensor | None = None
     generation = getattr(model, "generation_config", None)
@@ -128,24 +129,46 @@ def read_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return DecodeCall(active)
 
 
+def _holds_tokens(cache: Any) -> bool:
+    """Whether any layer has seen tokens: those of linear attention, which may come first, do not count them."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    return any(map(_is_filled, layers or [cache]))
+
+
+def _is_filled(part: Any) -> bool:
+    length = part.get_seq_length()
+    # Static caches count on the device, and asking would wait for it; they are laid out when the first tokens come.
+    return bool(part.is_initialized) if isinstance(length, Tensor) else length > 0
+
+
 BY_DISTINCT = "lynx_grouped_mm"
 
 
 def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm` without the rows of assignments whose weight is 0.
+    """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
 
-    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. An index
-    one past the last expert is how expert parallelism says that another rank does the work.
+    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. Sorted
+    behind the last expert they belong to no group. Arguments as those of an experts module.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import _grouped_linear
 
-    elsewhere = indices.masked_fill(weights == 0, experts.num_experts)
-    parallel = getattr(experts, "_is_expert_parallel", False)
-    experts._is_expert_parallel = True
-    try:
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden, elsewhere, weights)
-    finally:
-        experts._is_expert_parallel = parallel
+    count, top_k = experts.num_experts, indices.shape[-1]
+    expert, order = indices.masked_fill(weights == 0, count).flatten().sort()
+    ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True, out_int32=True)
+
+    def linear(rows: Tensor, name: str) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert.clamp_max(count - 1)] if experts.has_bias else None
+        return _grouped_linear(rows, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear(hidden[order // top_k], "gate_up_proj"))
+    else:
+        inner = experts.act_fn(linear(hidden[order // top_k], "up_proj"))
+    output = linear(inner, "down_proj") * weights.flatten()[order].unsqueeze(-1)
+    # Rows behind the last group are left as they were in memory.
+    output = output.masked_fill_((expert == count).unsqueeze(-1), 0.0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return output[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
 
 
 @contextmanager

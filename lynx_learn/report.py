@@ -150,6 +150,38 @@ def coverage_table(report: dict[str, Any]) -> Table:
     return table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
 
 
+def export_lines(found: dict[str, Any]) -> list[object]:
+    """What was exported, how far it is from PyTorch, and its times if it was timed."""
+    parity = found["parity"]
+    sizes = ", ".join(map(str, parity["tokens"]))
+    lines: list[object] = [
+        f"{found['file']}: {found['bytes'] / 1e3:,.0f} kB, checked with onnxruntime on {found['provider']}",
+        f"against PyTorch on {parity['layers']} layers, batches of {sizes}: costs differ by at most "
+        f"{parity['absolute']:.1e} nats, {parity['relative']:.1e} relatively; keep bits: {parity['differing']} of "
+        f"{parity['bits']:,} differ",
+    ]
+    if times := found.get("times"):
+        names = {
+            "eager": "PyTorch, eager",
+            "compiled": "PyTorch, torch.compile",
+            "onnxruntime": "onnxruntime",
+            "bound": "onnxruntime, IO binding",
+            "runner": "OnnxSelector.run, from tensors",
+        }
+        rows = []
+        for key, name in names.items():
+            row = times["microseconds"][key]
+            rows.append([name, *(f"{row[part]:.1f}" for part in ("median", "low", "high"))] if row else [name, *"–––"])
+        lines.append(
+            f"{times['experts']} experts, {times['tokens']} tokens, top {times['top_k']}, width {times['hidden']}, scorer "
+            f"{times['scorer']}; one thread, {times['machine']['processor']}"
+        )
+        lines.append(table("Microseconds of one layer's decision", ["by", "median", "10%", "90%"], rows))
+        if "reason" in times["microseconds"]:
+            lines.append(f"torch.compile is not usable here: {times['microseconds']['reason']}")
+    return lines
+
+
 def training_table(layers: list[dict[str, Any]]) -> Table:
     """Each layer's scorer against the formula, on held-out sequences."""
     kinds = [k for k in ("formula", "linear", "mlp", "gradient_boosting") if k in layers[0]]
@@ -190,10 +222,11 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
                 "–" if case["realised"] is None else f"{case['realised']:.0%}",
             ]
         )
-        micro = case["microseconds_per_layer"].values()
-        parts.append(
-            [name, f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", *(f"{value:.0f}" for value in micro)]
-        )
+        micro = case["microseconds_per_layer"]
+        shown = " / ".join(f"{micro[part]:.0f}" for part in micro if part != "all")
+        names = [part for part in micro if part != "all"]
+        overhead = [f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", f"{micro['all']:.0f}"]
+        parts.append([name, *overhead, f"{shown} ({', '.join(names)})"])
         if "generate" in case:
             end = case["generate"]
             speeds = (f"{end[key]:.0f}" for key in ("tokens_per_s_off", "tokens_per_s_on"))
@@ -201,8 +234,8 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
     machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
     head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
     tables: list[Table | str] = [table(f"Decode step: {what}; {machine}", head, timed)]
-    names = [f"{name}, µs per layer" for name in case["microseconds_per_layer"]]
-    tables.append(table("Deciding everything, skipping nothing", ["", "extra ms", "of a step", *names], parts))
+    head = ["", "extra, ms", "of a step", "µs per layer", "µs per layer while skipping"]
+    tables.append(table("Deciding everything, skipping nothing", head, parts))
     if whole:
         head = ["", "tokens/s off", "tokens/s on", "off / on", "same tokens"]
         tables.append(table("Whole calls of generate", head, whole))

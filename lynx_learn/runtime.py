@@ -165,7 +165,11 @@ class Skipping:
 
 
 def skip_experts(
-    model: nn.Module, selector: LynxSelector | Policy, budget: float | None = None, metric: str = "kl"
+    model: nn.Module,
+    selector: LynxSelector | Policy,
+    budget: float | None = None,
+    metric: str = "kl",
+    kernel: str = "auto",
 ) -> Skipping:
     """Let `model` skip experts at decode, within a budget.
 
@@ -174,6 +178,7 @@ def skip_experts(
         selector: a calibrated selector, or any other policy.
         budget: for a selector, mean KL in nats per token against the untouched model (or the unit of `metric`).
         metric: `kl`, `nll` or `agreement`; what the budget counts.
+        kernel: what computes a selector's decisions, as in `ThresholdPolicy`.
 
     Raises:
         ModelError: the model cannot be acted on.
@@ -183,7 +188,7 @@ def skip_experts(
     if isinstance(selector, LynxSelector):
         if budget is None:
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
-        return Skipping(model, selector.policy(budget, metric))
+        return Skipping(model, selector.policy(budget, metric, kernel))
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")
     return Skipping(model, selector)

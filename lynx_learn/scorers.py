@@ -47,7 +47,8 @@ class Folded(NamedTuple):
         inner = parts.assignment @ self.assignment + (token @ self.token).unsqueeze(-2) + self.experts[indices]
         log_costs = inner[..., width]
         if width:
-            log_costs = log_costs + nn.functional.silu(inner[..., :width]) @ self.outer
+            # As a matrix of one column: onnxruntime takes several times as long for a product with a vector.
+            log_costs = log_costs + (nn.functional.silu(inner[..., :width]) @ self.outer.unsqueeze(-1)).squeeze(-1)
         return log_costs.clamp_min(LOWEST_LOG_COST).exp()
 
 
@@ -130,7 +131,7 @@ class Scorer(nn.Module):
             assignment=of_assignment @ features,
             token=torch.cat([of_token @ features, projected]),
             experts=torch.cat([net.experts, direct.unsqueeze(1)], dim=1) + constant,
-            projection=projection,
+            projection=projection.contiguous(),
             outer=net.outer.clone(),
         )
 

@@ -1,4 +1,4 @@
-"""How routers score experts: a small family of rules, and which of them a router follows, found by trying it."""
+"""How routers score experts: a small family of rules, and which of them gives what a router gave."""
 
 import itertools
 from collections.abc import Iterator
@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .errors import ModelError
-
-Activation = Literal["softmax", "sigmoid", "topk_softmax"]
-# Tokens in the probe that tells a router's scoring rule, and the share of them a rule may miss through ties in
-# low-precision logits. A wrong rule misses nearly all.
-PROBE_TOKENS, PROBE_MISSES = 128, 0.03
+Activation = Literal["softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "sparsemixer"]
+# Share of tokens a rule may miss through ties in low-precision logits. A wrong rule misses nearly all.
+PROBE_MISSES = 0.03
 
 
 @dataclass(frozen=True)
@@ -22,11 +19,16 @@ class ScoringRule:
     """How a router turns logits into `top_k` experts and their weights.
 
     Attributes:
-        activation: `softmax` or `sigmoid` of all logits, or `topk_softmax`, the softmax of the chosen ones.
+        activation: `softmax`, `sigmoid` or `sqrt_softplus` (the root of the softplus) of all logits; `topk_softmax`,
+            the softmax of the chosen ones; or `sparsemixer` (arXiv 2409.12136, as it is without training), which
+            chooses one expert after the other and weighs each by the softmax over those close to it.
         normalise: divide the chosen weights by their sum.
         scale: factor on the weights.
         bias: added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437), `(experts,)`.
-        groups, top_groups: the choice is limited to the `top_groups` groups with the largest sum of two best scores.
+        groups, top_groups: the choice is limited to the `top_groups` best groups of experts.
+        group_best: how many best scores of a group add up to its strength: 2 (DeepSeek-V3), 1 (DeepSeek-V2).
+        expert_scale: factor on the weights by expert, after normalising, `(experts,)`.
+        nearness: of `sparsemixer`: how far below the best, relatively, a logit still counts as close.
     """
 
     activation: Activation
@@ -36,11 +38,16 @@ class ScoringRule:
     bias: Tensor | None = None
     groups: int = 1
     top_groups: int = 1
+    group_best: int = 2
+    expert_scale: Tensor | None = None
+    nearness: float = 0.0
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores `(..., experts)` in float32 before the choice; comparable between the experts of a token."""
         logits = logits.float()
-        return logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(-1)
+        if self.activation == "sigmoid":
+            return logits.sigmoid()
+        return functional.softplus(logits).sqrt() if self.activation == "sqrt_softplus" else logits.softmax(-1)
 
     def route(self, logits: Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts for logits `(..., experts)`: indices and float32 weights, both `(..., top_k)`.
@@ -52,7 +59,7 @@ class ScoringRule:
         if allowed is not None:
             logits = logits.masked_fill(~allowed, float("-inf"))
         scores = self.scores(logits)
-        choice = scores if self.activation != "topk_softmax" else logits
+        choice = logits if self.activation in ("topk_softmax", "sparsemixer") else scores
         if self.bias is not None:
             choice = choice + self.bias.to(choice)
         if allowed is not None:
@@ -60,74 +67,81 @@ class ScoringRule:
         if self.groups > 1:
             choice = choice.masked_fill(~self._open_groups(choice), float("-inf"))
         values, indices = choice.topk(self.top_k, dim=-1)
-        weights = values.softmax(-1) if self.activation == "topk_softmax" else scores.gather(-1, indices)
+        weights = values.softmax(-1) if self.activation == "topk_softmax" else self.chosen(logits, indices)
         if allowed is not None:
             absent = values == float("-inf")
             indices = torch.where(absent, indices[..., :1], indices)
             weights = weights.masked_fill(absent, 0.0)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return indices, weights * self.scale
+        return indices, self.scaled(indices, weights)
+
+    def chosen(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Weights, before normalising and factors, of experts `(..., assignments)` chosen in that order."""
+        logits = logits.float()
+        if self.activation == "sparsemixer":
+            return self._mixed(logits, indices)
+        return self.scores(logits).gather(-1, indices)
+
+    def scaled(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weights of the experts `indices`, both `(..., assignments)`, with the rule's factors."""
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale.to(weights)[indices]
+        return weights * self.scale
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the weights of each token have a fixed sum, before any factor by expert."""
+        return self.normalise or self.activation == "topk_softmax"
 
     def _open_groups(self, choice: Tensor) -> Tensor:
         grouped = choice.unflatten(-1, (self.groups, -1))
-        first, second = grouped.topk(2, dim=-1).values.unbind(-1)
+        best = grouped.topk(min(self.group_best, grouped.shape[-1]), dim=-1).values
         # An absent second adds nothing, so a group with one expert left can open, and one with none cannot be best.
-        strength = first + second.masked_fill(second == float("-inf"), 0.0)
-        best = strength.topk(self.top_groups, dim=-1).indices
-        open_groups = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, best, True)
+        strength = best[..., 0] + best[..., 1:].masked_fill(best[..., 1:] == float("-inf"), 0.0).sum(-1)
+        opened = strength.topk(self.top_groups, dim=-1).indices
+        open_groups = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, opened, True)
         return open_groups.unsqueeze(-1).expand_as(grouped).flatten(-2)
+
+    def _mixed(self, logits: Tensor, indices: Tensor) -> Tensor:
+        """Weight of each chosen expert among those that are left and close to it; absent experts are never left."""
+        left, weights = logits, []
+        for index in indices.unbind(-1):
+            chosen = index.unsqueeze(-1)
+            best = logits.gather(-1, chosen)
+            far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * self.nearness
+            weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, chosen))
+            left = left.scatter(-1, chosen, float("-inf"))
+        return torch.cat(weights, dim=-1)
 
     def describe(self) -> str:
         """One phrase for people, e.g. `sigmoid, choice bias, 2 of 4 groups, normalised, scaled by 2.5`."""
-        parts = [{"topk_softmax": "softmax of the top-k"}.get(self.activation, self.activation)]
+        named = {"topk_softmax": "softmax of the top-k", "sqrt_softplus": "root of softplus"}
+        parts = [named.get(self.activation, self.activation)]
         parts += ["choice bias"] if self.bias is not None else []
-        parts += [f"{self.top_groups} of {self.groups} groups"] if self.groups > 1 else []
+        by = " by their best" if self.group_best == 1 else ""
+        parts += [f"{self.top_groups} of {self.groups} groups{by}"] if self.groups > 1 else []
         parts += ["normalised"] if self.normalise else []
+        parts += ["scaled by expert"] if self.expert_scale is not None else []
         parts += [f"scaled by {self.scale:g}"] if self.scale != 1.0 else []
         return ", ".join(parts)
 
 
-@torch.no_grad()
-def read_router(router: nn.Module, experts: int, hidden: int) -> tuple[ScoringRule, int, int]:
-    """Run the router on random tokens and find the rule that gives its indices and weights from its logits."""
-    weight: Tensor = router.weight  # type: ignore[assignment]
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(PROBE_TOKENS, hidden, generator=generator)
-    # Large enough for logits to spread, whatever the scale the weights were initialised with.
-    spread = weight.float().norm(dim=1).mean().clamp_min(1e-6).item()
-    probe = (probe * (2.0 / spread)).to(weight)
-    try:
-        out = router(probe)
-    except Exception as error:
-        raise ModelError(
-            f"has a router that cannot be called with hidden states alone ({type(error).__name__})"
-        ) from None
-    parts = [part for part in out if isinstance(part, Tensor)] if isinstance(out, tuple | list) else []
-    indices = next((p for p in parts if not p.is_floating_point() and p.ndim == 2), None)
-    floats = {i: p for i, p in enumerate(out) if isinstance(p, Tensor) and p.is_floating_point()} if parts else {}
-    bias = getattr(router, "bias", None)
-    logits = functional.linear(probe.float(), weight.float(), bias.float() if isinstance(bias, Tensor) else None)
-    if indices is None or len(floats) < 2:
-        raise ModelError("has a router that does not return logits, weights and indices")
-    top_k = indices.shape[1]
-    close = [i for i, p in floats.items() if p.shape == logits.shape and _close(p, logits)]
-    if not close:
-        raise ModelError("has a router that does not return its logits")
-    weights = next((p for i, p in floats.items() if i != close[0] and p.shape == indices.shape), None)
-    if weights is None:
-        raise ModelError("has a router that does not return one weight per assignment")
-    wanted = _dense(indices, weights, experts)
-    for rule in _candidate_rules(router, top_k):
-        given = _dense(*rule.route(floats[close[0]]), experts)
+def matching_rule(
+    block: nn.Module, router: nn.Module, logits: Tensor, indices: Tensor, weights: Tensor
+) -> ScoringRule | None:
+    """The rule by which the logits `(tokens, experts)` give these indices and weights `(tokens, top_k)`, if any does.
+
+    Biases, factors and group limits are taken from attributes of the router or its block; whether and how they are
+    used is found by trying.
+    """
+    wanted = _dense(indices, weights, logits.shape[1])
+    for rule in _candidate_rules(block, router, logits.shape[1], indices.shape[1]):
+        given = _dense(*rule.route(logits), logits.shape[1])
         agree = torch.isclose(given, wanted, rtol=2e-2, atol=1e-3).all(dim=-1).float().mean()
         if agree >= 1.0 - PROBE_MISSES:
-            return rule, close[0], top_k
-    raise ModelError(f"scores experts in an unknown way ({type(router).__name__}); no known rule gives its output")
-
-
-def _close(given: Tensor, wanted: Tensor) -> bool:
-    return bool(torch.isclose(given.float(), wanted, rtol=2e-2, atol=5e-2).float().mean() > 0.99)
+            return rule
+    return None
 
 
 def _dense(indices: Tensor, weights: Tensor, experts: int) -> Tensor:
@@ -136,17 +150,31 @@ def _dense(indices: Tensor, weights: Tensor, experts: int) -> Tensor:
     return zeros.scatter_add(1, indices.long(), weights.float())
 
 
-def _candidate_rules(router: nn.Module, top_k: int) -> Iterator[ScoringRule]:
-    """The rules this router could follow, by the attributes it has."""
-    bias = getattr(router, "e_score_correction_bias", None)
-    groups = next((g for a in ("num_group", "n_group") if (g := getattr(router, a, None))), 1)
-    scale = float(getattr(router, "routed_scaling_factor", 1.0) or 1.0)
-    rest: dict[str, Any] = {
-        "bias": bias.detach() if isinstance(bias, Tensor) else None,
-        "groups": int(groups),
-        "top_groups": int(getattr(router, "topk_group", None) or 1),
-    }
-    activations: tuple[Activation, ...] = ("softmax", "sigmoid", "topk_softmax")
-    for factor in dict.fromkeys((scale, 1.0)):
+def _candidate_rules(block: nn.Module, router: nn.Module, experts: int, top_k: int) -> Iterator[ScoringRule]:
+    """The rules this router could follow, by the attributes it and its block have; what is there is tried first."""
+    biases: list[Tensor | None] = [*_vectors(block, router, experts, "bias"), None]
+    by_expert: list[Tensor | None] = [*_vectors(block, router, experts, "scale"), None]
+    numbers = {name: value for name, value in vars(router).items() if isinstance(value, int | float)}
+    scales = [float(value) for name, value in numbers.items() if "scal" in name and value]
+    jitter = next((float(value) for name, value in numbers.items() if "router_jitter" in name), None)
+    groups = int(next((numbers[name] for name in ("num_group", "n_group") if numbers.get(name)), 1))
+    limits: list[dict[str, Any]] = [{}]
+    if groups > 1 and experts % groups == 0:
+        top_groups = min(int(numbers.get("topk_group") or 1), groups)
+        limits = [{"groups": groups, "top_groups": top_groups, "group_best": best} for best in (2, 1)] + limits
+    activations: tuple[Activation, ...] = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
+    for bias, limit, scale, own in itertools.product(biases, limits, dict.fromkeys([*scales, 1.0]), by_expert):
         for activation, normalise in itertools.product(activations, (True, False)):
-            yield ScoringRule(activation, top_k, normalise, factor, **rest)
+            yield ScoringRule(activation, top_k, normalise, scale, bias, expert_scale=own, **limit)
+    if jitter is not None:
+        yield ScoringRule("sparsemixer", top_k, nearness=jitter)
+
+
+def _vectors(block: nn.Module, router: nn.Module, experts: int, kind: str) -> Iterator[Tensor]:
+    """Tensors with one value per expert and `kind` in their name: anywhere in the router, or the block's own."""
+    own = itertools.chain(block.named_parameters(recurse=False), block.named_buffers(recurse=False))
+    for name, value in itertools.chain(router.named_parameters(), router.named_buffers(), own):
+        last = name.rsplit(".", 1)[-1]
+        # A bias of the linear layer is part of the logits.
+        if value.numel() == experts and kind in last and last != "bias":
+            yield value.detach().reshape(-1)

@@ -5,8 +5,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +25,7 @@ from .policies import Decision, Groups, used_experts
 from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
+KERNELS = ("auto", "torch", "triton")
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
 
@@ -115,32 +120,17 @@ class LynxSelector(nn.Module):
                 "revision, or train a selector for this one"
             )
 
-    def policy(self, budget: float, metric: str = "kl") -> "ThresholdPolicy":
-        """The calibrated policy for a budget (nats of KL, or the unit of `metric`).
+    def policy(self, budget: float, metric: str = "kl", kernel: str = "auto") -> "ThresholdPolicy":
+        """The calibrated policy for a budget (nats of KL, or the unit of `metric`); `kernel` as in `ThresholdPolicy`.
 
         Raises:
             OptionError: the budget is negative, or the selector was not calibrated for it.
         """
-        if not budget >= 0:
-            raise OptionError(f"budget {budget:g} is not usable: expected 0 or more")
-        if budget == 0:
-            return ThresholdPolicy(self, {1: 0.0}, "budget=0")
-        table = self.config.thresholds.get(metric)
-        if not table:
-            known = ", ".join(self.config.thresholds) or "none"
-            raise OptionError(
-                f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first"
-            )
-        for text, buckets in table.items():
-            if float(text) == budget:
-                return ThresholdPolicy(self, {int(n): tau for n, tau in buckets.items()}, f"budget={budget:g}")
-        raise OptionError(
-            f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
-        )
+        return ThresholdPolicy(self, self.config.calibrated(budget, metric), f"budget={budget:g}", kernel)
 
-    def at_threshold(self, threshold: float) -> "ThresholdPolicy":
+    def at_threshold(self, threshold: float, kernel: str = "auto") -> "ThresholdPolicy":
         """The policy with one threshold (nats) for every batch size, calibrated or not."""
-        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}")
+        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}", kernel)
 
     def save_pretrained(self, folder: str | os.PathLike[str], files: dict[str, str] | None = None) -> None:
         """Write config and weights, and `files` (name -> text) beside them; other files already there stay.
@@ -256,18 +246,37 @@ class Ready:
         """As `LayerSelector.costs`, from the folded scorer."""
         return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
 
+    def rewrite(self, groups: Groups) -> Decision:
+        """As `LayerSelector.rewrite`."""
+        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
+
+    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
+        """As `rewrite`, in Triton kernels."""
+        own = self.selector
+        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
+        return decision if own.surrogates.rank else decision._replace(answered=None)
+
 
 class ThresholdPolicy:
     """A selector with a threshold per decode batch size.
 
     The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
     over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
+
+    `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
+    triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
+    give the same decision but for rounding of the costs.
     """
 
     name = "learned"
 
-    def __init__(self, selector: LynxSelector, thresholds: dict[int, float], setting: str) -> None:
-        self.selector, self.setting = selector, setting
+    def __init__(
+        self, selector: LynxSelector, thresholds: dict[int, float], setting: str, kernel: str = "auto"
+    ) -> None:
+        if kernel not in KERNELS:
+            raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
+        self.selector, self.setting, self.kernel = selector, setting, kernel
+        self.kernels: ModuleType | None = None
         sizes = sorted(thresholds)
         self.sizes = torch.tensor(sizes)
         self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
@@ -282,13 +291,37 @@ class ThresholdPolicy:
         self.selector.check(layers)
         for layer, own in zip(layers, self.selector.layers, strict=True):
             self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
+        on_cuda = any(layer.device.type == "cuda" for layer in layers)
+        # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
+        if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
+            self.kernels = _kernels(on_cuda)
 
     def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
         ready = self.ready[layer.index]
-        return ready.selector.decide(groups, ready.threshold(groups.active), ready.costs(groups))
+        return ready.selector.answer(groups, self.form(ready, groups)(groups))
+
+    def form(self, ready: Ready, groups: Groups) -> Callable[[Groups], Decision]:
+        """What computes the decision for a batch, but for the surrogates' answers."""
+        if self.kernels is None or not self.kernels.supported(ready.folded, groups):
+            return ready.rewrite
+        fused = partial(ready.rewrite_in_kernels, self.kernels)
+        if self.kernel == "triton":
+            return fused
+        cuda = groups.logits.is_cuda
+        return fused if cuda and self.kernels.is_faster(ready.folded, groups, fused, ready.rewrite) else ready.rewrite
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
+
+
+def _kernels(on_cuda: bool) -> ModuleType:
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise OptionError("kernel 'triton' is not usable: the model is on no CUDA device; take 'auto'")
+    try:
+        from . import kernels
+    except ImportError as error:
+        raise OptionError(f"kernel 'triton' is not usable: triton cannot be imported ({error}); take 'auto'") from None
+    return kernels
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:

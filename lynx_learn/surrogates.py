@@ -25,7 +25,8 @@ class Surrogates(nn.Module):
 
     def __init__(self, experts: int, hidden: int, rank: int) -> None:
         super().__init__()
-        self.rank, self.grouped = rank, False
+        self.rank = rank
+        self.form = "dense"
         self.down = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
         self.up = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
         self.constant = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
@@ -51,18 +52,21 @@ class Surrogates(nn.Module):
             tensor.copy_(tensor.to(dtype))
 
     def choose(self, expert_bytes: int) -> None:
-        """Choose how assignments are answered, beside experts of so many bytes.
+        """Choose the form in which assignments are answered, on this device and beside experts of so many bytes.
 
-        Where all surrogates together are a small share of the experts, one product with all of them costs least time.
-        Where they are not, only those that answer are read, if that can be done: `grouped_mm` wants bfloat16 and rows
-        of multiples of 16 bytes.
+        On a CPU those that answer are picked out first: their number is known there without waiting. Elsewhere the form
+        must not depend on values. Where all surrogates together are a small share of the experts, one product with all
+        of them costs least time; where they are not, `grouped_mm` reads only those that answer, if it can: it wants
+        bfloat16 and rows of multiples of 16 bytes.
         """
         able = self.down.dtype == torch.bfloat16 and not self.rank % 8 and not self.down.shape[-1] % 8
-        self.grouped = able and self.bytes_each > SMALL_SHARE * expert_bytes
+        small = self.bytes_each <= SMALL_SHARE * expert_bytes
+        on_cpu = self.down.device.type == "cpu"
+        self.form = "picked" if on_cpu else "grouped" if able and not small else "dense"
 
     def bytes_read(self, skipped: float, batches: int) -> float:
         """Bytes that decode batches read which left out `skipped` experts in all."""
-        return self.bytes_each * (skipped if self.grouped else float(self.down.shape[0] * batches))
+        return self.bytes_each * (float(self.down.shape[0] * batches) if self.form == "dense" else skipped)
 
     def answer(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the surrogates' outputs `(..., hidden)`, from assignments.
@@ -72,10 +76,17 @@ class Surrogates(nn.Module):
             indices: experts `(..., top_k)`.
             weights: their weights `(..., top_k)`, 0 where the surrogate does not answer.
         """
-        if self.grouped:
+        if self.form == "grouped":
             return self._answer_grouped(hidden, indices, weights)
         by_expert = torch.zeros(*weights.shape[:-1], self.down.shape[0], dtype=weights.dtype, device=weights.device)
-        return self(hidden, by_expert.scatter_add(-1, indices, weights))
+        by_expert = by_expert.scatter_add(-1, indices, weights)
+        if self.form == "picked" and not torch.compiler.is_compiling():
+            picked = by_expert.flatten(0, -2).any(0).nonzero().squeeze(-1)
+            if not len(picked):
+                return torch.zeros_like(hidden)
+            parts = (part.index_select(0, picked) for part in (self.down, self.up, self.constant))
+            return _answer(hidden, by_expert.index_select(-1, picked), *parts)
+        return self(hidden, by_expert)
 
     def _answer_grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Assignments are sorted by expert, so that each surrogate that answers is read once and no other at all."""
@@ -101,11 +112,15 @@ class Surrogates(nn.Module):
             hidden: what enters the block `(..., hidden)`.
             weights: weight of each expert's surrogate for each token `(..., experts)`, 0 where it does not answer.
         """
-        x, weights = hidden.to(self.down.dtype), weights.to(self.down.dtype)
-        codes = (x @ self.down.flatten(0, 1).T).unflatten(-1, self.down.shape[:2])
-        codes = (codes * weights.unsqueeze(-1)).flatten(-2).flatten(0, -2)
-        constants = weights.flatten(0, -2) @ self.constant
-        return torch.addmm(constants, codes, self.up.flatten(0, 1)).view(hidden.shape)
+        return _answer(hidden, weights, self.down, self.up, self.constant)
+
+
+def _answer(hidden: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor) -> Tensor:
+    """As `Surrogates.forward`, of the surrogates whose parameters are given."""
+    x, weights = hidden.to(down.dtype), weights.to(down.dtype)
+    codes = (x @ down.flatten(0, 1).T).unflatten(-1, down.shape[:2])
+    codes = (codes * weights.unsqueeze(-1)).flatten(-2).flatten(0, -2)
+    return torch.addmm(weights.flatten(0, -2) @ constant, codes, up.flatten(0, 1)).view(hidden.shape)
 
 
 @dataclass

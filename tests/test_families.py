@@ -1,5 +1,6 @@
 """Blocks are found, scoring rules are the routers' own, and what does not fit is refused by name."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,7 @@ def test_rule_reproduces_the_router(name: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             output = layer.router(hidden)
         wanted = by_expert(*routing_of(output))
-        found = by_expert(*layer.rule.route(output[layer.logits_at]))
+        found = by_expert(*layer.rule.route(layer.logits_of(output)))
         if dtype == torch.float32:
             torch.testing.assert_close(found, wanted)
         else:  # low precision has ties in the logits, which may fall either way
@@ -74,33 +75,47 @@ def reference_route(rule: ScoringRule, logits: list[float], allowed: list[bool])
     present = [e for e in range(len(logits)) if allowed[e]]
     if rule.activation == "sigmoid":
         score = {e: 1 / (1 + math.exp(-logits[e])) for e in present}
+    elif rule.activation == "sqrt_softplus":
+        score = {e: math.sqrt(math.log(1 + math.exp(logits[e]))) for e in present}
     else:
         total = sum(math.exp(logits[e]) for e in present)
         score = {e: math.exp(logits[e]) / total for e in present}
-    choice = dict(score) if rule.activation != "topk_softmax" else {e: logits[e] for e in present}
+    by_logit = rule.activation in ("topk_softmax", "sparsemixer")
+    choice = {e: logits[e] for e in present} if by_logit else dict(score)
     if rule.bias is not None:
         choice = {e: choice[e] + float(rule.bias[e]) for e in present}
     size = len(logits) // rule.groups
     members = {g: [e for e in present if e // size == g] for g in range(rule.groups)}
-    strength = {g: sum(sorted((choice[e] for e in m), reverse=True)[:2]) for g, m in members.items() if m}
+    strength = {
+        g: sum(sorted((choice[e] for e in m), reverse=True)[: rule.group_best]) for g, m in members.items() if m
+    }
     opened = sorted(strength, key=lambda g: -strength[g])[: rule.top_groups] if rule.groups > 1 else list(strength)
     chosen = sorted((e for g in opened for e in members[g]), key=lambda e: -choice[e])[: rule.top_k]
     if rule.activation == "topk_softmax":
         total = sum(math.exp(logits[e]) for e in chosen)
         score = {e: math.exp(logits[e]) / total for e in chosen}
+    if rule.activation == "sparsemixer":
+        for place, best in enumerate(chosen):
+            left = [e for e in present if e not in chosen[:place]]
+            gap = {e: (logits[best] - logits[e]) / max(abs(logits[e]), logits[best]) for e in left}
+            total = sum(math.exp(logits[e]) for e in left if gap[e] <= 2 * rule.nearness)
+            score[best] = math.exp(logits[best]) / total
     weights = {e: score[e] for e in chosen}
     if rule.normalise:
         weights = {e: w / sum(weights[f] for f in chosen) for e, w in weights.items()}
-    return {e: w * rule.scale for e, w in weights.items()}
+    own = [1.0] * len(logits) if rule.expert_scale is None else rule.expert_scale.tolist()
+    return {e: w * own[e] * rule.scale for e, w in weights.items()}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
-    activation=st.sampled_from(["softmax", "sigmoid", "topk_softmax"]),
+    activation=st.sampled_from(["softmax", "sigmoid", "sqrt_softplus", "topk_softmax", "sparsemixer"]),
     normalise=st.booleans(),
     scale=st.sampled_from([1.0, 2.5]),
     biased=st.booleans(),
-    groups=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)]),
+    groups=st.sampled_from([(1, 1, 2), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1)]),
+    scaled=st.booleans(),
+    nearness=st.sampled_from([0.01, 0.3]),
     top_k=st.integers(1, 4),
     allowed=st.lists(st.booleans(), min_size=EXPERTS, max_size=EXPERTS).filter(any),
     seed=st.integers(0, 2**31),
@@ -110,15 +125,22 @@ def test_route_among_allowed_equals_reference(
     normalise: bool,
     scale: float,
     biased: bool,
-    groups: tuple[int, int],
+    groups: tuple[int, int, int],
+    scaled: bool,
+    nearness: float,
     top_k: int,
     allowed: list[bool],
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(5, EXPERTS, generator=generator)
-    bias = torch.randn(EXPERTS, generator=generator) if biased and activation != "topk_softmax" else None
-    rule = ScoringRule(activation, top_k, normalise, scale, bias, *groups)
+    bias = torch.randn(EXPERTS, generator=generator) if biased else None
+    own = 0.5 + torch.rand(EXPERTS, generator=generator) if scaled else None
+    if activation in ("topk_softmax", "sparsemixer"):
+        bias = None
+    if activation == "sparsemixer":
+        groups = (1, 1, 2)
+    rule = ScoringRule(activation, top_k, normalise, scale, bias, *groups, own, nearness)
     indices, weights = rule.route(logits, torch.tensor(allowed))
     assert indices.shape == weights.shape == (5, top_k)
     assert all(allowed[e] for e in indices.flatten().tolist()), "a forbidden expert would be loaded"
@@ -176,12 +198,30 @@ def build_dbrx() -> nn.Module:
     )
 
 
+def with_stray_experts() -> PreTrainedModel:
+    """A Mixtral with one more set of experts that nothing routes to by a known block."""
+    model = tiny_model("mixtral")
+    stray = nn.ParameterDict({"up": torch.zeros(4, 3, 3), "down": torch.zeros(4, 3, 3)})
+    model.get_submodule("model.layers.1").add_module("more", stray)
+    return model
+
+
+def with_another_router_call() -> PreTrainedModel:
+    """A Mixtral whose second block gives its experts something else than indices and weights."""
+    model = tiny_model("mixtral")
+    block = model.get_submodule("model.layers.1.mlp")
+    block.forward = lambda hidden: block.experts(hidden, block.gate(hidden[0])[0], None)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "llama": (lambda: build("Llama", intermediate_size=48), "'llama'", "no Mixture-of-Experts block"),
     "llama4": (build_llama4, "'llama4", "runs every expert"),
     "dbrx": (build_dbrx, "'dbrx'", "stacked 3-D parameters"),
     "router of logits only": (lambda: with_router(bare_router, 0), "'mixtral'", "does not return logits, weights and"),
     "unknown scoring": (lambda: with_router(odd_router, 0), "'mixtral'", "unknown way"),
+    "experts beside the known ones": (with_stray_experts, "model.layers.1.more", "outside of a known block"),
+    "another call of the experts": (with_another_router_call, "model.layers.1.mlp", "does not call its experts with"),
     "unknown scoring in one layer": (lambda: with_router(odd_router, 1), "model.layers.1.mlp", "unknown way"),
 }
 
@@ -195,6 +235,33 @@ def test_refuses_by_name_with_the_reason(case: str) -> None:
     assert named in message
     assert reason in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("case", ["mixtral", "unknown scoring"])
+def test_reading_a_model_leaves_nothing_on_it(case: str) -> None:
+    model = tiny_model(case) if case in FAMILIES else REFUSED[case][0]()
+    with contextlib.suppress(ModelError):
+        find_moe_layers(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_probabilities_in_the_place_of_logits_are_taken_back() -> None:
+    """Rows that sum to one are a softmax; its logarithm gives the same routing, also among allowed experts."""
+
+    def forward(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shares = nn.functional.linear(hidden.reshape(-1, HIDDEN), self.weight).softmax(-1)
+        values, indices = shares.topk(self.top_k, dim=-1)
+        return shares, values / values.sum(-1, keepdim=True), indices
+
+    plain = find_moe_layers(tiny_model("mixtral"))[0]
+    layer = find_moe_layers(with_router(forward, 0))[0]
+    assert (plain.logits_are_probabilities, layer.logits_are_probabilities) == (False, True)
+    hidden = torch.randn(50, HIDDEN, generator=torch.Generator().manual_seed(3))
+    allowed = torch.arange(EXPERTS) % 2 == 0
+    with torch.no_grad():
+        wanted = plain.rule.route(plain.logits_of(plain.router(hidden)), allowed)
+        found = layer.rule.route(layer.logits_of(layer.router(hidden)), allowed)
+    torch.testing.assert_close(by_expert(*found), by_expert(*wanted))
 
 
 def test_fingerprint_is_of_the_routers_alone() -> None:

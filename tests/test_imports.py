@@ -9,12 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lynx_learn"
-HEAVY = ("lightning", "datasets", "sklearn", "onnxruntime", "matplotlib")
+HEAVY = ("lightning", "datasets", "sklearn", "onnx", "onnxscript", "onnxruntime", "matplotlib")
 
 # Module -> the modules of this package that it may import; each only ones that stand above it.
 ALLOWED: dict[str, str] = {
     "errors": "",
     "config": "errors",
+    "onnx_runtime": "errors config",
     "progress": "",
     "report": "",
     "figures": "",
@@ -31,7 +32,8 @@ ALLOWED: dict[str, str] = {
     "expert_stats": "errors families traces",
     "policies": "families",
     "baselines": "errors families policies expert_stats",
-    "selector": "errors config features scorers surrogates families policies",
+    "kernels": "features scorers policies",
+    "selector": "errors config features scorers surrogates families policies kernels",
     "oracle": "families policies selector",
     "methods": "errors families policies expert_stats baselines selector oracle",
     "card": "errors selector",
@@ -46,6 +48,7 @@ ALLOWED: dict[str, str] = {
     "fit": "errors config progress features surrogates families models traces selector card training sensitivity tuning",
     "calibrate": "errors progress corpus families models selector card simulate",
     "coverage": "errors progress corpus families models traces selector card simulate calibrate",
+    "export": "errors onnx_runtime features scorers traces policies selector",
     "store": "errors traces",
     "sweeps": "errors families models traces policies expert_stats selector methods simulate",
     "evaluate": "errors progress corpus figures matching models runtime selector methods card simulate store sweeps",
@@ -63,6 +66,10 @@ RESERVED = {
     "rich": {"progress", "report"},
     "jsonargparse": {"cli"},
     "matplotlib": {"figures"},
+    "onnx": {"export"},
+    "onnxscript": {"export"},
+    "onnxruntime": {"onnx_runtime"},
+    "triton": {"kernels"},
 }
 
 
@@ -139,8 +146,14 @@ def test_the_package_itself_is_light(code: str) -> None:
     assert loaded.isdisjoint({*HEAVY, "torch", "transformers", "numpy"})
 
 
+def test_an_exported_graph_is_served_without_torch() -> None:
+    loaded = loaded_by("from lynx_learn.onnx_runtime import OnnxSelector")
+    assert "numpy" in loaded
+    assert loaded.isdisjoint({*HEAVY, "torch", "transformers"})
+
+
 def test_what_serves_a_selector_loads_nothing_that_trains_one() -> None:
-    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.calibrate, lynx_learn.evaluate"
+    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.calibrate, lynx_learn.evaluate, lynx_learn.export"
     loaded = loaded_by(code)
     assert "torch" in loaded
     assert loaded.isdisjoint(HEAVY)

@@ -52,6 +52,14 @@ def test_commands_for_an_own_model(tmp_path: Path) -> None:
     assert (tmp_path / "my" / "report" / "report.json").exists()
 
 
+def test_export_command(tmp_path: Path) -> None:
+    block = next(block for block in blocks("bash") if "lynx-learn export" in block)
+    (tmp_path / "selectors").symlink_to(ROOT / "selectors")
+    out = run(["bash", "-euo", "pipefail", "-c", block], tmp_path)
+    assert "checked with onnxruntime on CPUExecutionProvider" in " ".join(out.split())
+    assert (tmp_path / "my" / "selector.onnx").stat().st_size > 100_000
+
+
 def test_second_command_is_what_ci_runs() -> None:
     (command,) = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(".venv/bin/pytest")]
     assert command.startswith("python3 -m venv .venv && ")

@@ -5,7 +5,7 @@ import torch
 from tiny import EXPERTS, FAMILIES, PAD, TOP_K, Seen, decode, random_selector, tiny_model, watching, words
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from lynx_learn.baselines import XShare
 from lynx_learn.errors import ModelError, OptionError, SelectorError
@@ -18,7 +18,6 @@ EVERYTHING = 1e9  # a threshold no cost reaches
 SOME = 2.0  # costs of typical assignments are around 1
 PROMPT, LENGTH = 6, 11
 SMALL, LARGE = 5, 10
-GROUPED = 8  # a rank with which a model in bfloat16 reads only those surrogates that answer
 
 
 def padded_batch(rows: int = SMALL) -> tuple[Tensor, Tensor]:
@@ -196,11 +195,19 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_attached() -> No
 
 
 @pytest.mark.parametrize(
-    ("rank", "keep_top1", "rows"), [(0, False, SMALL), (4, False, SMALL), (4, True, LARGE), (GROUPED, False, LARGE)]
+    ("rank", "keep_top1", "rows", "dtype"),
+    [
+        (0, False, SMALL, torch.float32),
+        (4, False, SMALL, torch.float32),
+        (4, True, LARGE, torch.float32),
+        (8, False, LARGE, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fewer_experts_are_loaded_and_counted_rightly(name: str, rank: int, keep_top1: bool, rows: int) -> None:
-    model = tiny_model(name).to(torch.bfloat16 if rank == GROUPED else torch.float32)
+def test_fewer_experts_are_loaded_and_counted_rightly(
+    name: str, rank: int, keep_top1: bool, rows: int, dtype: torch.dtype
+) -> None:
+    model = tiny_model(name).to(dtype)
     layers = find_moe_layers(model)
     selector = random_selector(model, rank=rank, keep_top1=keep_top1)
     tokens, mask = padded_batch(rows)
@@ -217,9 +224,8 @@ def test_fewer_experts_are_loaded_and_counted_rightly(name: str, rank: int, keep
         wanted_bytes += len(seen.wanted) * seen.layer.expert_bytes
         loaded_bytes += len(seen.loaded) * seen.layer.expert_bytes
         if rank:
-            read = len(seen.wanted - seen.loaded) if rank == GROUPED else EXPERTS
             numbers = sum(part[0].numel() for part in own_surrogates(selector, seen))
-            loaded_bytes += read * numbers * seen.layer.dtype.itemsize
+            loaded_bytes += len(seen.wanted - seen.loaded) * numbers * seen.layer.dtype.itemsize
         if keep_top1:
             best = seen.routed[0].gather(1, seen.routed[1].argmax(1, keepdim=True))
             assert set(best.flatten().tolist()) <= seen.loaded
@@ -291,19 +297,22 @@ def test_a_batch_that_has_ended_is_harmless() -> None:
     assert skipping.stats.experts_after == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["learned", "xshare"])
+@pytest.mark.parametrize("kind", ["dense", "grouped", "xshare"])
 @pytest.mark.parametrize("rows", [SMALL, LARGE])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_nothing_waits_for_the_device(name: str, rows: int, kind: str) -> None:
     """Tensors without values raise wherever a value is asked for, and where a shape depends on one."""
-    model = tiny_model(name)
+    model = tiny_model(name).bfloat16()
     layers = find_moe_layers(model)
-    policy = policies(model)[kind]
+    policy = XShare(4) if kind == "xshare" else random_selector(model, rank=8).at_threshold(SOME)
     policy.bind(layers)
+    if isinstance(policy, ThresholdPolicy):
+        for ready in policy.ready.values():
+            ready.selector.surrogates.form = kind  # as on a device that is no CPU
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tally = Tally(layers, policy)
         for layer in layers:
-            hidden, logits = torch.randn(1, rows, layer.hidden_size), torch.randn(1, rows, EXPERTS)
+            hidden, logits = torch.randn(1, rows, layer.hidden_size).bfloat16(), torch.randn(1, rows, EXPERTS)
             active = torch.randn(1, rows) > 0
             done = act(policy, layer, Groups(hidden, logits, *layer.rule.route(logits), active), tally)
             assert done.indices.shape == done.weights.shape == (1, rows, TOP_K)
@@ -367,3 +376,29 @@ def test_every_experts_implementation_gives_the_same(implementation: str) -> Non
     with skip_experts(model, policy):
         torch.testing.assert_close(decode(model, tokens, PROMPT, mask)[1], wanted, rtol=1e-4, atol=1e-4)
     assert model.get_experts_implementation()[""] == implementation
+
+
+def test_a_cache_of_fixed_size_gives_the_same() -> None:
+    model = tiny_model("mixtral")
+    tokens = words(SMALL, LENGTH)
+    policy = random_selector(model).at_threshold(SOME)
+    with skip_experts(model, policy) as skipping:
+        wanted = decode(model, tokens, PROMPT)[1]
+    assert skipping.stats.steps == LENGTH - PROMPT
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    with skip_experts(model, policy) as fixed, torch.no_grad():
+        model(input_ids=tokens[:, :PROMPT], past_key_values=cache)
+        assert fixed.stats.steps == 0
+        steps = [model(input_ids=tokens[:, at : at + 1], past_key_values=cache).logits for at in range(PROMPT, LENGTH)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), wanted, rtol=1e-4, atol=1e-4)
+    assert fixed.stats == skipping.stats
+
+
+def test_a_token_on_a_fresh_cache_of_fixed_size_is_prefill() -> None:
+    model = tiny_model("mixtral")
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    with skip_experts(model, random_selector(model).at_threshold(SOME)) as skipping, torch.no_grad():
+        model(input_ids=words(SMALL, 1), past_key_values=cache)
+        assert skipping.stats.steps == 0
+        model(input_ids=words(SMALL, 1), past_key_values=cache)
+        assert skipping.stats.steps == 1

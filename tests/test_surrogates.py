@@ -125,12 +125,15 @@ def test_rank_zero_is_the_mean_output() -> None:
     torch.testing.assert_close(constant.double(), (weights @ y) / weights.sum())
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 3), (torch.float32, 8), (torch.bfloat16, 8)])
-def test_both_forms_are_a_loop_over_assignments(dtype: torch.dtype, rank: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "dtype", "rank"),
+    [(f, d, r) for f in ("dense", "picked") for d, r in ((torch.float32, 3), (torch.float32, 8), (torch.bfloat16, 8))]
+    + [("grouped", torch.bfloat16, 8)],
+)
+def test_every_form_is_a_loop_over_assignments(form: str, dtype: torch.dtype, rank: int) -> None:
     experts, hidden_size = 5, 16
     module = Surrogates(experts, hidden_size, rank).to(dtype)
-    module.choose(expert_bytes=0)
-    assert module.grouped == (dtype == torch.bfloat16)
+    module.form = form
     for seed, part in enumerate((module.down, module.up, module.constant)):
         part.copy_(normal(*part.shape, seed=seed))
     hidden = normal(2, 7, hidden_size, seed=20).to(dtype)
@@ -148,25 +151,35 @@ def test_both_forms_are_a_loop_over_assignments(dtype: torch.dtype, rank: int) -
     assert not module.answer(hidden, indices, torch.zeros_like(weights)).any()
 
 
-def test_grouping_reads_no_surrogate_that_does_not_answer() -> None:
+@pytest.mark.parametrize("form", ["picked", "grouped"])
+def test_no_surrogate_is_read_that_does_not_answer(form: str) -> None:
     """A surrogate full of NaN spoils whatever reads it."""
     module = Surrogates(4, 16, 8).bfloat16()
-    module.choose(expert_bytes=0)
+    module.form = form
     module.down.fill_(math.nan)[2] = 1.0
     indices, weights = torch.tensor([[[0, 2], [1, 3], [2, 0]]]), torch.tensor([[[0.0, 0.5], [0.0, 0.0], [0.25, 0.0]]])
     assert module.answer(normal(1, 3, 16).bfloat16(), indices, weights.bfloat16()).isfinite().all()
 
 
-def test_small_surrogates_are_read_together_and_counted_so() -> None:
-    module = Surrogates(4, 16, 8).bfloat16()
-    module.choose(expert_bytes=100 * module.bytes_each)
-    assert not module.grouped
-    assert module.bytes_read(skipped=5, batches=3) == 3 * 4 * module.bytes_each
-    module.choose(expert_bytes=10 * module.bytes_each)
-    assert module.grouped
-    assert module.bytes_read(skipped=5, batches=3) == 5 * module.bytes_each
-    module.float().choose(expert_bytes=10 * module.bytes_each)
-    assert not module.grouped
+@pytest.mark.parametrize(
+    ("device", "dtype", "rank", "experts_to_one", "form", "counted"),
+    [
+        ("cpu", torch.bfloat16, 8, 10, "picked", 5),
+        ("cpu", torch.float32, 3, 1000, "picked", 5),
+        ("meta", torch.bfloat16, 8, 10, "grouped", 5),  # stands for any device that is no CPU
+        ("meta", torch.bfloat16, 8, 100, "dense", 3 * 4),
+        ("meta", torch.float32, 8, 10, "dense", 3 * 4),
+        ("meta", torch.bfloat16, 3, 10, "dense", 3 * 4),
+    ],
+)
+def test_the_form_follows_device_and_size_and_what_it_reads_is_counted(
+    device: str, dtype: torch.dtype, rank: int, experts_to_one: int, form: str, counted: int
+) -> None:
+    """Of 4 experts, in 3 batches that leave out 5 in all."""
+    module = Surrogates(4, 16, rank).to(device, dtype)
+    module.choose(expert_bytes=experts_to_one * module.bytes_each)
+    assert module.form == form
+    assert module.bytes_read(skipped=5, batches=3) == counted * module.bytes_each
 
 
 def test_bytes_are_those_of_one_expert() -> None:

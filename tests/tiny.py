@@ -218,7 +218,7 @@ def watching(layers: list[MoeLayer]) -> Iterator[Watch]:
         def after_router(
             module: nn.Module, args: Any, output: Any, held: dict[str, Any] = held, layer: MoeLayer = layer
         ) -> None:
-            held["routed"], held["logits"] = routing_of(output), output[layer.logits_at]
+            held["routed"], held["logits"] = routing_of(output), layer.logits_of(output)
 
         def before_experts(module: nn.Module, args: Any, held: dict[str, Any] = held) -> None:
             held["called"] = args

@@ -1,0 +1,51 @@
+"""Write a model of a known shape with random weights, and a selector for it: for timing servers, where only sizes count.
+
+python train/random_model.py --shape qwen3-half --layers 4 --fraction 0.51 --out runs/random
+
+The selector's one "budget" is no loss: it stands for the threshold that keeps this share of the distinct experts.
+"""
+
+from pathlib import Path
+
+import torch
+from jsonargparse import auto_cli
+from transformers import AutoTokenizer
+
+from lynx_learn import reference_moe
+from lynx_learn.bench import BenchOptions, keeping
+from lynx_learn.shapes import random_selector, shaped_model
+from lynx_learn.timing import with_threads
+
+BUDGET = "1.0"
+
+
+def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float = 0.51, batch_size: int = 16) -> None:
+    """Write `model` and `selector` into a folder.
+
+    Args:
+        out: folder, new or empty.
+        shape: as in `lynx-learn bench`.
+        layers: of the model.
+        fraction: share of the distinct experts that a batch keeps.
+        batch_size: tokens of the batches that the threshold is found on; it holds for any number.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty: choose another --out, or remove it")
+    tokenizer = AutoTokenizer.from_pretrained(reference_moe())
+    options = BenchOptions(out, shape=shape, layers=layers, fraction=fraction)
+    model = shaped_model(shape, layers, torch.device("cpu"), torch.bfloat16)
+    selector = random_selector(model, options.rank)
+    length = options.prompt + options.steps
+    tokens = torch.randint(3, len(tokenizer), (batch_size, length), generator=torch.Generator().manual_seed(0))
+    with with_threads(1):
+        policy = keeping(model, selector, tokens, options)
+    model.save_pretrained(folder / "model")  # type: ignore[operator]
+    tokenizer.save_pretrained(folder / "model")
+    threshold = float(policy.thresholds[-1])
+    selector.with_config(thresholds={"kl": {BUDGET: {"1": threshold}}}).save_pretrained(folder / "selector")
+    print(f"{folder}/model and {folder}/selector, at budget {BUDGET}: {fraction:.0%} of the distinct experts stay")
+
+
+if __name__ == "__main__":
+    auto_cli(write)
