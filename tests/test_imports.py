@@ -106,6 +106,32 @@ def test_imports_go_downward(module: str) -> None:
         assert library not in others or module in users
 
 
+# Below the package's own modules: what connects to serving engines, and which of the package each may import.
+INTEGRATIONS = {
+    "vllm": "errors",
+    "vllm_metrics": "",
+    "vllm_engine": "errors families policies selector",
+    "vllm_bench": "",
+}
+
+
+@pytest.mark.parametrize("module", INTEGRATIONS)
+def test_integrations_import_what_serving_needs(module: str) -> None:
+    files = {file.stem for file in (PACKAGE / "integrations").glob("*.py")} - {"__init__"}
+    assert files == set(INTEGRATIONS)
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / "integrations" / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            found.add(str(node.module))
+    assert found == set(INTEGRATIONS[module].split())
+
+
+def test_the_plugin_is_light_until_it_is_called() -> None:
+    """vLLM calls a plugin that cannot be imported a warning, and serves without it."""
+    loaded = loaded_by("from lynx_learn.integrations.vllm import register")
+    assert loaded.isdisjoint({*HEAVY, "torch", "vllm", "numpy"})
+
+
 def loaded_by(code: str) -> set[str]:
     """Libraries that a fresh interpreter has loaded after `code`."""
     program = f"{code}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"

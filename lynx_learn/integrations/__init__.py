@@ -1,0 +1,1 @@
+"""What connects this package to serving engines."""

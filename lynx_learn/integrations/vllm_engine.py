@@ -1,0 +1,467 @@
+"""A selector at work inside a vLLM worker.
+
+Three places are wrapped, all on the instances of one loaded model: the model runner's step, which says what is being
+run for whom; each MoE layer's routing, where the decision is made; and each MoE layer's experts, where the surrogates'
+answer is added. Classes of vLLM stay as they are but for the worker's `load_model`, after which this is attached, and a
+request's question whether it may read cached prefixes.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LynxError, SelectorError
+from ..families import MoeLayer
+from ..policies import Groups
+from ..selector import LynxSelector, Ready, ThresholdPolicy
+from . import vllm_metrics as metrics
+from .vllm import Settings, UnsupportedError, check_version, opted_out, read_settings, refuse
+
+# Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
+ROUTERS = ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter")
+LOG_EVERY_S = 60.0
+
+
+def load_policy(settings: Settings) -> ThresholdPolicy:
+    """The selector at the budget.
+
+    Raises:
+        LynxError: it cannot be loaded, or is not calibrated for the budget.
+    """
+    return LynxSelector.from_pretrained(settings.selector).policy(settings.budget)
+
+
+def install() -> None:
+    """Have every model that a worker of this process loads looked at by `attach`."""
+    from vllm.v1.request import Request
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    if hasattr(WorkerWrapperBase, "lynx_learn"):
+        return
+    WorkerWrapperBase.lynx_learn = True
+
+    # Where a wrapper has no such method of its own, it passes the call on to its worker.
+    own = getattr(WorkerWrapperBase, "load_model", None) or (
+        lambda wrapper, *a, **k: wrapper.worker.load_model(*a, **k)
+    )
+
+    def load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+        result = own(wrapper, *args, **kwargs)
+        try:
+            attach(wrapper.worker)
+        except LynxError as error:
+            _say(error)
+            raise
+        return result
+
+    WorkerWrapperBase.load_model = load_model
+
+    may_not_read = Request.get_skip_reading_prefix_cache
+
+    @wraps(may_not_read)
+    def get_skip_reading_prefix_cache(request: Any) -> bool:
+        # Cached prefixes may hold what other requests generated with fewer experts.
+        params = request.sampling_params
+        return may_not_read(request) or (params is not None and opted_out(params.extra_args))
+
+    Request.get_skip_reading_prefix_cache = get_skip_reading_prefix_cache
+
+
+def attach(worker: Any) -> None:
+    """Let the model that a worker has just loaded skip experts, if that was asked for.
+
+    Raises:
+        LynxError: a setting cannot be used, or skipping cannot act here.
+    """
+    config = worker.vllm_config
+    settings = read_settings(os.environ, config.additional_config)
+    if settings is None or not check_version(settings):
+        return
+    policy = load_policy(settings)
+    logger = _logger()
+    if not policy.skips:
+        logger.info_once("lynx-learn: a budget of 0 leaves the model untouched")
+        return
+    try:
+        check_engine(worker)
+        acting = Acting(worker.model_runner, find_layers(worker.model_runner.get_model(), policy.selector), policy)
+    except LynxError as reason:
+        refuse(settings, reason)
+        return
+    acting.attach(settings, first=not worker.rank)
+    logger.info_once(
+        "lynx-learn: %s at %s acts on decode steps of %d MoE layers",
+        settings.selector,
+        policy.setting,
+        len(acting.layers),
+    )
+
+
+def check_engine(worker: Any) -> None:
+    """Refuse an engine in which the wrapped places would not be called, or not with the rows that they expect.
+
+    Raises:
+        UnsupportedError: with the reason and what to do.
+    """
+    config, runner = worker.vllm_config, worker.model_runner
+    parallel, compilation = config.parallel_config, config.compilation_config
+    if not (hasattr(runner, "_model_forward") and hasattr(runner, "input_batch")):
+        raise UnsupportedError("vLLM's model runner V2 is not supported: set VLLM_USE_V2_MODEL_RUNNER=0")
+    if compilation.mode or compilation.cudagraph_mode:
+        raise UnsupportedError("compiled graphs run past the routing that skipping acts on: add --enforce-eager")
+    if config.speculative_config is not None:
+        raise UnsupportedError("speculative decoding has no steps of one token per request: turn it off")
+    if config.lora_config is not None:
+        raise UnsupportedError("LoRA changes the experts that the selector was trained for: turn it off")
+    sizes = {
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": parallel.data_parallel_size,
+        "context": parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
+    }
+    if split := [name for name, size in sizes.items() if size > 1]:
+        raise UnsupportedError(f"{split[0]} parallelism is not supported: use tensor or expert parallelism alone")
+    if parallel.use_ubatching or parallel.enable_eplb:
+        raise UnsupportedError("micro-batches (DBO) and expert load balancing are not supported: turn them off")
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One MoE layer of a vLLM model, with as much of `MoeLayer` as a policy binds to.
+
+    `name` is the selector's: vLLM renames blocks, so they are matched by order, and the fingerprint tells whether they
+    are the same.
+    """
+
+    index: int
+    name: str
+    router: nn.Module = field(repr=False)
+    runner: Any = field(repr=False)
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def find_layers(model: nn.Module, selector: LynxSelector) -> list[EngineLayer]:
+    """The MoE layers of a vLLM model that the selector fits.
+
+    Raises:
+        LynxError: there is none, a kernel routes by itself, or the model is another one than the selector's.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    config = selector.config
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoERunner)]
+    if not found:
+        raise UnsupportedError(f"{type(model).__name__} has no MoE layer that skipping can act on")
+    names = config.layers if len(config.layers) == len(found) else tuple(name for name, _ in found)
+    layers = []
+    for index, ((path, runner), name) in enumerate(zip(found, names, strict=True)):
+        block = model.get_submodule(path.rpartition(".")[0])
+        gate = getattr(block, "gate", None) or getattr(block, "router", None)
+        if not isinstance(gate, nn.Module) or not isinstance(getattr(gate, "weight", None), Tensor):
+            raise UnsupportedError(f"layer {path} has no gate whose weight can be compared with the selector's")
+        router = read_gate(gate, runner.moe_config.in_dtype)
+        weight = router["weight"]
+        if tuple(weight.shape) != (config.num_experts, config.hidden_size) or runner.router.top_k != config.top_k:
+            raise SelectorError(
+                f"the selector is for {config.top_k} of {config.num_experts} experts of width {config.hidden_size} "
+                f"({config.base_model}), layer {path} has {runner.router.top_k} of {weight.shape[0]} of width {weight.shape[-1]}"
+            )
+        check_layer(path, runner)
+        layers.append(
+            EngineLayer(
+                index,
+                name,
+                router,
+                runner,
+                config.num_experts,
+                config.top_k,
+                config.hidden_size,
+                config.expert_bytes,
+                weight.device,
+                runner.moe_config.in_dtype,
+            )
+        )
+    return layers
+
+
+@torch.inference_mode()
+def read_gate(gate: nn.Module, dtype: torch.dtype) -> nn.ParameterDict:
+    """Weight, bias and correction bias of a gate, under the names that transformers gives them too.
+
+    On the CPU vLLM packs the weight and leaves an empty one behind. What the gate makes of unit vectors are then the
+    weight's columns, exactly: every sum has one term that is not zero.
+    """
+    state: dict[str, Tensor] = dict(gate.state_dict())
+    if not state["weight"].numel():
+        units = torch.eye(int(gate.input_size), dtype=dtype)  # type: ignore[arg-type]
+        state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator,call-arg]
+    return nn.ParameterDict({key: nn.Parameter(value, requires_grad=False) for key, value in state.items()})
+
+
+def check_layer(path: str, runner: Any) -> None:
+    """Refuse a layer whose routing or output is not the plain one.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    if runner.is_monolithic:
+        kernel = type(runner.routed_experts.quant_method).__name__
+        raise UnsupportedError(
+            f"layer {path} runs a monolithic kernel ({kernel}) that routes by itself: choose another --moe-backend"
+        )
+    if type(runner.router).__name__ not in ROUTERS:
+        raise UnsupportedError(f"layer {path} routes with {type(runner.router).__name__}, which is not supported")
+    reasons = {
+        "is split over the sequence": runner.moe_config.is_sequence_parallel,
+        "routes a projection of its input": runner.routed_input_transform is not None,
+        "runs shared experts in the routed kernel": runner._fse_fuse_gate,
+        "weights what enters its experts": runner.routed_experts.apply_router_weight_on_input,
+        "leaves its output unfinished for a later kernel": runner.moe_config.use_deferred_moe_finalize,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedError(f"layer {path} {reason}, which is not supported")
+
+
+class Step(NamedTuple):
+    """A decode step: its first rows are one token each of the requests, any further rows are padding."""
+
+    tokens: int
+    kept: tuple[int, ...]
+    """Rows of requests that keep all their experts."""
+
+    def masks(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Rows that are real, and among them those that keep everything; None: no row does."""
+        place = torch.arange(rows, device=device)
+        active = place < self.tokens
+        return active, torch.isin(place, torch.tensor(self.kept, device=device)) if self.kept else None
+
+
+class Acting:
+    """A policy on a model in a worker.
+
+    `step` is set while the engine runs a decode step to act on; whatever else runs (prompts, mixed steps, warm-up)
+    finds None and is left alone.
+    """
+
+    def __init__(self, runner: Any, layers: list[EngineLayer], policy: ThresholdPolicy) -> None:
+        self.runner, self.layers, self.policy = runner, layers, policy
+        # What binding reads of a layer, an EngineLayer has.
+        policy.bind(cast(list[MoeLayer], layers))
+        self.ready: list[Ready] = [policy.ready[layer.index] for layer in layers]
+        self.smallest = int(policy.sizes[0])
+        self.step: Step | None = None
+        self.masks: tuple[Tensor, Tensor | None] | None = None
+        self.opted: set[str] = set()
+        self.scheduled: Any = None
+        self.proven = False
+        self.reached: set[int] = set()
+        self.undo: list[Callable[[], None]] = []
+        self.sums = torch.zeros(len(metrics.SUMS), dtype=torch.int64, device=layers[0].device)
+        pinned = self.sums.device.type == "cuda"
+        self.host = torch.zeros(len(metrics.SUMS), dtype=torch.int64, pin_memory=pinned)
+        self.outcomes = dict.fromkeys((metrics.ACTED, *metrics.SKIPPED), 0)
+        self.slots: Any = None
+        self.logged = time.monotonic()
+
+    def attach(self, settings: Settings, first: bool) -> None:
+        """Wrap the runner and its layers; the first worker counts for all, which decide alike."""
+        self.settings = settings
+        folder = os.environ.get(metrics.FOLDER)
+        if first and folder:
+            self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{id(self)}")
+        self._replace(self.runner, "execute_model", self._execute_model)
+        self._replace(self.runner, "_model_forward", self._model_forward)
+        for layer in self.layers:
+            _LayerHook(self, layer)
+
+    def detach(self) -> None:
+        """Take everything off again."""
+        for undo in self.undo:
+            undo()
+        self.undo.clear()
+
+    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        own = getattr(owner, name)
+
+        @wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(own, *args, **kwargs)
+
+        setattr(owner, name, call)
+        self.undo.append(lambda: delattr(owner, name))
+
+    def _execute_model(self, own: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        for request in scheduled.scheduled_new_reqs:
+            if opted_out(getattr(request.sampling_params, "extra_args", None)):
+                self.opted.add(request.req_id)
+        self.scheduled = scheduled
+        try:
+            return own(scheduled, *args, **kwargs)
+        finally:
+            self.scheduled = None
+            self.opted -= scheduled.finished_req_ids
+
+    def _model_forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outcome, self.step = self._read_step()
+        self.masks = None
+        self.reached.clear()
+        try:
+            result = own(*args, **kwargs)
+        finally:
+            acted, self.step = self.step, None
+        if acted is not None and not self.proven:
+            self._prove()
+        if outcome:
+            self.outcomes[outcome] += 1
+            self._publish()
+        return result
+
+    def _read_step(self) -> tuple[str, Step | None]:
+        """What the scheduler has planned, and the decode step that it is if it is one to act on."""
+        if self.scheduled is None:  # a warm-up
+            return "", None
+        batch = self.runner.input_batch
+        count = batch.num_reqs
+        planned = self.scheduled.num_scheduled_tokens
+        # The last token of a prompt alone in its chunk is still prompt.
+        generating = batch.num_computed_tokens_cpu[:count] >= batch.num_prompt_tokens[:count]
+        decodes = [bool(done) and planned[name] == 1 for name, done in zip(batch.req_ids, generating, strict=True)]
+        if not all(decodes):
+            return "mixed" if any(decodes) else "prefill", None
+        kept = tuple(row for row, name in enumerate(batch.req_ids) if name in self.opted)
+        if len(kept) == count:
+            return "opted_out", None
+        if count - len(kept) < self.smallest:
+            return "below_smallest_size", None
+        return metrics.ACTED, Step(count, kept)
+
+    def _prove(self) -> None:
+        """After the first decode step: every layer's decision must have reached its experts."""
+        missing = [layer.name for layer in self.layers if layer.index not in self.reached]
+        if not missing:
+            self.proven = True
+            _logger().info(
+                "lynx-learn: self-check passed, every MoE layer ran what was decided in the first decode step"
+            )
+            return
+        self.detach()
+        reason = UnsupportedError(
+            f"in the first decode step the experts of {len(missing)} of {len(self.layers)} layers ({missing[0]}, …) did "
+            "not run what was decided"
+        )
+        try:
+            refuse(self.settings, reason)
+        except LynxError as error:
+            _say(error)
+            raise
+
+    def _publish(self) -> None:
+        # Without waiting for the device: there the sums may lag behind by a step.
+        self.host.copy_(self.sums, non_blocking=True)
+        if self.slots is None:
+            return
+        self.slots[:] = [*self.host.tolist(), *self.outcomes.values(), len(self.layers)]
+        if time.monotonic() - self.logged > LOG_EVERY_S:
+            self.logged = time.monotonic()
+            routed, loaded = self.host[:2].tolist()
+            share = max(self.outcomes[metrics.ACTED], 1) * len(self.layers)
+            _logger().info(
+                "lynx-learn: steps %s; distinct experts per layer %.1f -> %.1f in those acted on",
+                ", ".join(f"{name} {count}" for name, count in self.outcomes.items() if count),
+                routed / share,
+                loaded / share,
+            )
+
+
+class _LayerHook:
+    """One MoE layer's routing and experts."""
+
+    def __init__(self, acting: Acting, layer: EngineLayer) -> None:
+        self.acting, self.layer, self.ready = acting, layer, acting.ready[layer.index]
+        runner = layer.runner
+        # The runner may scale what the experts return, instead of the router its weights.
+        self.scale = float(runner.routed_scaling_factor)
+        # Until a reduction sums the workers' outputs, one of them adds for all.
+        self.adds = runner._fused_output_is_reduced or _tensor_rank() == 0
+        self.ids: Tensor | None = None
+        self.addition: Tensor | None = None
+        acting._replace(runner.router, "_compute_routing", self.route)
+        acting._replace(runner.routed_experts, "forward_modular", self.run_experts)
+
+    def route(
+        self,
+        own: Callable[..., tuple[Tensor, Tensor]],
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = own(hidden_states, router_logits, *args, **kwargs)
+        step = self.acting.step
+        self.ids = self.addition = None
+        if step is None:
+            return weights, ids
+        if self.acting.masks is None:
+            self.acting.masks = step.masks(len(ids), ids.device)
+        active, kept = self.acting.masks
+        groups = Groups(
+            hidden_states[:, : self.layer.hidden_size].unsqueeze(0),
+            router_logits.unsqueeze(0),
+            ids.long().clamp_min(0).unsqueeze(0),  # rows of padding may name no expert
+            (weights * self.scale).unsqueeze(0),
+            active.unsqueeze(0),
+        )
+        costs, votes = self.ready.costs(groups), groups.active
+        if kept is not None:
+            costs = costs.masked_fill(kept[:, None], torch.inf)
+            votes = votes & ~kept
+        decision = self.ready.selector.decide(groups, self.ready.threshold(votes), costs)
+        assert decision.loads is not None
+        before, after = decision.loads
+        answered = decision.answered.sum() if decision.answered is not None else torch.zeros_like(before.sum())
+        assigned = active.sum() * self.layer.top_k
+        self.acting.sums += torch.stack([before.sum(), after.sum(), assigned, answered])
+        if decision.addition is not None and self.adds:
+            self.addition = decision.addition[0] / self.scale
+        new = torch.where(ids < 0, ids, decision.indices[0].to(ids.dtype))
+        if not self.acting.proven:
+            self.ids = new
+        return (decision.weights[0] / self.scale).to(weights.dtype), new
+
+    def run_experts(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        if self.ids is not None and torch.equal(kwargs["topk_ids"].long(), self.ids.long()):
+            self.acting.reached.add(self.layer.index)
+        if self.addition is not None:
+            output[:, : self.layer.hidden_size] += self.addition.to(output.dtype)
+        self.ids = self.addition = None
+        return output
+
+
+def _say(error: LynxError) -> None:
+    _logger().error("lynx-learn: %s", error)
+    metrics.refused(str(error))
+
+
+def _tensor_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
+
+
+def _logger() -> Any:
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.plugins.lynx_learn")

@@ -1,0 +1,101 @@
+"""What workers tell the process that the user started: counters for `/metrics`, and why they refuse.
+
+vLLM has no channel for a plugin from a worker to the server, so both go through files in a folder that the first process
+names in the environment, which its children inherit. Nothing is written until a worker skips or refuses.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = "LYNX_WORKER_DIR"
+REFUSED = "refused"
+ACTED = "acted"
+SKIPPED = ("prefill", "mixed", "opted_out", "below_smallest_size")
+"""Why a step is left as it is."""
+SUMS = ("experts_routed", "experts_loaded", "assignments", "assignments_answered")
+LAYERS = "moe_layers"
+SLOTS = (*SUMS, ACTED, *SKIPPED, LAYERS)
+HELP = {
+    "experts_routed": "Distinct experts that decode steps acted on are routed to, summed over steps and MoE layers.",
+    "experts_loaded": "Distinct experts that those steps load, summed over steps and MoE layers.",
+    "assignments": "Assignments of tokens to experts in those steps, summed over MoE layers.",
+    "assignments_answered": "Assignments that a surrogate answers instead of the expert.",
+}
+
+
+def open_slots(folder: Path, name: str) -> np.memmap[Any, np.dtype[np.int64]]:
+    """A worker's counters, all 0."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return np.memmap(folder / f"{name}.counters", dtype=np.int64, mode="w+", shape=len(SLOTS))
+
+
+def read_totals(folder: Path) -> dict[str, int]:
+    """Sums over all workers that write there; empty when none does."""
+    parts = [np.fromfile(file, dtype=np.int64) for file in sorted(folder.glob("*.counters"))]
+    whole = [part for part in parts if len(part) == len(SLOTS)]  # a file is empty for the moment of its creation
+    return dict(zip(SLOTS, np.sum(whole, axis=0).tolist(), strict=True)) if whole else {}
+
+
+class Collector:
+    """Reads the counters when Prometheus asks for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        totals = read_totals(self.folder)
+        if not totals:
+            return
+        for name in SUMS:
+            yield CounterMetricFamily(f"lynx_{name}", HELP[name], value=totals[name])
+        steps = CounterMetricFamily(
+            "lynx_steps", "Steps of the engine, by what was done with them.", labels=["outcome"]
+        )
+        for name in (ACTED, *SKIPPED):
+            steps.add_metric([name], totals[name])
+        yield steps
+        yield GaugeMetricFamily(f"lynx_{LAYERS}", "MoE layers that are acted on.", value=totals[LAYERS])
+
+
+def refused(reason: str) -> None:
+    """Have the first process say the reason again when it ends: behind the traces of every process, not before them."""
+    folder = os.environ.get(FOLDER)
+    if folder and not Path(folder).name.startswith(_prefix(os.getpid())):
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (Path(folder) / REFUSED).write_text(reason, encoding="utf-8")
+
+
+def _prefix(process: int) -> str:
+    return f"lynx-learn-{process}-"
+
+
+def expose() -> None:
+    """Name the folder, in an engine's first process, and show what is there in this process's metrics."""
+    if FOLDER in os.environ:
+        return
+    owner = os.getpid()
+    folder = Path(tempfile.gettempdir()) / f"{_prefix(owner)}{uuid.uuid4().hex[:12]}"
+    os.environ[FOLDER] = str(folder)
+
+    def end() -> None:
+        if os.getpid() != owner:  # a child that inherited this by forking
+            return
+        if (folder / REFUSED).exists():
+            print(f"lynx-learn: {(folder / REFUSED).read_text(encoding='utf-8')}", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    from prometheus_client import REGISTRY
+
+    REGISTRY.register(Collector(folder))

@@ -1,0 +1,429 @@
+"""The plugin in a real vLLM on the CPU: servers that are asked over HTTP, and refusals as a user sees them.
+
+Run in an environment of its own: `.ci/vllm`.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lynx_learn.models import reference_moe
+
+pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
+openai = pytest.importorskip("openai")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+SELECTOR = ROOT / "selectors" / "reference-moe"
+BUDGET = 0.01
+STREAMS, PROMPT, NEW, TOP = 16, 32, 48, 100
+# Two blocks of 32 tokens hold PROMPT + NEW for each stream; LONG tokens for each of them do not fit.
+BLOCKS, LONG = 56, 200
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",  # numerical noise then leaves greedy tokens alone
+    "max_model_len": 256,
+    "max_num_seqs": STREAMS,
+    "block_size": 32,
+    "num_gpu_blocks_override": BLOCKS,
+    "kv_cache_memory_bytes": 100_000_000,
+    "max_logprobs": TOP,
+}
+
+
+def environment(**own: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
+    return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **own}
+
+
+@dataclass
+class Server:
+    """A running server and what it has logged."""
+
+    address: str
+    log: Path
+
+    @property
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def complete(self, prompts: list[list[int]], tokens: int = NEW, **own: Any) -> list[Any]:
+        extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, **own.pop("extra_body", {})}
+        options = {"temperature": 0.0, "max_tokens": tokens, "extra_body": {"ignore_eos": True, **extra}, **own}
+        return self.client.completions.create(model="reference", prompt=prompts, **options).choices
+
+    def metrics(self) -> dict[str, float]:
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=30) as page:
+            lines = page.read().decode().splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line[:1] not in ("#", "")}
+
+    def counted(self, run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+        """What `run` returns, and by how much the plugin's counters rose."""
+        before = self.metrics()
+        result = run()
+        after = self.metrics()
+        return result, {key: after[key] - before.get(key, 0.0) for key in after if key.startswith("lynx_")}
+
+
+@contextmanager
+def serving(
+    folder: Path,
+    name: str,
+    extra: tuple[str, ...] = ("--enforce-eager",),
+    engine: dict[str, Any] = SETTINGS,
+    **settings: str,
+) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [part for key, value in engine.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", reference_moe()]
+    command += ["--served-model-name", "reference", "--port", str(port), *options, *extra]
+    server = Server(f"http://127.0.0.1:{port}", folder / f"{name}.log")
+    with open(server.log, "w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment(**settings), cwd=folder, start_new_session=True
+        )
+    try:
+        for _ in range(240):
+            time.sleep(0.5)
+            assert process.poll() is None, server.log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"{server.address}/health", timeout=5)
+            except OSError:
+                continue
+            break
+        else:
+            pytest.fail(f"no server after two minutes: {server.log.read_text()[-4000:]}")
+        yield server
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("untouched"), "untouched") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The setting comes from the environment."""
+    settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET)}
+    with serving(tmp_path_factory.mktemp("skipping"), "skipping", **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Tokens out of modules of the standard library."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference_moe())
+    found = []
+    for file in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py")):
+        ids = tokenizer(file.read_text(encoding="utf-8")[:4000]).input_ids[200 : 200 + PROMPT]
+        found += [ids] if len(ids) == PROMPT else []
+    return found[:STREAMS]
+
+
+def tokens_of(choices: list[Any]) -> list[list[int]]:
+    return [choice.token_ids for choice in choices]
+
+
+def log_probabilities(table: dict[str, Any]) -> dict[int, float]:
+    """Of one position, as the server writes them for generated tokens or for prompts."""
+    parsed = {}
+    for key, value in table.items():
+        parsed[int(key.removeprefix("token_id:"))] = value["logprob"] if isinstance(value, dict) else value
+    return parsed
+
+
+def divergence(wanted: dict[int, float], found: dict[int, float]) -> float:
+    """KL in nats between two positions of which the likeliest tokens are known: all others count as one token.
+
+    Lumping tokens together can only lower it; here what is lumped holds a per cent or so.
+    """
+    shared = wanted.keys() & found.keys()
+    total = sum(math.exp(wanted[token]) * (wanted[token] - found[token]) for token in shared)
+    rest, other = (max(1 - sum(math.exp(part[t]) for t in shared), 1e-9) for part in (wanted, found))
+    return total + rest * math.log(rest / other)
+
+
+def untouched_tables(server: Server, sequences: list[list[int]]) -> list[list[dict[int, float]]]:
+    """The untouched model's log-probabilities of each generated position, all in one pass over the prompt."""
+    choices = server.complete(sequences, 1, extra_body={"prompt_logprobs": TOP})
+    return [[log_probabilities(table) for table in choice.prompt_logprobs[PROMPT:]] for choice in choices]
+
+
+def likeliest(logits: torch.Tensor) -> list[list[dict[int, float]]]:
+    """The same tables from logits `(sequences, positions, vocabulary)`."""
+    values, tokens = logits.log_softmax(-1).topk(TOP, dim=-1)
+    rows = zip(tokens.tolist(), values.tolist(), strict=True)
+    return [[dict(zip(*position, strict=True)) for position in zip(*row, strict=True)] for row in rows]
+
+
+def divergences(wanted: list[list[dict[int, float]]], found: list[list[dict[int, float]]]) -> torch.Tensor:
+    return torch.tensor(
+        [[divergence(a, b) for a, b in zip(w, f, strict=True)] for w, f in zip(wanted, found, strict=True)]
+    )
+
+
+def test_fewer_experts_and_the_simulated_loss(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lynx_learn.families import find_moe_layers
+    from lynx_learn.selector import LynxSelector
+    from lynx_learn.simulate import simulated_logits
+
+    choices, counted = skipping.counted(lambda: skipping.complete(prompts, temperature=1.0, seed=1, logprobs=TOP))
+    sequences = [prompt + new for prompt, new in zip(prompts, tokens_of(choices), strict=True)]
+    wanted = untouched_tables(untouched, sequences)
+    found = [[log_probabilities(table) for table in choice.logprobs.top_logprobs] for choice in choices]
+    # The first token comes out of the prompt, which is not touched.
+    first = [divergence(w[0], f[0]) for w, f in zip(wanted, found, strict=True)]
+    served = divergences([row[1:] for row in wanted], [row[1:] for row in found])
+    model = AutoModelForCausalLM.from_pretrained(reference_moe(), dtype=torch.float32).eval()
+    layers = find_moe_layers(model)
+    policy = LynxSelector.from_pretrained(SELECTOR).policy(BUDGET)
+    policy.bind(layers)
+    tokens = torch.tensor(sequences)
+    with torch.no_grad():
+        base, _ = simulated_logits(model, layers, tokens, None, PROMPT)
+        other, stats = simulated_logits(model, layers, tokens, policy, PROMPT)
+    simulated = divergences(likeliest(base[:, :-1]), likeliest(other[:, :-1]))
+    steps = counted['lynx_steps_total{outcome="acted"}'] * len(layers)
+    before, after = (counted[f"lynx_experts_{part}_total"] / steps for part in ("routed", "loaded"))
+    print(f"served KL {served.mean():.5f}, simulated {simulated.mean():.5f}, first {max(first):.2g}")
+    print(
+        "corr", torch.corrcoef(torch.stack([served.flatten(), simulated.flatten()])), served.mean(0), simulated.mean(0)
+    )
+    print(f"experts {before:.2f} -> {after:.2f}, simulated {stats}, {counted}")
+    assert max(first) < 1e-4
+    assert after < 0.75 * before
+    assert counted["lynx_assignments_answered_total"] > 0
+    assert served.mean().item() == pytest.approx(simulated.mean().item(), rel=0.1)
+    assert after == pytest.approx(sum(stats.experts_after) / len(layers), rel=0.1)
+    assert skipping.log.read_text().count("self-check passed") == 1
+
+
+def test_streams_side_by_side(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
+    """All streams at once, each as its own request; prompts and mixed steps are left alone on the way."""
+
+    def stream(prompt: list[int]) -> list[int]:
+        pieces = skipping.client.completions.create(
+            model="reference",
+            prompt=prompt,
+            max_tokens=NEW,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )
+        return [token for piece in pieces for choice in piece.choices for token in choice.token_ids or []]
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        found, counted = skipping.counted(lambda: list(pool.map(stream, prompts)))
+    wanted = tokens_of(untouched.complete(prompts))
+    assert [len(tokens) for tokens in found] == [NEW] * STREAMS
+    assert counted['lynx_steps_total{outcome="acted"}'] > 0
+    assert counted['lynx_steps_total{outcome="prefill"}'] + counted['lynx_steps_total{outcome="mixed"}'] > 0
+    assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
+    assert found != wanted
+
+
+def test_a_request_that_opted_out_is_as_untouched(
+    untouched: Server, skipping: Server, prompts: list[list[int]]
+) -> None:
+    """Its neighbours skip, at the same steps."""
+    wanted = untouched.complete(prompts, logprobs=1)
+
+    def ask(row: int) -> Any:
+        own = {"extra_body": {"vllm_xargs": {"lynx": False}}} if row % 4 == 0 else {}
+        return skipping.complete([prompts[row]], logprobs=1, **own)[0]
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        found, counted = skipping.counted(lambda: list(pool.map(ask, range(STREAMS))))
+
+    def distance(row: int) -> float:
+        pairs = zip(wanted[row].logprobs.token_logprobs, found[row].logprobs.token_logprobs, strict=True)
+        return max(abs(a - b) for a, b in pairs)
+
+    opted, others = [range(0, STREAMS, 4), [row for row in range(STREAMS) if row % 4]]
+    assert all(found[row].token_ids == wanted[row].token_ids for row in opted)
+    assert max(distance(row) for row in opted) < 1e-3
+    assert min(distance(row) for row in others) > 1e-3
+    assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
+
+
+def test_opted_out_prompts_are_not_read_from_what_others_generated(
+    untouched: Server, skipping: Server, prompts: list[list[int]]
+) -> None:
+    """A second turn: the prompt repeats what was generated with fewer experts, whose keys and values are cached."""
+    second = [p + new for p, new in zip(prompts[:4], tokens_of(skipping.complete(prompts[:4])), strict=True)]
+    off = {"extra_body": {"vllm_xargs": {"lynx": 0}}}
+    wanted = untouched.complete(second, 8, logprobs=1)
+    found = skipping.complete(second, 8, logprobs=1, **off)
+    cached = skipping.complete(second, 8, logprobs=1)
+
+    def distance(choices: list[Any]) -> float:
+        pairs = zip(wanted, choices, strict=True)
+        return max(abs(a.logprobs.token_logprobs[0] - b.logprobs.token_logprobs[0]) for a, b in pairs)
+
+    assert tokens_of(found) == tokens_of(wanted)
+    assert distance(found) < 1e-3 < distance(cached)
+
+
+def test_preempted_requests_come_back(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
+    name = 'vllm:num_preemptions_total{engine="0",model_name="reference"}'
+    before = skipping.metrics()[name]
+
+    def ask(row: int) -> list[int]:
+        own = {"extra_body": {"vllm_xargs": {"lynx": False}}} if not row else {}
+        return skipping.complete([prompts[row]], LONG, **own)[0].token_ids
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        found, counted = skipping.counted(lambda: list(pool.map(ask, range(STREAMS))))
+    assert skipping.metrics()[name] > before
+    assert [len(tokens) for tokens in found] == [LONG] * STREAMS
+    assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
+    assert found[0] == tokens_of(untouched.complete(prompts[:1], LONG))[0]
+
+
+def test_readme_serves_and_compares(tmp_path: Path) -> None:
+    """The section's commands, but for the name of the server's: `vllm` of the CPU package does not start."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Serve with vLLM") : text.index("## Measured")]
+    serve, compare = re.findall(r"^```bash\n(.*?)^```", section, flags=re.M | re.S)
+    export, command = serve.strip().splitlines()
+    settings = dict(part.split("=") for part in export.removeprefix("export ").split())
+    assert command.startswith("vllm serve lynx_learn/reference_moe ")
+    options = tuple(command.removeprefix("vllm serve lynx_learn/reference_moe ").split())
+    settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
+    with serving(tmp_path, "readme", options, {}, **settings) as server:
+        words = compare.split()
+        assert words[:3] == ["python", "-m", "lynx_learn.integrations.vllm_bench"]
+        done = subprocess.run(
+            [sys.executable, *words[1:], "--url", server.address, "--turns", "1"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=environment(),
+        )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    experts = figures["distinct_experts_per_layer"]
+    assert experts["on"] < 0.75 * experts["off"]
+    assert figures["greedy_tokens_at_the_same_place"] > 0.3
+    assert figures["steps"]['lynx_steps_total{outcome="opted_out"}'] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "own", "line"),
+    [
+        (False, {}, "compiled graphs run past the routing that skipping acts on: add --enforce-eager"),
+        (True, {"LYNX_BUDGET": "0.02"}, "the selector is not calibrated for a budget of 0.02"),
+    ],
+    ids=["in the worker", "in the first process"],
+)
+def test_the_last_line_of_a_server_says_why(tmp_path: Path, extra: bool, own: dict[str, str], line: str) -> None:
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", reference_moe()]
+    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", "100000000"] + ["--enforce-eager"] * extra
+    settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET), **own}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment(**settings)
+    )
+    assert done.returncode != 0
+    assert line in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What engines with other settings did: `tokens` or `error`; and under `log` what they wrote."""
+    folder = tmp_path_factory.mktemp("cases")
+    asked = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET)}
+    engine = {**SETTINGS, "model": reference_moe(), "enforce_eager": True}
+    other = {**engine, "model": str(other_routers(folder / "other"))}
+    config = {"selector": str(SELECTOR), "budget": BUDGET}
+    planned = [
+        ("not asked", {}, engine),
+        ("budget 0", {**asked, "LYNX_BUDGET": "0"}, engine),
+        ("environment", asked, engine),
+        ("additional config", {}, {**engine, "additional_config": {"lynx": config}}),
+        ("unknown key", {}, {**engine, "additional_config": {"lynx": {**config, "bugdet": 1}}}),
+        ("not calibrated", {**asked, "LYNX_BUDGET": "0.02"}, engine),
+        ("no such selector", {**asked, "LYNX_SELECTOR": str(folder / "none")}, engine),
+        ("other model", asked, other),
+        ("other model, warn", {**asked, "LYNX_ON_UNSUPPORTED": "warn"}, other),
+        ("compiled", asked, {**engine, "enforce_eager": False}),
+    ]
+    listed = [{"name": name, "environment": own, "engine": options} for name, own, options in planned]
+    script = Path(__file__).with_name("vllm_cases.py")
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(listed)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=folder,
+        env=environment(),
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert len(results) == len(planned), done.stdout[-2000:] + done.stderr[-4000:]
+    return {**{result["name"]: result for result in results}, "log": {"text": done.stdout + done.stderr}}
+
+
+def other_routers(folder: Path) -> Path:
+    """The reference MoE with one number of one router changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(reference_moe(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.3.mlp.gate.weight"][0, 0] += 0.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_engine_in_this_process(cases: dict[str, dict[str, Any]]) -> None:
+    plain = cases["not asked"]["tokens"]
+    assert cases["budget 0"]["tokens"] == plain
+    assert cases["environment"]["tokens"] != plain
+    assert cases["additional config"]["tokens"] == cases["environment"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("unknown key", "--additional-config has lynx.bugdet, which is none of selector, budget and on_unsupported"),
+        ("not calibrated", r"not calibrated for a budget of 0.02 \(calibrated: 0.003, 0.01, 0.03\)"),
+        ("no such selector", "is neither a folder nor a Hub repository"),
+        ("other model", r"the model's routers are [0-9a-f]{12}: load that model and revision"),
+        ("compiled", "compiled graphs run past the routing that skipping acts on: add --enforce-eager"),
+    ],
+)
+def test_refused_at_start(cases: dict[str, dict[str, Any]], name: str, line: str) -> None:
+    assert re.search(line, cases[name]["error"])
+    assert "\n" not in cases[name]["error"]
+
+
+def test_warned_and_served_untouched(cases: dict[str, dict[str, Any]]) -> None:
+    assert "tokens" in cases["other model, warn"]
+    assert cases["log"]["text"].count("lynx-learn serves untouched: the selector was trained for") == 1

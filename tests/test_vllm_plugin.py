@@ -1,0 +1,402 @@
+"""The vLLM plugin's own parts, without vLLM: stand-ins take the places of what it wraps."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import EXPERTS, HIDDEN, TOP_K, random_selector, tiny_model
+from torch import Tensor
+
+from lynx_learn.errors import OptionError, SelectorError
+from lynx_learn.families import find_moe_layers
+from lynx_learn.integrations import vllm_engine, vllm_metrics
+from lynx_learn.integrations.vllm import (
+    Settings,
+    UnsupportedError,
+    check_version,
+    opted_out,
+    read_settings,
+)
+from lynx_learn.integrations.vllm_engine import Acting, EngineLayer, Step
+from lynx_learn.policies import Groups
+from lynx_learn.selector import ThresholdPolicy
+
+SOME = 2.0  # costs of typical assignments are around 1
+ROWS, REAL = 10, 8
+
+
+@pytest.fixture(autouse=True)
+def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_logger", lambda: logging.getLogger("lynx_learn"))
+    monkeypatch.setattr(vllm_engine, "_tensor_rank", lambda: 0)
+    monkeypatch.delenv(vllm_metrics.FOLDER, raising=False)
+
+
+def test_settings() -> None:
+    assert read_settings({}) is None
+    assert read_settings({}, {"other": 1}) is None
+    assert read_settings({"LYNX_SELECTOR": "", "LYNX_BUDGET": ""}) is None
+    own = {"LYNX_SELECTOR": "a/b", "LYNX_BUDGET": "0.01"}
+    assert read_settings(own) == Settings("a/b", 0.01)
+    assert read_settings(own, {"lynx": {"budget": 0.03}}) == Settings("a/b", 0.03)
+    assert read_settings({**own, "LYNX_ON_UNSUPPORTED": "warn"}).on_unsupported == "warn"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("environment", "additional", "line"),
+    [
+        ({"LYNX_BUDGET": "0.01"}, None, "no selector: set LYNX_SELECTOR"),
+        ({"LYNX_SELECTOR": "x"}, None, "no budget: set LYNX_BUDGET"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "much"}, None, "LYNX_BUDGET=much is not usable"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "-1"}, None, "LYNX_BUDGET=-1 is not usable"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "nan"}, None, "LYNX_BUDGET=nan is not usable"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_ON_UNSUPPORTED": "ask"}, None, "expected fail or warn"),
+        ({}, {"lynx": {}}, "no selector"),
+        ({}, {"lynx": "x"}, "expected an object"),
+        ({}, {"lynx": {"selector": "x", "budget": True}}, "not usable"),
+        ({}, {"lynx": {"selector": "x", "badget": 1}}, "lynx.badget"),
+    ],
+)
+def test_settings_refused(environment: dict[str, str], additional: Any, line: str) -> None:
+    with pytest.raises(OptionError, match=line):
+        read_settings(environment, additional)
+
+
+@pytest.mark.parametrize(
+    ("value", "out"),
+    [(False, True), (0, True), (0.0, True), ("false", True), ("Off", True), (True, False), (1, False), ("on", False)],
+)
+def test_opting_out(value: Any, out: bool) -> None:
+    assert opted_out({"lynx": value}) is out
+    assert not opted_out({"other": value})
+    assert not opted_out(None)
+
+
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lynx_learn.integrations.vllm.engine_version", lambda: "0.32.1")
+    assert check_version(Settings("x", 0.01))
+    monkeypatch.setattr("lynx_learn.integrations.vllm.engine_version", lambda: "0.33.0")
+    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported: install 0\.32\.x"):
+        check_version(Settings("x", 0.01))
+
+
+def worker(**changes: Any) -> Any:
+    """As much of a vLLM worker as is looked at, in a state that can be acted on; `changes` by dotted names' last part."""
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "use_ubatching": False,
+        "enable_eplb": False,
+    }
+    compilation = {"mode": 0, "cudagraph_mode": 0}
+    config = {"speculative_config": None, "lora_config": None}
+    for part in (parallel, compilation, config):
+        part.update({key: changes.pop(key) for key in part if key in changes})
+    runner = changes.pop("runner", SimpleNamespace(_model_forward=None, input_batch=None))
+    assert not changes
+    spaces = {"parallel_config": SimpleNamespace(**parallel), "compilation_config": SimpleNamespace(**compilation)}
+    return SimpleNamespace(vllm_config=SimpleNamespace(**spaces, **config), model_runner=runner)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"mode": 3}, "add --enforce-eager"),
+        ({"cudagraph_mode": 2}, "add --enforce-eager"),
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"lora_config": object()}, "LoRA"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism is not supported"),
+        ({"data_parallel_size": 2}, "data parallelism is not supported"),
+        ({"decode_context_parallel_size": 2}, "context parallelism is not supported"),
+        ({"use_ubatching": True}, "micro-batches"),
+        ({"enable_eplb": True}, "load balancing"),
+        ({"runner": SimpleNamespace()}, "VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+)
+def test_engines_refused(changes: dict[str, Any], line: str) -> None:
+    vllm_engine.check_engine(worker())
+    with pytest.raises(UnsupportedError, match=line):
+        vllm_engine.check_engine(worker(**changes))
+
+
+class CPURouter:
+    """Named as one of vLLM's."""
+
+    top_k = TOP_K
+
+    def __init__(self, route: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+        self.rule = route
+
+    def _compute_routing(self, hidden: Tensor, logits: Tensor, dtype: Any = None) -> tuple[Tensor, Tensor]:
+        assert self.rule is not None
+        indices, weights = self.rule(logits)
+        return weights, indices.int()
+
+
+class Experts:
+    """Keeps what it is called with; its output is all ones."""
+
+    def __init__(self) -> None:
+        self.quant_method, self.apply_router_weight_on_input = object(), False
+        self.called: dict[str, Tensor] = {}
+
+    def forward_modular(self, **called: Tensor) -> Tensor:
+        self.called = called
+        return torch.ones_like(called["x"])
+
+
+def engine_runner(**changes: Any) -> Any:
+    """As much of a vLLM MoE runner as is looked at or wrapped."""
+    moe_config = {"is_sequence_parallel": False, "use_deferred_moe_finalize": False, "in_dtype": torch.float32}
+    moe_config |= {key: changes.pop(key) for key in list(changes) if key in moe_config}
+    plain = {
+        "router": CPURouter(),
+        "routed_experts": Experts(),
+        "is_monolithic": False,
+        "routed_input_transform": None,
+        "routed_scaling_factor": 1.0,
+        "_fse_fuse_gate": False,
+        "_fused_output_is_reduced": False,
+    }
+    assert not changes.keys() - plain.keys()
+    return SimpleNamespace(moe_config=SimpleNamespace(**moe_config), **{**plain, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"is_monolithic": True}, r"layer here runs a monolithic kernel \(object\) that routes by itself"),
+        ({"router": SimpleNamespace()}, "layer here routes with SimpleNamespace"),
+        ({"is_sequence_parallel": True}, "layer here is split over the sequence"),
+        ({"routed_input_transform": object()}, "routes a projection of its input"),
+        ({"_fse_fuse_gate": True}, "runs shared experts in the routed kernel"),
+        ({"use_deferred_moe_finalize": True}, "leaves its output unfinished"),
+    ],
+)
+def test_layers_refused(changes: dict[str, Any], line: str) -> None:
+    vllm_engine.check_layer("here", engine_runner())
+    with pytest.raises(UnsupportedError, match=line):
+        vllm_engine.check_layer("here", engine_runner(**changes))
+
+
+def acting(policy_thresholds: dict[int, float] | None = None, **changes: Any) -> Acting:
+    """Every MoE layer of a tiny model behind stand-ins, with a random selector."""
+    model = tiny_model("qwen3_moe")
+    selector = random_selector(model)
+    layers = []
+    for layer in find_moe_layers(model):
+        runner = engine_runner(router=CPURouter(layer.rule.route), **changes)
+        layers.append(
+            EngineLayer(
+                layer.index,
+                layer.name,
+                layer.router,
+                runner,
+                EXPERTS,
+                TOP_K,
+                HIDDEN,
+                layer.expert_bytes,
+                layer.device,
+                layer.dtype,
+            )
+        )
+    engine = SimpleNamespace(execute_model=None, _model_forward=None)
+    found = Acting(engine, layers, ThresholdPolicy(selector, policy_thresholds or {1: SOME}, ""))
+    found.attach(Settings("x", 0.01), first=False)
+    return found
+
+
+def inputs(rows: int = ROWS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, HIDDEN, generator=generator), 2 * torch.randn(rows, EXPERTS, generator=generator)
+
+
+def run_layer(found: Acting, hidden: Tensor, logits: Tensor, layer: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and experts that reach the kernel, and the layer's output."""
+    runner = found.layers[layer].runner
+    weights, ids = runner.router._compute_routing(hidden, logits, None)
+    output = runner.routed_experts.forward_modular(x=hidden, topk_weights=weights, topk_ids=ids)
+    return weights, ids, output
+
+
+def test_without_a_decode_step_nothing_changes() -> None:
+    found = acting()
+    hidden, logits = inputs()
+    indices, weights = found.layers[0].runner.router.rule(logits)
+    ran = run_layer(found, hidden, logits)
+    assert torch.equal(ran[0], weights)
+    assert torch.equal(ran[1], indices.int())
+    assert torch.equal(ran[2], torch.ones_like(hidden))
+    assert not found.sums.any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_decode_step_runs_the_policys_decision(scale: float, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the policy itself decides on the real rows with the weights that the experts' output is scaled by in the end."""
+    monkeypatch.setattr(vllm_engine, "_tensor_rank", lambda: rank)
+    found = acting(routed_scaling_factor=scale)
+    hidden, logits = inputs()
+    indices, weights = found.layers[0].runner.router.rule(logits)
+    found.step, found.masks = Step(REAL, ()), None
+    ran = run_layer(found, hidden, logits)
+    real = slice(0, REAL)
+    parts = (hidden[real], logits[real], indices[real], weights[real] * scale)
+    groups = Groups(*(part.unsqueeze(0) for part in parts), active=torch.ones(1, REAL, dtype=torch.bool))
+    ready = found.ready[0]
+    wanted = ready.selector.decide(groups, ready.threshold(groups.active), ready.costs(groups))
+    assert wanted.addition is not None
+    assert wanted.loads is not None
+    torch.testing.assert_close(ran[0][real] * scale, wanted.weights[0])
+    assert torch.equal(ran[1][real].long(), wanted.indices[0])
+    added = wanted.addition[0] if rank == 0 else torch.zeros_like(wanted.addition[0])
+    torch.testing.assert_close((ran[2][real] - 1) * scale, added, rtol=1e-4, atol=1e-5)
+    before, after = (int(part.sum()) for part in wanted.loads)
+    assert after < before
+    assert found.sums.tolist()[:3] == [before, after, REAL * TOP_K]
+    # Rows of padding load nothing of their own and receive nothing.
+    assert set(ran[1][REAL:].flatten().tolist()) <= set(ran[1][real].flatten().tolist())
+    assert not ran[0][REAL:].any()
+    assert torch.equal(ran[2][REAL:], torch.ones_like(ran[2][REAL:]))
+
+
+def test_an_output_that_is_reduced_already_is_added_to_by_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_engine, "_tensor_rank", lambda: 1)
+    found = acting(_fused_output_is_reduced=True)
+    found.step = Step(ROWS, ())
+    assert not torch.equal(run_layer(found, *inputs())[2], torch.ones(ROWS, HIDDEN))
+
+
+def test_rows_that_opted_out_keep_everything_and_do_not_vote() -> None:
+    found = acting()
+    hidden, logits = inputs()
+    indices, weights = found.layers[0].runner.router.rule(logits)
+    kept = (1, 4)
+    found.step = Step(REAL, kept)
+    ran = run_layer(found, hidden, logits)
+    for row in kept:
+        assert torch.equal(ran[0][row], weights[row])
+        assert torch.equal(ran[1][row], indices[row].int())
+        assert torch.equal(ran[2][row], torch.ones(HIDDEN))
+    assert (ran[0][:REAL] == 0).any()  # the others skip
+    few = acting({REAL: SOME})  # with two rows less than that, nothing may be skipped
+    few.step = Step(REAL, kept)
+    assert torch.equal(run_layer(few, hidden, logits)[0][:REAL], weights[:REAL])
+
+
+def test_rows_of_padding_without_an_expert_stay_without() -> None:
+    found = acting()
+    hidden, logits = inputs()
+    router = found.layers[0].runner.router
+    rule = router.rule
+
+    def nowhere(values: Tensor) -> tuple[Tensor, Tensor]:
+        indices, weights = rule(values)
+        indices[REAL:] = -1
+        return indices, weights
+
+    router.rule = nowhere
+    found.step = Step(REAL, ())
+    assert (run_layer(found, hidden, logits)[1][REAL:] == -1).all()
+
+
+class Batch:
+    """Requests of a step: how many tokens of each are scheduled, computed and prompt."""
+
+    def __init__(self, planned: list[int], computed: list[int], prompt: list[int]) -> None:
+        self.num_reqs = len(planned)
+        self.req_ids = [str(i) for i in range(self.num_reqs)]
+        self.num_computed_tokens_cpu = np.array([*computed, 99])
+        self.num_prompt_tokens = np.array([*prompt, 0])
+        self.planned = dict(zip(self.req_ids, planned, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "opted", "outcome", "step"),
+    [
+        (Batch([1, 1, 1], [5, 9, 7], [5, 5, 5]), [], "acted", Step(3, ())),
+        (Batch([1, 1, 1], [5, 9, 7], [5, 5, 5]), ["1"], "acted", Step(3, (1,))),
+        (Batch([1, 1, 1], [5, 9, 7], [5, 5, 5]), ["0", "1", "2"], "opted_out", None),
+        (Batch([1, 1, 1], [5, 9, 7], [5, 5, 5]), ["0", "2"], "below_smallest_size", None),
+        (Batch([1, 1, 1], [5, 4, 7], [5, 5, 5]), [], "mixed", None),  # the last token of a prompt, by itself
+        (Batch([1, 4, 1], [5, 0, 7], [5, 5, 5]), [], "mixed", None),
+        (Batch([5, 3], [0, 2], [5, 5]), [], "prefill", None),
+    ],
+)
+def test_steps(batch: Batch, opted: list[str], outcome: str, step: Step | None) -> None:
+    found = acting({2: SOME})
+    found.runner.input_batch, found.opted = batch, set(opted)
+    found.scheduled = SimpleNamespace(num_scheduled_tokens=batch.planned)
+    assert found._read_step() == (outcome, step)
+
+
+def engine_steps(found: Acting, forward: Callable[[], None]) -> None:
+    """One decode step of two requests through the wrapped runner."""
+    found.runner.input_batch = Batch([1, 1], [5, 5], [5, 5])
+    new = SimpleNamespace(req_id="7", sampling_params=SimpleNamespace(extra_args={"lynx": False}))
+    scheduled = SimpleNamespace(
+        scheduled_new_reqs=[new], num_scheduled_tokens={"0": 1, "1": 1}, finished_req_ids={"old"}
+    )
+    found.opted.add("old")
+    found._execute_model(lambda *_: found._model_forward(forward), scheduled)
+
+
+def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
+    found = acting()
+    hidden, logits = inputs(2)
+    engine_steps(found, lambda: [run_layer(found, hidden, logits, i) for i in range(len(found.layers))] and None)
+    assert found.proven
+    assert found.outcomes["acted"] == 1
+    assert found.opted == {"7"}
+    assert found.step is None
+
+
+def test_self_check_fails_when_a_layer_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(vllm_metrics.FOLDER, str(tmp_path / "lynx-learn-1-x"))
+    found = acting()
+    hidden, logits = inputs(2)
+    with pytest.raises(UnsupportedError, match=r"experts of 1 of 2 layers \(model.layers.1.mlp, …\)"):
+        engine_steps(found, lambda: run_layer(found, hidden, logits) and None)
+    assert "first decode step" in (tmp_path / "lynx-learn-1-x" / vllm_metrics.REFUSED).read_text()
+    assert found.layers[0].runner.router._compute_routing.__func__ is CPURouter._compute_routing
+
+
+def test_self_check_fails_when_other_experts_are_run() -> None:
+    found = acting()
+    hidden, logits = inputs(2)
+
+    def forward() -> None:
+        for layer in found.layers:
+            weights, ids = layer.runner.router._compute_routing(hidden, logits, None)
+            other = (ids + 1) % EXPERTS
+            layer.runner.routed_experts.forward_modular(x=hidden, topk_weights=weights, topk_ids=other)
+
+    with pytest.raises(UnsupportedError, match="2 of 2 layers"):
+        engine_steps(found, forward)
+
+
+def test_counters_reach_another_process(tmp_path: Path) -> None:
+    folder = tmp_path / "counters"
+    assert vllm_metrics.read_totals(folder) == {}
+    slots = [vllm_metrics.open_slots(folder, name) for name in ("a", "b")]
+    slots[0][:] = range(len(vllm_metrics.SLOTS))
+    slots[1][:] = 1
+    totals = vllm_metrics.read_totals(folder)
+    assert totals == {name: i + 1 for i, name in enumerate(vllm_metrics.SLOTS)}
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_selector_of_another_shape_is_refused() -> None:
+    """Before anything is compared by fingerprint."""
+    other = random_selector(tiny_model("qwen3_moe"))
+    assert os.environ.get(vllm_metrics.FOLDER) is None
+    with pytest.raises(SelectorError, match="load the model it was trained for"):
+        Acting(SimpleNamespace(), acting().layers[:1], other.at_threshold(SOME))
