@@ -26,7 +26,7 @@ from .features import feature_parts
 from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY, OnnxSelector, Provider, runtime_with
 from .policies import Groups
 from .scorers import Folded, Scorer
-from .selector import LayerSelector, LynxSelector
+from .selector import LayerSelector, LynxSelector, run_instead
 from .traces import write_atomically
 
 FILE = "selector.onnx"
@@ -82,8 +82,8 @@ def decide(rule: LayerSelector, folded: Folded, groups: Groups, threshold: Tenso
     """
     costs = folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
     anchor, keep = rule.keep(groups, rule.totals(groups, costs), threshold)
-    kept = keep.gather(-1, groups.indices.flatten()).view_as(groups.indices) & groups.active.unsqueeze(-1)
-    return Answer(keep, costs, torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept)
+    indices, weights, _ = run_instead(groups, anchor, keep)
+    return Answer(keep, costs, indices, weights)
 
 
 class Graph(nn.Module):

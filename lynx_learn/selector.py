@@ -29,6 +29,15 @@ KERNELS = ("auto", "torch", "triton")
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
 
+def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
+
+    Arguments as `LayerSelector.keep` takes and gives them.
+    """
+    kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & groups.active.unsqueeze(-1)
+    return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
+
+
 class LayerSelector(nn.Module):
     """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
 
@@ -74,15 +83,10 @@ class LayerSelector(nn.Module):
     def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
         """The decision without what surrogates answer."""
         anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
-        live = groups.active.unsqueeze(-1)
-        kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & live
+        indices, weights, kept = run_instead(groups, anchor, keep)
         used = used_experts(groups.indices, groups.active, keep.shape[-1])
-        return Decision(
-            torch.where(kept, groups.indices, anchor.unsqueeze(-1)),
-            groups.weights * kept,
-            answered=kept ^ live if self.surrogates.rank else None,
-            loads=(used, used & keep),
-        )
+        dropped = kept ^ groups.active.unsqueeze(-1) if self.surrogates.rank else None
+        return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
 
     def answer(self, groups: Groups, decision: Decision) -> Decision:
         """With what surrogates answer."""
