@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from . import corpus as corpora
-from .errors import ModelError, OptionError
+from .errors import OptionError
 from .families import MoeLayer
 from .figures import step_times
-from .models import DTYPES, REFERENCE, environment, load_model
+from .models import DTYPES, REFERENCE, environment, load_model, pick_device
 from .policies import Decision, Groups, Policy, used_experts
 from .progress import track
 from .runtime import skip_experts
@@ -182,7 +182,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise OptionError(f"{out} is a file: choose another --out")
-    device = _device(options)
+    device = pick_device(options.device)
     report: dict[str, Any] = {
         "options": asdict(options),
         "environment": {**environment(), "device": str(device), "threads": options.threads},
@@ -213,17 +213,6 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     write_atomically(out / "bench.json", json.dumps(report, indent=2).encode())
     step_times(report, out)
     return report
-
-
-def _device(options: BenchOptions) -> torch.device:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"--device {name!r} is not usable: expected auto, cpu, or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"--device {name} is not usable: no GPU is visible to torch; take cpu")
-    return device
 
 
 def _load(options: BenchOptions, device: torch.device, dtype: str) -> tuple[nn.Module, Any]:

@@ -35,6 +35,21 @@ def reference_moe() -> str:
     return str(files("lynx_learn") / "reference_moe")
 
 
+def pick_device(name: str) -> torch.device:
+    """A torch device by name, or for `auto` the first GPU, or the CPU where there is none.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ModelError(f"--device {name!r} is not usable: expected auto, cpu, or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {name} is not usable: no GPU is visible to torch; take cpu")
+    return device
+
+
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load model and tokenizer; safetensors weights only, no code from the repository.
 
@@ -55,9 +70,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     if device == "auto" and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
     try:
-        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise ModelError(f"--device {device} is not usable: no GPU is visible to torch; take cpu")
+        target = pick_device(device)
         # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
         safe: dict[str, Any] = {"trust_remote_code": False}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
