@@ -142,7 +142,7 @@ class CPURouter:
 
 
 class Experts:
-    """Keeps what it is called with; its output is all ones."""
+    """Keeps what it is called with."""
 
     def __init__(self) -> None:
         self.quant_method, self.apply_router_weight_on_input = object(), False
@@ -150,7 +150,12 @@ class Experts:
 
     def forward_modular(self, **called: Tensor) -> Tensor:
         self.called = called
-        return torch.ones_like(called["x"])
+        return run_experts(called["topk_weights"], called["topk_ids"])
+
+
+def run_experts(weights: Tensor, ids: Tensor) -> Tensor:
+    """What the stand-in's experts return: expert e answers e + 1, whatever it is given."""
+    return (weights * (ids + 1)).sum(-1, keepdim=True).expand(-1, HIDDEN)
 
 
 def engine_runner(**changes: Any) -> Any:
@@ -234,7 +239,7 @@ def test_without_a_decode_step_nothing_changes() -> None:
     ran = run_layer(found, hidden, logits)
     assert torch.equal(ran[0], weights)
     assert torch.equal(ran[1], indices.int())
-    assert torch.equal(ran[2], torch.ones_like(hidden))
+    assert torch.equal(ran[2], run_experts(weights, indices))
     assert not found.sums.any()
 
 
@@ -258,21 +263,25 @@ def test_a_decode_step_runs_the_policys_decision(scale: float, rank: int, monkey
     torch.testing.assert_close(ran[0][real] * scale, wanted.weights[0])
     assert torch.equal(ran[1][real].long(), wanted.indices[0])
     added = wanted.addition[0] if rank == 0 else torch.zeros_like(wanted.addition[0])
-    torch.testing.assert_close((ran[2][real] - 1) * scale, added, rtol=1e-4, atol=1e-5)
+    routed = run_experts(ran[0], ran[1])
+    torch.testing.assert_close((ran[2] - routed)[real] * scale, added, rtol=1e-4, atol=1e-4)
+    # The kernel is given no row that has nothing to say.
+    assert found.layers[0].runner.routed_experts.called["topk_weights"].all()
     before, after = (int(part.sum()) for part in wanted.loads)
     assert after < before
     assert found.sums.tolist()[:3] == [before, after, REAL * TOP_K]
     # Rows of padding load nothing of their own and receive nothing.
     assert set(ran[1][REAL:].flatten().tolist()) <= set(ran[1][real].flatten().tolist())
     assert not ran[0][REAL:].any()
-    assert torch.equal(ran[2][REAL:], torch.ones_like(ran[2][REAL:]))
+    assert not ran[2][REAL:].any()
 
 
 def test_an_output_that_is_reduced_already_is_added_to_by_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_tensor_rank", lambda: 1)
     found = acting(_fused_output_is_reduced=True)
     found.step = Step(ROWS, ())
-    assert not torch.equal(run_layer(found, *inputs())[2], torch.ones(ROWS, HIDDEN))
+    weights, ids, output = run_layer(found, *inputs())
+    assert not torch.allclose(output, run_experts(weights, ids))
 
 
 def test_rows_that_opted_out_keep_everything_and_do_not_vote() -> None:
@@ -285,7 +294,7 @@ def test_rows_that_opted_out_keep_everything_and_do_not_vote() -> None:
     for row in kept:
         assert torch.equal(ran[0][row], weights[row])
         assert torch.equal(ran[1][row], indices[row].int())
-        assert torch.equal(ran[2][row], torch.ones(HIDDEN))
+        torch.testing.assert_close(ran[2][row], run_experts(weights[[row]], indices[[row]])[0])
     assert (ran[0][:REAL] == 0).any()  # the others skip
     few = acting({REAL: SOME})  # with two rows less than that, nothing may be skipped
     few.step = Step(REAL, kept)

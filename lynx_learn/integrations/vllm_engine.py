@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -395,6 +395,9 @@ class _LayerHook:
         self.scale = float(runner.routed_scaling_factor)
         # Until a reduction sums the workers' outputs, one of them adds for all.
         self.adds = runner._fused_output_is_reduced or _tensor_rank() == 0
+        # On the CPU the kernel multiplies rows of weight 0 like any other, and which rows stay is known without waiting.
+        self.gathers = layer.device.type == "cpu"
+        self.decided = False
         self.ids: Tensor | None = None
         self.addition: Tensor | None = None
         acting._replace(runner.router, "_compute_routing", self.route)
@@ -411,6 +414,7 @@ class _LayerHook:
         weights, ids = own(hidden_states, router_logits, *args, **kwargs)
         step = self.acting.step
         self.ids = self.addition = None
+        self.decided = step is not None
         if step is None:
             return weights, ids
         if self.acting.masks is None:
@@ -441,13 +445,25 @@ class _LayerHook:
         return (decision.weights[0] / self.scale).to(weights.dtype), new
 
     def run_experts(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = own(*args, **kwargs)
+        run = partial(_run_kept, own) if self.decided and self.gathers else own
+        output = run(*args, **kwargs)
         if self.ids is not None and torch.equal(kwargs["topk_ids"].long(), self.ids.long()):
             self.acting.reached.add(self.layer.index)
         if self.addition is not None:
             output[:, : self.layer.hidden_size] += self.addition.to(output.dtype)
         self.ids = self.addition = None
         return output
+
+
+def _run_kept(own: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
+    """As `own`, a layer's `forward_modular`, but only for assignments that stay, each as a token with one expert."""
+    token, place = topk_weights.nonzero(as_tuple=True)
+    if not len(token):
+        return own(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
+    weights, ids = (part[token, place].unsqueeze(-1) for part in (topk_weights, topk_ids))
+    rows = own(x=x[token], topk_weights=weights, topk_ids=ids, **kwargs)
+    total = torch.zeros(len(x), rows.shape[-1], dtype=torch.float32).index_add_(0, token, rows.float())
+    return total.to(rows.dtype)
 
 
 def _say(error: LynxError) -> None:
