@@ -2,7 +2,7 @@
 
 A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
 file that holds it. A case may also have `prompts` (text or tokens), `sampling`, and `architecture`, the class of the
-model. Where all log-probabilities are asked for, they come in the order of the vocabulary.
+model.
 """
 
 import json
@@ -43,8 +43,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             "said": said.lines,
         }
         if sampling.logprobs:
-            tables = [[[table[t].logprob for t in sorted(table)] for table in output.logprobs] for output in outputs]
-            result["logprobs"] = tables
+            result["logprobs"] = [
+                [{token: part.logprob for token, part in sorted(table.items())} for table in output.logprobs]
+                for output in outputs
+            ]
         return result
     except Exception as error:  # what a user sees last
         return {"error": f"{type(error).__name__}: {error}"}
