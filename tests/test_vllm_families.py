@@ -36,8 +36,6 @@ EXPERTS, TOP_K = 16, 4
 BUDGET, SHARE = "1.0", 0.5
 TOLERANCE = 1e-3
 LOUDER = 4.0
-SPLIT = "deepseek_v3"
-"""The family that is also run on two workers."""
 ROOT = Path(__file__).parents[1]
 PROMPTS = words(STREAMS, PROMPT)
 SETTINGS: dict[str, Any] = {
@@ -73,7 +71,7 @@ LATENT: dict[str, Any] = {
     "num_hidden_layers": 3,
     "routed_scaling_factor": 2.5,
 }
-# The kernel for the CPU turns only the first head of queries that come as `(tokens, heads, width)`, so it is not taken.
+# The kernel for the CPU turns queries of several heads wrongly where they come as `(tokens, heads, width)`: not taken.
 LATENT_ENGINE: dict[str, Any] = {
     "attention_backend": "CPU_MLA",
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
@@ -187,7 +185,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         selector = selector.with_config(thresholds={"kl": {BUDGET: {"1": threshold}}})
         selector.save_pretrained(own / "selector")
         subjects[name] = (model, selector)
-        case = {
+        one = {
             "name": name,
             "architecture": type(model).__name__,
             "environment": {"LYNX_SELECTOR": str(own / "selector"), "LYNX_BUDGET": BUDGET},
@@ -195,9 +193,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "prompts": PROMPTS.tolist(),
             "sampling": sampling,
         }
-        cases.append(case)
-        if name == SPLIT:
-            cases.append({**case, "name": f"{name} split", "engine": {**case["engine"], "tensor_parallel_size": 2}})
+        cases.append(one)
     reference = {
         "architecture": "Qwen3MoeForCausalLM",
         "environment": {"LYNX_SELECTOR": str(ROOT / "selectors" / "reference-moe"), "LYNX_BUDGET": "0.01"},
@@ -223,11 +219,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
-    return {**{one["name"]: one for one in found}, "subjects": subjects, "log": done.stdout}
+    return {**{result["name"]: result for result in found}, "subjects": subjects, "log": done.stdout}
 
 
-def subject(results: dict[str, Any], family: str, engine: str = "") -> Subject:
-    found = results[engine or family]
+def subject(results: dict[str, Any], family: str) -> Subject:
+    found = results[family]
     assert "error" not in found, found["error"]
     return Subject(*results["subjects"][family], found)
 
@@ -241,10 +237,6 @@ def distance(a: Tensor, b: Tensor) -> float:
 def test_a_family_skips_as_transformers_does(results: dict[str, Any], family: str) -> None:
     ran = subject(results, family)
     assert "self-check passed" in ran.found["said"][-1]
-    check_against_transformers(ran)
-
-
-def check_against_transformers(ran: Subject) -> None:
     served, counted = ran.served, ran.found["counted"]
     wanted, stats = ran.simulated(ran.selector)
     untouched, _ = ran.simulated(None)
@@ -264,11 +256,6 @@ def check_against_transformers(ran: Subject) -> None:
     assert min(far, mute) > 50 * TOLERANCE
 
 
-def test_split_over_two_workers_as_transformers_does(results: dict[str, Any]) -> None:
-    """With a shared expert, and a factor on what the sum over the workers gives."""
-    check_against_transformers(subject(results, SPLIT, f"{SPLIT} split"))
-
-
 def test_split_over_two_workers_as_in_one(results: dict[str, Any]) -> None:
     """Each worker decides for itself, and one of them adds what surrogates answer and counts."""
     whole, split = (results[name] for name in ("reference", "reference split"))
@@ -282,4 +269,4 @@ def test_split_over_two_workers_as_in_one(results: dict[str, Any]) -> None:
     assert whole["counted"]["acted"] == NEW - 1
     assert whole["counted"]["experts_loaded"] < 0.75 * whole["counted"]["experts_routed"]
     workers = re.findall(r"Worker_TP(\d) .*self-check passed", results["log"])
-    assert sorted(workers) == ["0", "0", "1", "1"]
+    assert sorted(workers) == ["0", "1"]
