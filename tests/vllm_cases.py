@@ -1,36 +1,77 @@
 """Engines of vLLM started one after the other in one process, each under other settings; prints one JSON line each.
 
-A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}.
+A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
+file that holds it. A case may also have `prompts` (text or tokens), `sampling`, and `architecture`, the class of the
+model.
 """
 
 import json
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+LOGGER = "vllm.plugins.lynx_learn"
 PROMPTS = ["def main():", "Question: Ann has 3 apples", "It was a dark", "import os\n"] * 4
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    from lynx_learn.integrations import vllm_metrics
 
     own: dict[str, str] = case["environment"]
     os.environ.update(own)
+    prompts = [part if isinstance(part, str) else {"prompt_token_ids": part} for part in case.get("prompts", PROMPTS)]
+    sampling = SamplingParams(**case.get("sampling", {"temperature": 0, "max_tokens": 16}))
+    if name := case.get("architecture"):
+        # Looked at here; otherwise vLLM starts a process to look at each class that it has not seen on this machine.
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    said = Said()
+    folder = os.environ.get(vllm_metrics.FOLDER)
+    before = vllm_metrics.read_totals(Path(folder)) if folder else {}
     try:
         engine = LLM(**case["engine"])
-        outputs = engine.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-        return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        logging.getLogger(LOGGER).addHandler(said)  # only now: starting vLLM takes handlers off
+        outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
+        after = vllm_metrics.read_totals(Path(os.environ[vllm_metrics.FOLDER]))
+        result: dict[str, Any] = {
+            "tokens": [list(output.token_ids) for output in outputs],
+            "counted": {name: count - before.get(name, 0) for name, count in after.items()},
+            "said": said.lines,
+        }
+        if sampling.logprobs:
+            result["logprobs"] = [
+                [{token: part.logprob for token, part in sorted(table.items())} for table in output.logprobs]
+                for output in outputs
+            ]
+        return result
     except Exception as error:  # what a user sees last
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         engine = None
+        logging.getLogger(LOGGER).removeHandler(said)
         cleanup_dist_env_and_memory()
         for key in own:
             del os.environ[key]
 
 
+class Said(logging.Handler):
+    """Keeps what the plugin logs in this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "lynx-learn" in (text := record.getMessage()):
+            self.lines.append(text)
+
+
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process
-    for case in json.loads(sys.argv[1]):
+    listed = sys.argv[1] if sys.argv[1].startswith("[") else Path(sys.argv[1]).read_text(encoding="utf-8")
+    for case in json.loads(listed):
         print(json.dumps({"name": case["name"], **run(case)}), flush=True)
