@@ -3,10 +3,10 @@
 import inspect
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from . import corpus as corpora
 from .errors import OptionError, TraceError
 from .families import MoeLayer, find_moe_layers, model_type, router_fingerprint
 from .hooks import Routing, intercept
-from .models import LoadedModel, load_model
+from .models import load_model
 from .progress import track
-from .traces import PHASES, Trace, TraceOptions, TraceWriter
+from .traces import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class CollectOptions:
         length: tokens of a sequence.
         prompt: in mode `generate`, tokens of the prompt.
         batch_size: sequences run together, and stored in one shard.
+        engine: `transformers`, or `vllm` where that is installed.
+        engine_options: with vLLM, further arguments of its `LLM`, e.g. {"tensor_parallel_size": 2}.
         device: cpu, cuda, cuda:1, …; or auto, which spreads a large model over the GPUs.
         dtype: float32, bfloat16, float16; or auto, the checkpoint's own.
         seed: of the sampling in mode `generate`.
@@ -48,11 +50,17 @@ class CollectOptions:
     length: int = 256
     prompt: int = 32
     batch_size: int = 16
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_options: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.engine == "transformers" and self.engine_options:
+            raise OptionError("--engine_options is not usable with transformers: give it with --engine vllm")
+        if self.engine == "vllm" and self.device != "auto":
+            raise OptionError(f"--device {self.device} is not usable: vLLM runs on the device that it was built for")
         for name in ("tokens", "length", "batch_size"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
@@ -60,16 +68,32 @@ class CollectOptions:
             raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 1 ({self.length - 1})")
 
 
+class Tracer(Protocol):
+    """A model at work in an engine, that tells what each of its MoE layers did."""
+
+    @property
+    def model(self) -> TracedModel: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def run(self, rows: Tensor, options: TraceOptions, shard: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Run token rows `(sequences, positions)`, and go on to `options.length` where they are shorter.
+
+        Returns:
+            The rows in full, and per layer `hidden`, `logits`, `indices` and `weights` of all their tokens in order.
+        """
+
+
 def collect(options: CollectOptions) -> Trace:
     """Write the trace directory `options.out` and return it opened."""
-    loaded = load_model(options.model, options.device, options.dtype)
-    layers = find_moe_layers(loaded.model)
-    trace_options = describe(options, loaded, layers)
+    tracer = start(options)
+    trace_options = describe(options, tracer.model)
     out = Path(options.out)
     writer = TraceWriter(out, trace_options)
     if not writer.complete:
         check_room(out, trace_options)
-        _write_shards(writer, loaded, layers)
+        _write_shards(writer, tracer)
     trace = Trace.open(out)
     if trace.collected_tokens < options.tokens:
         text = f"{options.corpus!r} ({options.split} split)"
@@ -77,25 +101,20 @@ def collect(options: CollectOptions) -> Trace:
     return trace
 
 
-def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer]) -> TraceOptions:
+def start(options: CollectOptions) -> Tracer:
+    """Load the model in the engine that is asked for."""
+    if options.engine == "transformers":
+        return TransformersTracer(options)
+    from .integrations.vllm_collect import VllmTracer  # imports vLLM, which is not everywhere
+
+    return VllmTracer(options.model, options.dtype, options.length, options.batch_size, options.engine_options)
+
+
+def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
     """The trace's identity, from the options and the model."""
-    first = layers[0]
-    for layer in layers:
-        if (layer.num_experts, layer.top_k, layer.hidden_size) != (first.num_experts, first.top_k, first.hidden_size):
-            raise OptionError(
-                f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
-            )
     return TraceOptions(
-        model=options.model,
-        revision=loaded.revision,
-        model_type=model_type(loaded.model),
-        router_fingerprint=router_fingerprint(layers),
-        layers=tuple(layer.name for layer in layers),
-        num_experts=first.num_experts,
-        top_k=first.top_k,
-        hidden_size=first.hidden_size,
-        expert_bytes=first.expert_bytes,
-        dtype=str(first.dtype).removeprefix("torch."),
+        **asdict(model),
+        engine=options.engine,
         corpus=options.corpus,
         split=options.split,
         mode=options.mode,
@@ -105,6 +124,60 @@ def describe(options: CollectOptions, loaded: LoadedModel, layers: list[MoeLayer
         sequences_per_shard=options.batch_size,
         seed=options.seed,
     )
+
+
+class TransformersTracer:
+    """A transformers model with hooks on its MoE blocks."""
+
+    def __init__(self, options: CollectOptions) -> None:
+        self.loaded = load_model(options.model, options.device, options.dtype)
+        self.tokenizer = self.loaded.tokenizer
+        self.layers = find_moe_layers(self.loaded.model)
+        first = self.layers[0]
+        shape = (first.num_experts, first.top_k, first.hidden_size)
+        for layer in self.layers:
+            if (layer.num_experts, layer.top_k, layer.hidden_size) != shape:
+                raise OptionError(
+                    f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
+                )
+        self.model = TracedModel(
+            model=options.model,
+            revision=self.loaded.revision,
+            model_type=model_type(self.loaded.model),
+            router_fingerprint=router_fingerprint(self.layers),
+            layers=tuple(layer.name for layer in self.layers),
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            hidden_size=first.hidden_size,
+            expert_bytes=first.expert_bytes,
+            dtype=str(first.dtype).removeprefix("torch."),
+        )
+
+    def run(self, rows: Tensor, options: TraceOptions, shard: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        if rows.shape[1] < options.length:
+            rows = self._continue(rows, options, shard)
+        return rows, record(self.loaded.model, self.layers, rows)
+
+    @torch.no_grad()
+    def _continue(self, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:
+        """The model's own continuation of each prompt, sampled at temperature 1, to the full length.
+
+        Seeded by the shard alone, so that a resumed run samples the same.
+        """
+        torch.manual_seed(options.seed * 1_000_003 + shard)
+        prompts = prompts.to(self.loaded.input_device)
+        out = self.loaded.model.generate(  # type: ignore[operator]
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            min_new_tokens=options.length - options.prompt,
+            max_new_tokens=options.length - options.prompt,
+        )
+        return out.cpu()
 
 
 def check_room(out: Path, options: TraceOptions) -> None:
@@ -123,9 +196,9 @@ def check_room(out: Path, options: TraceOptions) -> None:
         )
 
 
-def _write_shards(writer: TraceWriter, loaded: LoadedModel, layers: list[MoeLayer]) -> None:
+def _write_shards(writer: TraceWriter, tracer: Tracer) -> None:
     options = writer.options
-    sequences = corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, options.split)  # type: ignore[arg-type]
+    sequences = corpora.read_sequences(options.corpus, tracer.tokenizer, options.length, options.split)  # type: ignore[arg-type]
     wanted = -(-options.tokens // options.length)
     batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
     sources: list[str] = []
@@ -148,14 +221,9 @@ def _write_shards(writer: TraceWriter, loaded: LoadedModel, layers: list[MoeLaye
         if stored is not None:
             _check_text(writer, rows[:, : prompt or None], stored)
         else:
-            if prompt:
-                rows = _continue(loaded, rows[:, :prompt], options, shards)
+            rows, traced = tracer.run(rows[:, : prompt or None], options, shards)
             first = shards * options.sequences_per_shard
-            writer.write(
-                shards,
-                record(loaded.model, layers, rows),
-                _index(rows, first, prompt, [sources.index(n) for n in names]),
-            )
+            writer.write(shards, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
         shards += 1
     writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
 
@@ -173,28 +241,6 @@ def _check_text(writer: TraceWriter, rows: Tensor, stored: dict[str, Tensor]) ->
 def _batches(sequences: Iterator[tuple[list[int], str]], size: int) -> Iterator[tuple[Tensor, list[str]]]:
     while chunk := list(islice(sequences, size)):
         yield torch.tensor([tokens for tokens, _ in chunk]), [source for _, source in chunk]
-
-
-@torch.no_grad()
-def _continue(loaded: LoadedModel, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:
-    """The model's own continuation of each prompt, sampled at temperature 1, to the full length.
-
-    Seeded by the shard alone, so that a resumed run samples the same.
-    """
-    torch.manual_seed(options.seed * 1_000_003 + shard)
-    prompts = prompts.to(loaded.input_device)
-    out = loaded.model.generate(  # type: ignore[operator]
-        input_ids=prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        min_new_tokens=options.length - options.prompt,
-        max_new_tokens=options.length - options.prompt,
-    )
-    return out.cpu()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ reproduces that from the router's logits, and a model that does not fit is refus
 import hashlib
 import inspect
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -82,10 +83,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """
     layers: list[MoeLayer] = []
     refusal = f"model type {model_type(model)!r} is not supported: "
-    for name, module in model.named_modules():
-        experts = getattr(module, "experts", None)
-        if not isinstance(experts, nn.Module) or isinstance(module, nn.ModuleList):
-            continue
+    for name, module, experts in moe_blocks(model):
         try:
             layers.append(_read_block(len(layers), name, module, experts))
         except ModelError as error:
@@ -105,6 +103,14 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
         if count > 1 and not isinstance(model.get_submodule(name), nn.ModuleList):
             raise ModelError(f"{refusal}{name} has {count} MoE blocks, and which of them runs depends on the token")
     return layers
+
+
+def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Name, module and experts of whatever has the structure of an MoE block; also of a model without weights."""
+    for name, module in model.named_modules():
+        experts = getattr(module, "experts", None)
+        if isinstance(experts, nn.Module) and not isinstance(module, nn.ModuleList):
+            yield name, module, experts
 
 
 def _stacked(module: nn.Module) -> list[nn.Parameter]:

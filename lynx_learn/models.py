@@ -50,6 +50,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def model_path(name: str) -> str:
+    """What transformers and vLLM are given for the name of a model."""
+    return reference_moe() if name == REFERENCE else name
+
+
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """Load model and tokenizer; safetensors weights only, no code from the repository.
 
@@ -65,7 +70,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
 
     if dtype not in DTYPES:
         raise ModelError(f"--dtype {dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
-    path = reference_moe() if name == REFERENCE else name
+    path = model_path(name)
     placement: dict[str, Any] = {}
     if device == "auto" and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
@@ -92,8 +97,12 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
         raise ModelError(
             f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model"
         ) from error
-    revision = getattr(model.config, "_commit_hash", None) or _folder_revision(Path(path))
-    return LoadedModel(model.eval(), tokenizer, revision)
+    return LoadedModel(model.eval(), tokenizer, revision_of(path, model.config))
+
+
+def revision_of(path: str, config: Any) -> str:
+    """Commit of a model from the Hub; of one in a folder what the folder says."""
+    return getattr(config, "_commit_hash", None) or _folder_revision(Path(path))
 
 
 def _folder_revision(path: Path) -> str:

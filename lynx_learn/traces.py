@@ -31,9 +31,9 @@ LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
 INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
 
 
-@dataclass(frozen=True)
-class TraceOptions:
-    """Everything that decides a trace's content, and the shape of the model it is of."""
+@dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """What a trace says of the model that it is of."""
 
     model: str
     revision: str
@@ -45,6 +45,13 @@ class TraceOptions:
     hidden_size: int
     expert_bytes: int
     dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(TracedModel):
+    """Everything that decides a trace's content."""
+
+    engine: str = "transformers"
     corpus: str
     split: str
     mode: str

