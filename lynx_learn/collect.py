@@ -3,6 +3,7 @@
 import inspect
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -84,16 +85,19 @@ class Tracer(Protocol):
             The rows in full, and per layer `hidden`, `logits`, `indices` and `weights` of all their tokens in order.
         """
 
+    def close(self) -> None:
+        """Give back what does not go away by itself."""
+
 
 def collect(options: CollectOptions) -> Trace:
     """Write the trace directory `options.out` and return it opened."""
-    tracer = start(options)
-    trace_options = describe(options, tracer.model)
     out = Path(options.out)
-    writer = TraceWriter(out, trace_options)
-    if not writer.complete:
-        check_room(out, trace_options)
-        _write_shards(writer, tracer)
+    with closing(start(options)) as tracer:
+        trace_options = describe(options, tracer.model)
+        writer = TraceWriter(out, trace_options)
+        if not writer.complete:
+            check_room(out, trace_options)
+            _write_shards(writer, tracer)
     trace = Trace.open(out)
     if trace.collected_tokens < options.tokens:
         text = f"{options.corpus!r} ({options.split} split)"
@@ -157,6 +161,9 @@ class TransformersTracer:
         if rows.shape[1] < options.length:
             rows = self._continue(rows, options, shard)
         return rows, record(self.loaded.model, self.layers, rows)
+
+    def close(self) -> None:
+        """Nothing: hooks are there only while a model runs."""
 
     @torch.no_grad()
     def _continue(self, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:

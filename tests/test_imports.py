@@ -117,7 +117,7 @@ INTEGRATIONS = {
     "vllm_record": "errors families",
     "vllm_engine": "errors families policies selector",
     "vllm_collect": "errors families models traces",
-    "vllm_bench": "",
+    "vllm_bench": "errors",
 }
 
 

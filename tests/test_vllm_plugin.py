@@ -2,8 +2,11 @@
 
 import logging
 import os
+import sys
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor
 
 from lynx_learn.errors import OptionError, SelectorError
 from lynx_learn.families import find_moe_layers
-from lynx_learn.integrations import vllm_engine, vllm_layers, vllm_metrics
+from lynx_learn.integrations import vllm_bench, vllm_engine, vllm_layers, vllm_metrics
 from lynx_learn.integrations.vllm import (
     Settings,
     UnsupportedError,
@@ -410,3 +413,49 @@ def test_a_selector_of_another_shape_is_refused() -> None:
     assert os.environ.get(vllm_metrics.FOLDER) is None
     with pytest.raises(SelectorError, match="load the model it was trained for"):
         Acting(SimpleNamespace(), acting().layers[:1], other.at_threshold(SOME))
+
+
+class Page(BaseHTTPRequestHandler):
+    """A server's answer to whatever is asked: what `server.page` holds, or 404 without."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.server.page else 404)  # type: ignore[attr-defined]
+        self.end_headers()
+        self.wfile.write(self.server.page)  # type: ignore[attr-defined]
+
+    def log_message(self, *_: Any) -> None:
+        """Quietly."""
+
+
+@pytest.mark.parametrize(
+    ("words", "page", "line"),
+    [
+        (
+            [],
+            b"vllm:num_requests_running 0.0\n",
+            "skips no experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET",
+        ),
+        ([], b"", "/metrics answers 404"),
+        ([], None, "no server answers at http://127.0.0.1:"),
+        (["--prompts", "100000"], b"", "--prompts 100000 is not usable: expected 1 to "),
+        (["--tokens", "1"], b"", "expected --tokens of 2 or more"),
+    ],
+)
+def test_the_comparison_says_what_is_missing(
+    words: list[str], page: bytes | None, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        server.page = page  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_port
+        if page is None:
+            server.shutdown()
+            server.server_close()
+        monkeypatch.setattr(sys, "argv", ["vllm_bench", "--url", f"http://127.0.0.1:{port}/", *words])
+        assert vllm_bench.main() == 2
+        server.shutdown()
+    said = capsys.readouterr()
+    assert said.err.startswith("lynx-learn: ")
+    assert line in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out

@@ -88,6 +88,13 @@ class VllmTracer:
             raise TraceError("vLLM ran other tokens than it was given: its traces cannot be collected")
         return wanted, layers
 
+    def close(self) -> None:
+        """End the engine and its workers, so that another one can be started in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.engine.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
 
 def read_structure(name: str, path: str) -> tuple[Any, tuple[str, ...], int]:
     """The model's configuration, transformers' names of its MoE blocks, and the numbers in one expert; no weight is read.
