@@ -215,9 +215,6 @@ def test_fewer_experts_and_the_simulated_loss(untouched: Server, skipping: Serve
     steps = counted['lynx_steps_total{outcome="acted"}'] * len(layers)
     before, after = (counted[f"lynx_experts_{part}_total"] / steps for part in ("routed", "loaded"))
     print(f"served KL {served.mean():.5f}, simulated {simulated.mean():.5f}, first {max(first):.2g}")
-    print(
-        "corr", torch.corrcoef(torch.stack([served.flatten(), simulated.flatten()])), served.mean(0), simulated.mean(0)
-    )
     print(f"experts {before:.2f} -> {after:.2f}, simulated {stats}, {counted}")
     assert max(first) < 1e-4
     assert after < 0.75 * before
@@ -310,14 +307,15 @@ def test_preempted_requests_come_back(untouched: Server, skipping: Server, promp
 
 
 def test_readme_serves_and_compares(tmp_path: Path) -> None:
-    """The section's commands, but for the name of the server's: `vllm` of the CPU package does not start."""
+    """The section's commands, each to the letter but for the folder and the port."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     section = text[text.index("## Serve with vLLM") : text.index("## Measured")]
     serve, compare = re.findall(r"^```bash\n(.*?)^```", section, flags=re.M | re.S)
     export, command = serve.strip().splitlines()
     settings = dict(part.split("=") for part in export.removeprefix("export ").split())
-    assert command.startswith("vllm serve lynx_learn/reference_moe ")
-    options = tuple(command.removeprefix("vllm serve lynx_learn/reference_moe ").split())
+    start = "python -m vllm.entrypoints.openai.api_server --model lynx_learn/reference_moe "
+    assert command.startswith(start)
+    options = tuple(command.removeprefix(start).split())
     settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
     with serving(tmp_path, "readme", options, {}, **settings) as server:
         words = compare.split()
