@@ -125,7 +125,8 @@ def check_shape(layers: list[EngineLayer], selector: LynxSelector) -> None:
         ):
             raise SelectorError(
                 f"the selector is for {config.top_k} of {config.num_experts} experts of width {config.hidden_size} "
-                f"({config.base_model}), layer {layer.name} has {layer.top_k} of {layer.num_experts} of width {layer.hidden_size}"
+                f"({config.base_model}), layer {layer.name} has {layer.top_k} of {layer.num_experts} of width {layer.hidden_size}: "
+                "load the model it was trained for"
             )
 
 

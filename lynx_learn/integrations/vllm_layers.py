@@ -69,7 +69,9 @@ def find_layers(model: nn.Module, names: tuple[str, ...], expert_bytes: int) -> 
 
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoERunner)]
     if not found:
-        raise UnsupportedError(f"{type(model).__name__} has no MoE layer that can be acted on")
+        raise UnsupportedError(
+            f"{type(model).__name__} has no MoE layer that can be acted on: load a Mixture-of-Experts model"
+        )
     layers = []
     for index, (path, runner) in enumerate(found):
         block = model.get_submodule(path.rpartition(".")[0])
