@@ -38,6 +38,15 @@ def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, T
     return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
 
 
+def sum_in_order(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums `(..., count)` of the values `(..., N)` that go to each place `(..., N)`, always in the same order.
+
+    A GPU's `scatter_add` adds in whatever order it comes to; workers that share a layer's experts must decide alike.
+    """
+    here = places.unsqueeze(-1) == torch.arange(count, device=places.device)
+    return torch.where(here, values.unsqueeze(-1), 0.0).sum(-2)
+
+
 class LayerSelector(nn.Module):
     """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
 
@@ -59,9 +68,11 @@ class LayerSelector(nn.Module):
     def totals(groups: Groups, costs: Tensor) -> Tensor:
         """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
         counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
-        flat = groups.indices.flatten(-2)
-        zeros = torch.zeros(*flat.shape[:-1], groups.logits.shape[-1], dtype=costs.dtype, device=costs.device)
-        return zeros.scatter_add(-1, flat, counted.flatten(-2))
+        flat, values, experts = groups.indices.flatten(-2), counted.flatten(-2), groups.logits.shape[-1]
+        if costs.is_cuda:
+            return sum_in_order(flat, values, experts)
+        zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
+        return zeros.scatter_add(-1, flat, values)
 
     def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""

@@ -21,7 +21,7 @@ from lynx_learn.families import MoeLayer, find_moe_layers
 from lynx_learn.features import assignment_features
 from lynx_learn.policies import Decision, Groups
 from lynx_learn.runtime import skip_experts
-from lynx_learn.selector import LayerSelector, LynxSelector, ThresholdPolicy
+from lynx_learn.selector import LayerSelector, LynxSelector, ThresholdPolicy, sum_in_order
 
 THRESHOLDS = {"kl": {"0.01": {"4": 0.5, "8": 2.0}, "0.1": {"1": 3.0}}, "nll": {"0.01": {"2": 0.25}}}
 
@@ -365,3 +365,12 @@ def test_deciding_is_one_graph_for_any_values(
             groups = groups._replace(active=torch.zeros_like(groups.active))
         with torch.no_grad(), torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
             assert same(traced(groups), policy.decide(layer, groups))
+
+
+def test_sums_in_order_are_those_of_scatter_add() -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, 6, (3, 20), generator=generator)
+    values = torch.rand(3, 20, generator=generator)
+    values[0, 0], values[1, 0] = torch.inf, torch.nan
+    wanted = torch.zeros(3, 7).scatter_add(-1, places, values)
+    torch.testing.assert_close(sum_in_order(places, values, 7), wanted, equal_nan=True)

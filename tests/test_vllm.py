@@ -126,7 +126,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """One untouched, and one whose setting comes from the environment; both start at the same time."""
     folder = tmp_path_factory.mktemp("servers")
     settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET)}
-    planned = [serving(folder, "untouched"), serving(folder, "skipping", **settings)]
+    # As if started by a process that has an engine itself.
+    inherited = {"LYNX_WORKER_DIR": str(folder / "other")}
+    planned = [serving(folder, "untouched"), serving(folder, "skipping", **settings, **inherited)]
     with ExitStack() as stack, ThreadPoolExecutor(len(planned)) as pool:
         yield list(pool.map(stack.enter_context, planned))
 
@@ -383,6 +385,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("not calibrated", {**asked, "LYNX_BUDGET": "0.02"}, engine),
         ("no such selector", {**asked, "LYNX_SELECTOR": "nowhere"}, engine),
         ("other model", asked, other),
+        ("other weights", asked, engine),
         ("other model, warn", {**asked, "LYNX_ON_UNSUPPORTED": "warn"}, other),
         ("compiled", asked, {**engine, "enforce_eager": False}),
         ("LoRA", asked, {**engine, "enable_lora": True}),
@@ -392,6 +395,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("speculative decoding", asked, {**engine, "speculative_config": NGRAMS}),
     ]
     listed = [{"name": name, "environment": own, "engine": options} for name, own, options in planned]
+    for one in listed:
+        one |= {"reload": other["model"]} if one["name"] == "other weights" else {}
     script = Path(__file__).with_name("vllm_cases.py")
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(listed)],

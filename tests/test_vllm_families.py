@@ -36,6 +36,7 @@ EXPERTS, TOP_K = 16, 4
 BUDGET, SHARE = "1.0", 0.5
 TOLERANCE = 1e-3
 LOUDER = 4.0
+HALF = "glm4_moe in bfloat16"
 ROOT = Path(__file__).parents[1]
 PROMPTS = words(STREAMS, PROMPT)
 SETTINGS: dict[str, Any] = {
@@ -77,6 +78,14 @@ LATENT_ENGINE: dict[str, Any] = {
     "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
 }
 GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+
+
+def glm4_moe() -> PreTrainedModel:
+    sizes = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3}
+    rule = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True}
+    return build("Glm4Moe", **SIZES, **WIDTHS, **sizes, **rule, head_dim=32)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "mixtral": lambda: build("Mixtral", **SIZES, num_local_experts=EXPERTS, intermediate_size=64),
     "qwen2_moe": lambda: build(
@@ -97,6 +106,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         scoring_func="sigmoid",
         norm_topk_prob=True,
     ),
+    "glm4_moe": lambda: glm4_moe(),
     "gpt_oss": lambda: build(
         "GptOss", **SIZES, num_local_experts=EXPERTS, intermediate_size=64, head_dim=32, sliding_window=32
     ),
@@ -176,7 +186,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = []
     sampling = {"temperature": 1.0, "seed": 1, "max_tokens": NEW, "logprobs": VOCAB}
     sampling |= {"ignore_eos": True, "detokenize": False}
-    for name, make in FAMILIES.items():
+    for name, make in [*FAMILIES.items(), (HALF, lambda: glm4_moe().to(torch.bfloat16))]:
         model = make()
         own = folder / name.replace(" ", "-")
         model.save_pretrained(own / "model")
@@ -189,7 +199,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "name": name,
             "architecture": type(model).__name__,
             "environment": {"LYNX_SELECTOR": str(own / "selector"), "LYNX_BUDGET": BUDGET},
-            "engine": {**SETTINGS, "model": str(own / "model"), **(LATENT_ENGINE if "deepseek" in name else {})},
+            "engine": {
+                **SETTINGS,
+                "model": str(own / "model"),
+                **(LATENT_ENGINE if "deepseek" in name else {}),
+                **({"dtype": "bfloat16"} if name == HALF else {}),
+            },
             "prompts": PROMPTS.tolist(),
             "sampling": sampling,
         }
@@ -254,6 +269,13 @@ def test_a_family_skips_as_transformers_does(results: dict[str, Any], family: st
     # Rounding moves a log-probability by some 1e-5; an addition that is off by one per cent moves it by more than 1e-3.
     assert distance(served, wanted) < TOLERANCE
     assert min(far, mute) > 50 * TOLERANCE
+
+
+def test_gates_in_float32_among_bfloat16(results: dict[str, Any]) -> None:
+    """vLLM keeps these gates in another precision than the model, and the fingerprint is the same."""
+    ran = subject(results, HALF)
+    assert "self-check passed" in ran.found["said"][-1]
+    assert ran.found["counted"]["experts_loaded"] < 0.75 * ran.found["counted"]["experts_routed"]
 
 
 def test_split_over_two_workers_as_in_one(results: dict[str, Any]) -> None:

@@ -149,7 +149,7 @@ class Experts:
     """Keeps what it is called with."""
 
     def __init__(self) -> None:
-        self.quant_method, self.apply_router_weight_on_input = object(), False
+        self.quant_method, self.apply_router_weight_on_input = SimpleNamespace(moe_kernel=None), False
         self.called: dict[str, Tensor] = {}
 
     def forward_modular(self, **called: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def engine_runner(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"is_monolithic": True}, r"layer here runs a monolithic kernel \(object\) that routes by itself"),
+        ({"is_monolithic": True}, r"layer here runs a monolithic kernel \(SimpleNamespace\) that routes by itself"),
         ({"router": SimpleNamespace()}, "layer here routes with SimpleNamespace"),
         ({"is_sequence_parallel": True}, "layer here is split over the sequence"),
         ({"routed_input_transform": object()}, "routes a projection of its input"),
@@ -191,9 +191,51 @@ def engine_runner(**changes: Any) -> Any:
     ],
 )
 def test_layers_refused(changes: dict[str, Any], line: str) -> None:
-    vllm_layers.check_layer("here", engine_runner())
+    vllm_layers.check_layer("here", engine_runner(), torch.device("cpu"))
     with pytest.raises(UnsupportedError, match=line):
-        vllm_layers.check_layer("here", engine_runner(**changes))
+        vllm_layers.check_layer("here", engine_runner(**changes), torch.device("cpu"))
+
+
+class TritonExperts:
+    """Named as one of vLLM's kernels."""
+
+
+class FlashInferExperts:
+    """The same."""
+
+
+class TransformersMoERunner(SimpleNamespace):
+    """Named as vLLM's for models that route by themselves."""
+
+
+def test_kernels_that_want_distinct_experts_are_refused_off_the_cpu() -> None:
+    def running(kernel: object) -> Any:
+        experts = Experts()
+        experts.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel))
+        return engine_runner(routed_experts=experts)
+
+    gpu = torch.device("cuda")
+    vllm_layers.check_layer("here", running(TritonExperts()), gpu)
+    vllm_layers.check_layer("here", running(FlashInferExperts()), torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match=r"layer here runs FlashInferExperts, .+ --moe-backend triton"):
+        vllm_layers.check_layer("here", running(FlashInferExperts()), gpu)
+    with pytest.raises(UnsupportedError, match="layer here runs SimpleNamespace, "):
+        vllm_layers.check_layer("here", engine_runner(), gpu)
+
+
+def test_models_that_route_by_themselves_are_refused() -> None:
+    runner = TransformersMoERunner(**vars(engine_runner()))
+    with pytest.raises(UnsupportedError, match="leave --model-impl out"):
+        vllm_layers.check_layer("here", runner, torch.device("cpu"))
+
+
+def test_quantized_gates_are_refused() -> None:
+    gate = torch.nn.Module()
+    gate.weight = torch.nn.Parameter(torch.ones(EXPERTS, HIDDEN), requires_grad=False)
+    assert torch.equal(vllm_layers.read_gate("here", gate)["weight"], gate.weight)
+    gate.weight = torch.nn.Parameter(gate.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(UnsupportedError, match=r"layer here has a quantized gate \(float8_e4m3fn\)"):
+        vllm_layers.read_gate("here", gate)
 
 
 def acting(policy_thresholds: dict[int, float] | None = None, **changes: Any) -> Acting:
@@ -217,7 +259,7 @@ def acting(policy_thresholds: dict[int, float] | None = None, **changes: Any) ->
                 layer.dtype,
             )
         )
-    engine = SimpleNamespace(execute_model=None, _model_forward=None)
+    engine = SimpleNamespace(execute_model=None, _model_forward=None, reload_weights=None)
     found = Acting(engine, layers, ThresholdPolicy(selector, policy_thresholds or {1: SOME}, ""))
     found.attach(Settings("x", 0.01), first=False)
     return found
@@ -372,8 +414,32 @@ def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
     assert found.step is None
 
 
+def test_a_name_that_comes_back_is_a_new_request() -> None:
+    """In the very step that ends the last request of that name."""
+    found = acting()
+    for out in (True, False, True):
+        new = SimpleNamespace(req_id="7", sampling_params=SimpleNamespace(extra_args={"lynx": not out}))
+        scheduled = SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"7": 1}, finished_req_ids={"7"})
+        found._execute_model(lambda _: None, scheduled)
+        assert found.opted == ({"7"} if out else set())
+
+
+def test_weights_that_are_replaced_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = acting()
+    found.runner.get_model = lambda: None
+    monkeypatch.setattr(vllm_engine, "find_layers", lambda *_: found.layers)
+    found._reload_weights(lambda: None)
+    assert found.undo
+    found.layers[0].router.weight.data[0, 0] += 1
+    with pytest.raises(UnsupportedError, match="the model's routers are"):
+        found._reload_weights(lambda: None)
+    assert not found.undo
+    assert found.layers[1].runner.router._compute_routing.__func__ is CPURouter._compute_routing
+
+
 def test_self_check_fails_when_a_layer_did_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(vllm_metrics.FOLDER, str(tmp_path / "lynx-learn-1-x"))
+    monkeypatch.setattr(vllm_metrics, "parent_process", lambda: True)  # a worker's process
     found = acting()
     hidden, logits = inputs(2)
     with pytest.raises(UnsupportedError, match=r"experts of 1 of 2 layers \(model.layers.1.mlp, …\)"):
@@ -423,6 +489,11 @@ class Page(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.server.page)  # type: ignore[attr-defined]
 
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'data: {"error": {"message": "EngineCore died"}}\n\n')
+
     def log_message(self, *_: Any) -> None:
         """Quietly."""
 
@@ -433,8 +504,9 @@ class Page(BaseHTTPRequestHandler):
         (
             [],
             b"vllm:num_requests_running 0.0\n",
-            "skips no experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET",
+            "shows no counters of skipped experts: start the server with LYNX_SELECTOR",
         ),
+        ([], b"lynx_moe_layers 6.0\n", "broke off an answer ({'message': 'EngineCore died'})"),
         ([], b"", "/metrics answers 404"),
         ([], None, "no server answers at http://127.0.0.1:"),
         (["--prompts", "100000"], b"", "--prompts 100000 is not usable: expected 1 to "),

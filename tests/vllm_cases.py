@@ -1,8 +1,8 @@
 """Engines of vLLM started one after the other in one process, each under other settings; prints one JSON line each.
 
 A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
-file that holds it. A case may also have `prompts` (text or tokens), `sampling`, and `architecture`, the class of the
-model.
+file that holds it. A case may also have `prompts` (text or tokens), `sampling`, `architecture`, the class of the
+model, and `reload`, a model whose weights take the place of the loaded ones at the end.
 """
 
 import json
@@ -47,6 +47,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 [{token: part.logprob for token, part in sorted(table.items())} for table in output.logprobs]
                 for output in outputs
             ]
+        if "reload" in case:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": case["reload"]})
         return result
     except Exception as error:  # what a user sees last
         return {"error": f"{type(error).__name__}: {error}"}

@@ -4,6 +4,7 @@ vLLM calls `register` in every process it starts. Nothing is imported from vLLM 
 plugin that cannot be imported and then serves without it. The worker that loads a model attaches `engine.Acting` to it.
 """
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -117,11 +118,18 @@ def register() -> None:
 
     if settings is not None:
         vllm_engine.load_policy(settings)
-        if settings.on_unsupported == "fail":
-            check_version(settings)
+        if not check_version(settings):
+            return
     vllm_metrics.expose()
     # Also when nothing is asked for here: the additional config is only known to who loads the model.
-    vllm_engine.install()
+    try:
+        vllm_engine.install()
+    except (ImportError, AttributeError) as error:
+        reason = UnsupportedError(f"vLLM {engine_version()} is built otherwise than the plugin expects ({error})")
+        if settings is not None:
+            refuse(settings, reason)
+        else:
+            logging.getLogger(__name__).warning("lynx-learn looks at no additional config: %s", reason)
 
 
 def check_version(settings: Settings) -> bool:

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import http.client
 import json
 import statistics
 import sys
@@ -59,12 +60,19 @@ def read_metrics(url: str) -> dict[str, float]:
     pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("lynx_"))
     found = {name: float(value) for name, value in pairs}
     if LAYERS not in found:
-        raise OptionError(f"{url} skips no experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET above 0")
+        raise OptionError(
+            f"{url} shows no counters of skipped experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET above 0, "
+            "one API server, and no PROMETHEUS_MULTIPROC_DIR"
+        )
     return found
 
 
 def ask(url: str, prompt: str, tokens: int, skip: bool) -> Answer:
-    """One streamed greedy completion."""
+    """One streamed greedy completion.
+
+    Raises:
+        LynxError: the server ends it with an error.
+    """
     body = {
         "prompt": prompt,
         "max_tokens": tokens,
@@ -83,7 +91,10 @@ def ask(url: str, prompt: str, tokens: int, skip: bool) -> Answer:
         for line in stream:
             if not line.startswith(b"data: {"):
                 continue
-            for choice in json.loads(line[len(b"data: ") :])["choices"]:
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                raise LynxError(f"{url} broke off an answer ({event['error']}): its log says more")
+            for choice in event["choices"]:
                 first = first or time.perf_counter()
                 found += choice["token_ids"] or []
     return Answer(found, first, time.perf_counter())
@@ -162,7 +173,7 @@ def main() -> int:
         figures = compare(url, prompts, options.tokens, options.concurrency, options.turns)
     except urllib.error.HTTPError as error:
         reason = f"{error.url} answers {error.code} ({error.read(300).decode(errors='replace')})"
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         reason = f"no server answers at {url} ({error}): start one, or give its --url"
     except LynxError as error:
         reason = str(error)

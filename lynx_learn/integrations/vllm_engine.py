@@ -101,6 +101,9 @@ def attach(worker: Any) -> None:
     except LynxError as reason:
         refuse(settings, reason)
         return
+    except (ImportError, AttributeError) as error:
+        refuse(settings, UnsupportedError(f"this vLLM is built otherwise than the plugin expects ({error})"))
+        return
     acting.attach(settings, first=not worker.rank)
     logger.info_once(
         "lynx-learn: %s at %s acts on decode steps of %d MoE layers",
@@ -175,24 +178,38 @@ class Acting(Wrapping):
     def attach(self, settings: Settings, first: bool) -> None:
         """Wrap the runner and its layers; the first worker counts for all, which decide alike."""
         self.settings = settings
+        self.first = first
         folder = os.environ.get(metrics.FOLDER)
         if first and folder:
             self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{id(self)}")
         self.replace(self.runner, "execute_model", self._execute_model)
         self.replace(self.runner, "_model_forward", self._model_forward)
+        self.replace(self.runner, "reload_weights", self._reload_weights)
         for layer in self.layers:
             _LayerHook(self, layer)
 
     def _execute_model(self, own: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        # In this order: a name may be given to a new request in the step that ends its last one.
+        self.opted -= scheduled.finished_req_ids
         for request in scheduled.scheduled_new_reqs:
-            if opted_out(getattr(request.sampling_params, "extra_args", None)):
-                self.opted.add(request.req_id)
+            out = opted_out(getattr(request.sampling_params, "extra_args", None))
+            (self.opted.add if out else self.opted.discard)(request.req_id)
         self.scheduled = scheduled
         try:
             return own(scheduled, *args, **kwargs)
         finally:
             self.scheduled = None
-            self.opted -= scheduled.finished_req_ids
+
+    def _reload_weights(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Weights that are put in place of the loaded ones may be another model's."""
+        result = own(*args, **kwargs)
+        try:
+            found = find_layers(self.runner.get_model(), self.policy.selector.config.layers, 0)
+            self.policy.selector.check(cast(list[MoeLayer], found))
+        except LynxError as reason:
+            self.detach()
+            refuse(self.settings, reason)
+        return result
 
     def _model_forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outcome, self.step = self._read_step()
@@ -251,10 +268,9 @@ class Acting(Wrapping):
     def _publish(self) -> None:
         # Without waiting for the device: there the sums may lag behind by a step.
         self.host.copy_(self.sums, non_blocking=True)
-        if self.slots is None:
-            return
-        self.slots[:] = [*self.host.tolist(), *self.outcomes.values(), len(self.layers)]
-        if time.monotonic() - self.logged > LOG_EVERY_S:
+        if self.slots is not None:
+            self.slots[:] = [*self.host.tolist(), *self.outcomes.values(), len(self.layers)]
+        if self.first and time.monotonic() - self.logged > LOG_EVERY_S:
             self.logged = time.monotonic()
             routed, loaded = self.host[:2].tolist()
             share = max(self.outcomes[metrics.ACTED], 1) * len(self.layers)

@@ -10,6 +10,10 @@ from .vllm import UnsupportedError
 
 # Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
 ROUTERS = ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter")
+# Kernels off the CPU that treat each assignment by itself: what is left out names an expert that the token may have
+# already. Others take it that a token's experts are distinct, and some of those then read memory that is not theirs.
+KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_engine(worker: Any) -> None:
@@ -78,8 +82,9 @@ def find_layers(model: nn.Module, names: tuple[str, ...], expert_bytes: int) -> 
         gate = getattr(block, "gate", None) or getattr(block, "router", None)
         if not isinstance(gate, nn.Module) or not isinstance(getattr(gate, "weight", None), Tensor):
             raise UnsupportedError(f"layer {path} has no gate whose weight can be compared with the selector's")
-        router = read_gate(gate, runner.moe_config.in_dtype)
-        check_layer(path, runner)
+        router = read_gate(path, gate)
+        device = router["weight"].device
+        check_layer(path, runner, device)
         num_experts, hidden_size = router["weight"].shape
         layers.append(
             EngineLayer(
@@ -91,7 +96,7 @@ def find_layers(model: nn.Module, names: tuple[str, ...], expert_bytes: int) -> 
                 runner.router.top_k,
                 hidden_size,
                 expert_bytes,
-                router["weight"].device,
+                device,
                 runner.moe_config.in_dtype,
             )
         )
@@ -99,29 +104,45 @@ def find_layers(model: nn.Module, names: tuple[str, ...], expert_bytes: int) -> 
 
 
 @torch.inference_mode()
-def read_gate(gate: nn.Module, dtype: torch.dtype) -> nn.ParameterDict:
+def read_gate(path: str, gate: nn.Module) -> nn.ParameterDict:
     """Weight, bias and correction bias of a gate, under the names that transformers gives them too.
 
     On the CPU vLLM packs the weight and leaves an empty one behind. What the gate makes of unit vectors are then the
-    weight's columns, exactly: every sum has one term that is not zero.
+    weight's columns, exactly: every sum has one term that is not zero. The kernel takes it that both are of one type.
+
+    Raises:
+        UnsupportedError: the gate is quantized.
     """
     state: dict[str, Tensor] = dict(gate.state_dict())
+    if state["weight"].dtype not in FLOATS:
+        kind = str(state["weight"].dtype).removeprefix("torch.")
+        raise UnsupportedError(f"layer {path} has a quantized gate ({kind}): leave gates out of the quantization")
     if not state["weight"].numel():
-        units = torch.eye(int(gate.input_size), dtype=dtype)  # type: ignore[arg-type]
+        units = torch.eye(int(gate.input_size), dtype=state["weight"].dtype)  # type: ignore[arg-type]
         state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator,call-arg]
     return nn.ParameterDict({key: nn.Parameter(value, requires_grad=False) for key, value in state.items()})
 
 
-def check_layer(path: str, runner: Any) -> None:
+def check_layer(path: str, runner: Any, device: torch.device) -> None:
     """Refuse a layer whose routing or output is not the plain one.
 
     Raises:
         UnsupportedError: with the reason.
     """
+    method = runner.routed_experts.quant_method
+    backends = "choose --moe-backend triton, or marlin for quantized experts"
     if runner.is_monolithic:
-        kernel = type(runner.routed_experts.quant_method).__name__
         raise UnsupportedError(
-            f"layer {path} runs a monolithic kernel ({kernel}) that routes by itself: choose another --moe-backend"
+            f"layer {path} runs a monolithic kernel ({type(method).__name__}) that routes by itself: {backends}"
+        )
+    kernel = type(getattr(method.moe_kernel, "fused_experts", method)).__name__
+    if device.type != "cpu" and kernel not in KERNELS:
+        raise UnsupportedError(
+            f"layer {path} runs {kernel}, which may not be given an expert twice for one token: {backends}"
+        )
+    if type(runner).__name__ == "TransformersMoERunner":
+        raise UnsupportedError(
+            f"layer {path} is routed by the model's own code, of which the engine knows no logits: leave --model-impl out"
         )
     if type(runner.router).__name__ not in ROUTERS:
         raise UnsupportedError(f"layer {path} routes with {type(runner.router).__name__}, which is not supported")

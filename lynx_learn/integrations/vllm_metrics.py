@@ -11,6 +11,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +72,20 @@ class Collector:
 def refused(reason: str) -> None:
     """Have the first process say the reason again when it ends: behind the traces of every process, not before them."""
     folder = os.environ.get(FOLDER)
-    if folder and not Path(folder).name.startswith(_prefix(os.getpid())):
+    if folder and parent_process() is not None:
         Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(folder) / REFUSED).write_text(reason, encoding="utf-8")
 
 
-def _prefix(process: int) -> str:
-    return f"lynx-learn-{process}-"
-
-
 def expose() -> None:
-    """Name the folder, in an engine's first process, and show what is there in this process's metrics."""
-    if FOLDER in os.environ:
+    """Name the folder, in an engine's first process, and show what is there in this process's metrics.
+
+    A server that a process with an engine starts is a first process again, though it inherits the name.
+    """
+    if FOLDER in os.environ and parent_process() is not None:
         return
     owner = os.getpid()
-    folder = Path(tempfile.gettempdir()) / f"{_prefix(owner)}{uuid.uuid4().hex[:12]}"
+    folder = Path(tempfile.gettempdir()) / f"lynx-learn-{owner}-{uuid.uuid4().hex[:12]}"
     os.environ[FOLDER] = str(folder)
 
     def end() -> None:
