@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from lynx_learn.collect import record
 from lynx_learn.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.fit import TrainOptions, train
 from lynx_learn.models import reference_moe
+from lynx_learn.selector import LynxSelector
 from lynx_learn.traces import MANIFEST, PHASES, Trace
 
 pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
@@ -106,6 +108,14 @@ def test_as_transformers_runs_the_same_tokens(
         chosen.scatter_(1, found["indices"], found["weights"])
         own.scatter_(1, wanted[layer.index]["indices"].long(), wanted[layer.index]["weights"])
         torch.testing.assert_close(chosen, own, rtol=1e-3, atol=1e-4)
+
+
+def test_a_selector_is_trained_from_it(
+    folder: Path, said: list[str], model: tuple[Any, list[MoeLayer]], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "selector")
+    train(TrainOptions(str(folder / "teacher"), out, scorer="linear", epochs=1, reference=False, tune_steps=0))
+    LynxSelector.from_pretrained(out).check(model[1])
 
 
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(folder: Path, said: list[str], tmp_path: Path) -> None:

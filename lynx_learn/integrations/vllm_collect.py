@@ -13,6 +13,8 @@ from ..models import model_path, revision_of
 from ..traces import TracedModel, TraceOptions
 from .vllm import KEY, RECORD, SUPPORTED, engine_version
 
+SMALLEST_BLOCK = 16
+"""Tokens that a block of vLLM's cache holds at least; it keeps one block to itself."""
 # What recording needs to be as it is; vLLM's other arguments are the caller's.
 OWN = ("model", "tokenizer", "dtype", "max_model_len", "enforce_eager", "enable_prefix_caching", "additional_config")
 
@@ -39,7 +41,12 @@ class VllmTracer:
         path = model_path(name)
         config, blocks, expert_size = read_structure(name, path)
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        own: dict[str, Any] = {"max_num_seqs": batch_size, "use_tqdm_on_load": False}
+        if current_platform.is_cpu() and "kv_cache_memory_bytes" not in options:
+            # Left to itself vLLM takes most of the machine's memory there, which takes longer than the text.
+            own["num_gpu_blocks_override"] = batch_size * -(-(length + 1) // SMALLEST_BLOCK) + 1
         try:
             self.engine = LLM(
                 model=path,
@@ -48,12 +55,13 @@ class VllmTracer:
                 enforce_eager=True,
                 enable_prefix_caching=False,
                 additional_config={KEY: {RECORD: blocks}},
-                **{"max_num_seqs": batch_size, "use_tqdm_on_load": False, **options},
+                **{**own, **options},
             )
         except LynxError:
             raise
         except Exception as error:  # vLLM raises many kinds; to the user they are one
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            # The first lines: of a validation error, the second names the option and the third says what is wrong.
+            reason = " ".join(line.strip() for line in str(error).strip().splitlines()[:3]) or type(error).__name__
             raise ModelError(
                 f"vLLM cannot run {name!r} ({reason}): see --engine_options, or leave --engine out"
             ) from error
