@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import corpus as corpora
 from .errors import OptionError, TraceError
-from .families import MoeLayer, find_moe_layers, model_type, router_fingerprint
+from .families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
 from .hooks import Routing, intercept
 from .models import load_model
 from .progress import track
@@ -137,13 +137,7 @@ class TransformersTracer:
         self.loaded = load_model(options.model, options.device, options.dtype)
         self.tokenizer = self.loaded.tokenizer
         self.layers = find_moe_layers(self.loaded.model)
-        first = self.layers[0]
-        shape = (first.num_experts, first.top_k, first.hidden_size)
-        for layer in self.layers:
-            if (layer.num_experts, layer.top_k, layer.hidden_size) != shape:
-                raise OptionError(
-                    f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
-                )
+        first = alike(self.layers)
         self.model = TracedModel(
             model=options.model,
             revision=self.loaded.revision,

@@ -105,6 +105,21 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     return layers
 
 
+def alike(layers: list[MoeLayer]) -> MoeLayer:
+    """The first of layers that all have its number of experts, top-k and width.
+
+    Raises:
+        ModelError: one has not.
+    """
+    first = layers[0]
+    for layer in layers:
+        if (layer.num_experts, layer.top_k, layer.hidden_size) != (first.num_experts, first.top_k, first.hidden_size):
+            raise ModelError(
+                f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
+            )
+    return first
+
+
 def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Name, module and experts of whatever has the structure of an MoE block; also of a model without weights."""
     for name, module in model.named_modules():

@@ -473,6 +473,37 @@ def test_counters_reach_another_process(tmp_path: Path) -> None:
     assert folder.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.parametrize("action", ["fail", "warn"])
+def test_an_engine_that_is_built_otherwise_is_refused_or_left_alone(
+    action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something that the plugin reaches for is not there: half attached would be worse than not at all."""
+    known = acting()
+    known.detach()
+    del known.layers[1].runner._fused_output_is_reduced
+    engine = worker(runner=known.runner)
+    engine.vllm_config.additional_config, engine.rank = {}, 0
+    known.runner.get_model, known.runner.input_batch = lambda: None, None
+    warned: list[str] = []
+    monkeypatch.setenv("LYNX_SELECTOR", "x")
+    monkeypatch.setenv("LYNX_BUDGET", "0.01")
+    monkeypatch.setenv("LYNX_ON_UNSUPPORTED", action)
+    monkeypatch.setattr(vllm_engine, "check_version", lambda _: True)
+    monkeypatch.setattr(vllm_engine, "load_policy", lambda _: known.policy)
+    monkeypatch.setattr(vllm_engine, "find_layers", lambda *_: known.layers)
+    if action == "warn":
+        monkeypatch.setattr(vllm_engine, "refuse", lambda _, reason: warned.append(str(reason)))
+        vllm_engine.attach(engine)
+        assert "_fused_output_is_reduced" in warned[0]
+    else:
+        monkeypatch.setattr(vllm_engine.metrics, "refused", warned.append)
+        with pytest.raises(
+            UnsupportedError, match=r"built otherwise than the plugin expects .+_fused_output_is_reduced"
+        ):
+            vllm_engine.attach(engine)
+    assert known.layers[0].runner.router._compute_routing.__func__ is CPURouter._compute_routing
+
+
 def test_a_selector_of_another_shape_is_refused() -> None:
     """Before anything is compared by fingerprint."""
     other = random_selector(tiny_model("qwen3_moe"))

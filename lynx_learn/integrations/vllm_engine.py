@@ -98,13 +98,13 @@ def attach(worker: Any) -> None:
         own = policy.selector.config
         layers = find_layers(worker.model_runner.get_model(), own.layers, own.expert_bytes)
         acting = Acting(worker.model_runner, layers, policy)
+        acting.attach(settings, first=not worker.rank)
     except LynxError as reason:
         refuse(settings, reason)
         return
     except (ImportError, AttributeError) as error:
         refuse(settings, UnsupportedError(f"this vLLM is built otherwise than the plugin expects ({error})"))
         return
-    acting.attach(settings, first=not worker.rank)
     logger.info_once(
         "lynx-learn: %s at %s acts on decode steps of %d MoE layers",
         settings.selector,
@@ -176,17 +176,21 @@ class Acting(Wrapping):
         self.logged = time.monotonic()
 
     def attach(self, settings: Settings, first: bool) -> None:
-        """Wrap the runner and its layers; the first worker counts for all, which decide alike."""
+        """Wrap the runner and its layers, or nothing; the first worker counts for all, which decide alike."""
         self.settings = settings
         self.first = first
         folder = os.environ.get(metrics.FOLDER)
         if first and folder:
             self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{id(self)}")
-        self.replace(self.runner, "execute_model", self._execute_model)
-        self.replace(self.runner, "_model_forward", self._model_forward)
-        self.replace(self.runner, "reload_weights", self._reload_weights)
-        for layer in self.layers:
-            _LayerHook(self, layer)
+        try:
+            self.replace(self.runner, "execute_model", self._execute_model)
+            self.replace(self.runner, "_model_forward", self._model_forward)
+            self.replace(self.runner, "reload_weights", self._reload_weights)
+            for layer in self.layers:
+                _LayerHook(self, layer)
+        except AttributeError:
+            self.detach()
+            raise
 
     def _execute_model(self, own: Callable[..., Any], scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         # In this order: a name may be given to a new request in the step that ends its last one.

@@ -4,13 +4,13 @@ Only there when `collect` has asked for it through the additional config; a serv
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import TraceError
-from ..families import router_fingerprint
+from ..families import MoeLayer, alike, router_fingerprint
 from .vllm_layers import EngineLayer
 from .vllm_wrapping import Wrapping
 
@@ -52,17 +52,12 @@ class Recording(Wrapping):
         """What a trace says of the model.
 
         Raises:
-            TraceError: its layers differ in shape.
+            ModelError: its layers differ in shape.
         """
-        first = self.layers[0]
-        shape = (first.num_experts, first.top_k, first.hidden_size)
-        for layer in self.layers:
-            if (layer.num_experts, layer.top_k, layer.hidden_size) != shape:
-                raise TraceError(
-                    f"layer {layer.name} has another number of experts, top-k or width than {first.name}: models with unequal layers cannot be collected"
-                )
+        layers = cast(list[MoeLayer], self.layers)  # what is read of one, an EngineLayer has
+        first = alike(layers)
         return {
-            "router_fingerprint": router_fingerprint(self.layers),  # type: ignore[arg-type]  # it reads name and router
+            "router_fingerprint": router_fingerprint(layers),
             "layers": tuple(layer.name for layer in self.layers),
             "num_experts": first.num_experts,
             "top_k": first.top_k,

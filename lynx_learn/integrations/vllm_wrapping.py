@@ -1,7 +1,7 @@
 """Methods of one object wrapped, and put back."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 
@@ -14,16 +14,18 @@ class Wrapping:
     def replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Have `wrapper` called instead of the method, with the method as its first argument."""
         own = getattr(owner, name)
+        # Where the instance has one of its own already, somebody else's wrapper perhaps, that is put back.
+        undo = partial(setattr, owner, name, own) if name in vars(owner) else partial(delattr, owner, name)
 
         @wraps(own)
         def call(*args: Any, **kwargs: Any) -> Any:
             return wrapper(own, *args, **kwargs)
 
         setattr(owner, name, call)
-        self.undo.append(lambda: delattr(owner, name))
+        self.undo.append(undo)
 
     def detach(self) -> None:
         """Take everything off again."""
-        for undo in self.undo:
+        for undo in reversed(self.undo):
             undo()
         self.undo.clear()
