@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from vllm_cases import environment
 
 from lynx_learn.models import reference_moe
 
@@ -46,11 +47,6 @@ SETTINGS: dict[str, Any] = {
     "kv_cache_memory_bytes": 100_000_000,
     "max_logprobs": TOP,
 }
-
-
-def environment(**own: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
-    return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **own}
 
 
 @dataclass
@@ -395,8 +391,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("speculative decoding", asked, {**engine, "speculative_config": NGRAMS}),
     ]
     listed = [{"name": name, "environment": own, "engine": options} for name, own, options in planned]
-    for one in listed:
-        one |= {"reload": other["model"]} if one["name"] == "other weights" else {}
+    next(one for one in listed if one["name"] == "other weights")["reload"] = other["model"]
     script = Path(__file__).with_name("vllm_cases.py")
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(listed)],

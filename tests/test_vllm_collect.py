@@ -1,7 +1,6 @@
 """`lynx-learn collect --engine vllm` on a real engine: the trace that transformers gives of the same tokens."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vllm_cases import environment
 
 from lynx_learn.collect import record
 from lynx_learn.families import MoeLayer, find_moe_layers, router_fingerprint
@@ -39,9 +39,7 @@ for options in json.loads(sys.argv[1]):
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env={**clean, **own})
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment())
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ the routing rule, the scale of what experts return and of what surrogates add al
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 from tiny import VOCAB, build, words
 from torch import Tensor
 from transformers import PreTrainedModel
+from vllm_cases import environment
 
 from lynx_learn.families import MoeLayer, find_moe_layers
 from lynx_learn.models import reference_moe
@@ -106,7 +106,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         scoring_func="sigmoid",
         norm_topk_prob=True,
     ),
-    "glm4_moe": lambda: glm4_moe(),
+    "glm4_moe": glm4_moe,
     "gpt_oss": lambda: build(
         "GptOss", **SIZES, num_local_experts=EXPERTS, intermediate_size=64, head_dim=32, sliding_window=32
     ),
@@ -220,17 +220,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases.append({**reference, "name": "reference split", "engine": {**engine, "tensor_parallel_size": 2}})
     listed = folder / "cases.json"
     listed.write_text(json.dumps(cases), encoding="utf-8")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
-    clean |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    # Otherwise two workers want a memory node each.
-    clean["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), str(listed)],
         capture_output=True,
         text=True,
         timeout=500,
         cwd=folder,
-        env=clean,
+        env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),  # otherwise two workers want a memory node each
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]

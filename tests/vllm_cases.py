@@ -16,6 +16,12 @@ LOGGER = "vllm.plugins.lynx_learn"
 PROMPTS = ["def main():", "Question: Ann has 3 apples", "It was a dark", "import os\n"] * 4
 
 
+def environment(**own: str) -> dict[str, str]:
+    """What tests start processes with vLLM in: their own settings and none of the caller's."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
+    return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **own}
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -270,11 +270,13 @@ class Acting(Wrapping):
             raise
 
     def _publish(self) -> None:
+        if not self.first:
+            return
         # Without waiting for the device: there the sums may lag behind by a step.
         self.host.copy_(self.sums, non_blocking=True)
         if self.slots is not None:
             self.slots[:] = [*self.host.tolist(), *self.outcomes.values(), len(self.layers)]
-        if self.first and time.monotonic() - self.logged > LOG_EVERY_S:
+        if time.monotonic() - self.logged > LOG_EVERY_S:
             self.logged = time.monotonic()
             routed, loaded = self.host[:2].tolist()
             share = max(self.outcomes[metrics.ACTED], 1) * len(self.layers)
