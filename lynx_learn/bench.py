@@ -20,7 +20,7 @@ from . import corpus as corpora
 from .errors import OptionError
 from .families import MoeLayer
 from .figures import step_times
-from .models import DTYPES, REFERENCE, environment, load_model, pick_device
+from .models import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
 from .policies import Decision, Groups, Policy, used_experts
 from .progress import track
 from .runtime import skip_experts
@@ -55,7 +55,7 @@ class BenchOptions:
         rank: of a random selector's surrogates.
         kernel: what computes decisions: `auto`, `torch` or `triton`.
         batch_sizes: sequences decoded together.
-        dtypes: of the model, `auto` for the one its files are in.
+        dtypes: of the model; auto, as in `collect`; a shape's own is bfloat16.
         implementations: how experts run, as transformers names them.
         device: a torch device, or `auto`.
         corpus: text that a --model decodes; a --shape decodes random tokens.
@@ -77,7 +77,7 @@ class BenchOptions:
     rank: int = 8
     kernel: str = "auto"
     batch_sizes: list[int] = field(default_factory=lambda: [16])
-    dtypes: list[str] = field(default_factory=lambda: ["bfloat16"])
+    dtypes: list[str] = field(default_factory=lambda: ["auto"])
     implementations: list[str] = field(default_factory=lambda: ["grouped_mm"])
     device: str = "auto"
     corpus: str = corpora.BUILT_IN
@@ -217,7 +217,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
 def _load(options: BenchOptions, device: torch.device, dtype: str) -> tuple[nn.Module, Any]:
     if options.shape is not None:
-        precision = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        precision = fast_dtype(torch.bfloat16, device) if dtype == "auto" else getattr(torch, dtype)
         return shaped_model(options.shape, options.layers, device, precision, options.seed), None
     loaded = load_model(options.model or REFERENCE, str(device), dtype)
     return loaded.model, loaded.tokenizer

@@ -38,7 +38,7 @@ class CollectOptions:
         engine: `transformers`, or `vllm` where that is installed.
         engine_options: with vLLM, further arguments of its `LLM`, e.g. {"tensor_parallel_size": 2}.
         device: cpu, cuda, cuda:1, …; or auto, which spreads a large model over the GPUs.
-        dtype: float32, bfloat16, float16; or auto, the checkpoint's own.
+        dtype: float32, bfloat16, float16; or auto: the checkpoint's own, but float32 on a CPU without native bfloat16.
         seed: of the sampling in mode `generate`.
     """
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -50,6 +51,54 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; elsewhere such products are emulated, several times slower than float32.
+
+    On x86 torch must also be using AVX-512 (`ATEN_CPU_CAPABILITY` can hold it back).
+    """
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") == "x86_64" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return any(bool(value) for name, value in found.items() if name.endswith("bf16"))
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `auto` means: the stored type, but float32 where a CPU would have to emulate 16-bit products."""
+    slow = device.type == "cpu" and stored.itemsize == 2 and not has_native_bfloat16()
+    return torch.float32 if slow else stored
+
+
+def pick_dtype(name: str, dtype: str, device: torch.device) -> str:
+    """The type to load the model `name` in; says so in one line where that is not its checkpoint's own.
+
+    Raises:
+        ModelError: there is no such type, or the model's configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    try:
+        stored = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).dtype
+    except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
+        raise _not_loaded(name, error) from error
+    if not isinstance(stored, torch.dtype) or (fast := fast_dtype(stored, device)) == stored:
+        return "auto"
+    kind, stored_kind = (str(part).removeprefix("torch.") for part in (fast, stored))
+    print(
+        f"{name} runs in {kind}: this CPU has no native bfloat16 (stored: {stored_kind}; --dtype {stored_kind} keeps it)",
+        file=sys.stderr,
+    )
+    return kind
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model")
+
+
 def model_path(name: str) -> str:
     """What transformers and vLLM are given for the name of a model."""
     return reference_moe() if name == REFERENCE else name
@@ -61,21 +110,20 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     Args:
         name: folder, Hub id, or `reference-moe` for the one in this package.
         device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
-        dtype: one of DTYPES.
+        dtype: one of DTYPES; `auto` as `fast_dtype` of what the checkpoint holds.
 
     Raises:
         ModelError: the model cannot be loaded; with the reason.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype not in DTYPES:
-        raise ModelError(f"--dtype {dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
     path = model_path(name)
     placement: dict[str, Any] = {}
     if device == "auto" and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
     try:
         target = pick_device(device)
+        dtype = pick_dtype(name, dtype, target)
         # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
         safe: dict[str, Any] = {"trust_remote_code": False}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,10 +141,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
     except ModelError:
         raise
     except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model"
-        ) from error
+        raise _not_loaded(name, error) from error
     return LoadedModel(model.eval(), tokenizer, revision_of(path, model.config))
 
 

@@ -1,5 +1,6 @@
 """Run a policy at decode in transformers: `with skip_experts(model, selector, budget=0.01): model.generate(...)`."""
 
+import warnings
 import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from .errors import ModelError
 from .families import MoeLayer, find_moe_layers
 from .hooks import DecodeCall, Rewrite, Routing, experts_by_distinct, intercept, read_call
+from .models import fast_dtype
 from .policies import Decision, Groups, Policy, silence, used_experts
 from .selector import LynxSelector, ThresholdPolicy
 
@@ -97,6 +99,16 @@ def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) ->
     return decision
 
 
+def warn_of_emulation(layer: MoeLayer) -> None:
+    """Say how to get rid of it where the CPU has to emulate the products of the model's type."""
+    if fast_dtype(layer.dtype, layer.device) != layer.dtype:
+        kind = str(layer.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU emulates {kind}, several times slower than float32: load the model with dtype=torch.float32",
+            stacklevel=4,
+        )
+
+
 # Models something is attached to: two policies on one model would act on each other's output.
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -107,6 +119,7 @@ class Skipping:
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         self.model, self.policy = model, policy
         self.layers = find_moe_layers(model)
+        warn_of_emulation(self.layers[0])
         policy.bind(self.layers)
         self.tally = Tally(self.layers, policy)
         self.stack: ExitStack | None = None

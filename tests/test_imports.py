@@ -37,7 +37,7 @@ ALLOWED: dict[str, str] = {
     "oracle": "families policies selector",
     "methods": "errors families policies expert_stats baselines selector oracle",
     "card": "errors selector",
-    "runtime": "errors families hooks policies selector",
+    "runtime": "errors families hooks models policies selector",
     "simulate": "families hooks policies runtime",
     "timing": "errors policies runtime",
     "inspection": "errors families models report",

@@ -1,12 +1,13 @@
 """Train a small MoE language model on math, code and prose: the reference MoE, and a second one of another kind.
 
     python train/reference_moe.py --config train/reference-moe.yaml
+    python train/reference_moe.py --config train/reference-moe-50m.yaml
     python train/reference_moe.py --config train/second-moe.yaml
 
 The run is a folder: tokenizer, token files, checkpoints, logs, and at the end `model/`; that of the first recipe is what
 ships in `lynx_learn/reference_moe/`. Started again with the same folder it continues from its last checkpoint. The budget is
-wall-clock minutes of training, and the learning rate follows the share of it that is spent, so the recipe fits any
-machine; the tokens seen are in the card.
+in tokens, and the learning rate follows the share of it that is spent, so a run that is broken off and gone on with on
+another machine is the same run.
 """
 
 import gzip
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -47,8 +48,8 @@ class Options:
         out: folder of the run.
         mix: share of each source among the training windows.
         model: `model_type` and the other fields of its transformers configuration.
-        minutes: wall-clock minutes of training, summed over restarts.
-        windows: windows of 512 tokens in a step.
+        tokens: tokens to train on, summed over restarts.
+        windows: windows of `max_position_embeddings` tokens in a step.
         long_share: share of the budget, at the end, in which windows stay whole; before, they are cut in two.
         rate: peak learning rate of AdamW.
         router_rate: factor on `rate` for the routers; a slow router keeps its gates flat.
@@ -64,7 +65,7 @@ class Options:
     out: str
     mix: dict[str, float]
     model: dict[str, Any]
-    minutes: float = 120.0
+    tokens: int = 13_000_000
     windows: int = 8
     long_share: float = 0.2
     warmup_share: float = 0.02
@@ -167,7 +168,7 @@ class Windows:
 
 
 class ReferenceMoe(L.LightningModule):
-    """Next-token loss plus the router losses; the learning rate follows the share of the minutes spent."""
+    """Next-token loss plus the router losses; the learning rate follows the share of the tokens seen."""
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ class ReferenceMoe(L.LightningModule):
 
     @property
     def progress(self) -> float:
-        return self.spent / (60 * self.options.minutes)
+        return self.tokens_seen / self.options.tokens
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         routers = [p for name, p in self.model.named_parameters() if name.endswith("gate.weight")]
@@ -302,6 +303,12 @@ def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout:
     return results
 
 
+def precision() -> Literal["bf16-mixed", "32-true"]:
+    """bfloat16 where the processor multiplies in it; elsewhere it would be several times slower than float32."""
+    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
 def main(options: Options) -> None:
     """Train (or go on training) the model and write `OUT/model`."""
     out = Path(options.out)
@@ -319,7 +326,7 @@ def main(options: Options) -> None:
         max_epochs=-1,
         accelerator="auto",
         devices=1,
-        precision="bf16-mixed",
+        precision=precision(),
         gradient_clip_val=1.0,
         logger=CSVLogger(out, name="logs"),
         callbacks=[checkpoints],
@@ -337,6 +344,7 @@ def main(options: Options) -> None:
         "steps": trainer.global_step,
         "parameters": sum(p.numel() for p in model.parameters()),
         "threads": torch.get_num_threads(),
+        "precision": trainer.precision,
         "device": str(trainer.strategy.root_device),
         "heldout": measure(model.float(), tokenizer, options.heldout, length // 2),
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import LynxError, ModelError, OptionError, TraceError
 from ..families import moe_blocks
-from ..models import model_path, revision_of
+from ..models import model_path, pick_dtype, revision_of
 from ..traces import TracedModel, TraceOptions
 from .vllm import KEY, RECORD, SUPPORTED, engine_version
 
@@ -50,7 +50,7 @@ class VllmTracer:
         try:
             self.engine = LLM(
                 model=path,
-                dtype=dtype,
+                dtype=pick_dtype(name, dtype, torch.device(current_platform.device_type)),
                 max_model_len=length + 1,
                 enforce_eager=True,
                 enable_prefix_caching=False,

@@ -1,0 +1,87 @@
+"""Which type a model is loaded in, and what is said of it."""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lynx_learn import LynxSelector, models, reference_moe, skip_experts
+from lynx_learn.errors import ModelError
+from lynx_learn.families import find_moe_layers, router_fingerprint
+
+
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch, architecture: str, capability: str, *features: str) -> None:
+    found = {"architecture": architecture, **dict.fromkeys(("avx2", "avx512_bf16", "amx_bf16", "bf16"), False)}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found | dict.fromkeys(features, True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "features", "native"),
+    [
+        ("x86_64", "AVX2", ["avx2"], False),
+        ("x86_64", "AVX512", ["avx2"], False),
+        ("x86_64", "AVX512", ["avx512_bf16"], True),
+        ("x86_64", "AVX512", ["amx_bf16"], True),
+        # held back by ATEN_CPU_CAPABILITY
+        ("x86_64", "AVX2", ["avx512_bf16"], False),
+        ("aarch64", "DEFAULT", ["bf16"], True),
+        ("aarch64", "DEFAULT", [], False),
+    ],
+)
+def test_native_bfloat16(
+    architecture: str, capability: str, features: list[str], native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_cpu(monkeypatch, architecture, capability, *features)
+    assert models.has_native_bfloat16() is native
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_what_runs_fast(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "has_native_bfloat16", lambda: native)
+    model = models.load_model("reference-moe", "cpu").model
+    said = [line for line in capsys.readouterr().err.splitlines() if " runs in " in line]
+    assert next(model.parameters()).dtype == (torch.bfloat16 if native else torch.float32)
+    assert len(said) == (0 if native else 1)
+    assert all("--dtype bfloat16 keeps it" in line for line in said)
+    assert next(models.load_model("reference-moe", "cpu", "bfloat16").model.parameters()).dtype == torch.bfloat16
+    assert " runs in " not in capsys.readouterr().err
+
+
+def test_auto_keeps_what_a_gpu_runs_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "has_native_bfloat16", lambda: False)
+    for stored in (torch.bfloat16, torch.float16, torch.float32):
+        assert models.fast_dtype(stored, torch.device("cuda")) == stored
+        assert models.fast_dtype(stored, torch.device("cpu")) == torch.float32
+
+
+def test_a_folder_without_a_configuration_is_one_line(tmp_path: Path) -> None:
+    shutil.copy(Path(reference_moe()) / "model.safetensors", tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded") as error:
+        models.load_model(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_attaching_to_emulated_products_warns_once_with_the_cure(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "has_native_bfloat16", lambda: native)
+    selector = LynxSelector.from_pretrained("selectors/reference-moe")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(reference_moe(), dtype=dtype)
+        with warnings.catch_warnings(record=True) as seen, skip_experts(model, selector, 0.01):
+            pass
+        said = [str(warning.message) for warning in seen]
+        assert len(said) == (0 if native or dtype == torch.float32 else 1)
+        assert all("dtype=torch.float32" in text for text in said)
+
+
+def test_a_selector_knows_its_model_in_either_type() -> None:
+    selector = LynxSelector.from_pretrained("selectors/reference-moe")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(reference_moe(), dtype=dtype)
+        assert router_fingerprint(find_moe_layers(model)) == selector.config.router_fingerprint
