@@ -10,7 +10,7 @@ import transformers  # noqa: E402
 from zoo import NOT_DECODERS, OLDEST, ZOO, build, modeling  # noqa: E402
 
 from lynx_learn.errors import ModelError  # noqa: E402
-from lynx_learn.families import find_moe_layers  # noqa: E402
+from lynx_learn.moe.families import find_moe_layers  # noqa: E402
 
 
 def support_table() -> str:

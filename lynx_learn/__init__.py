@@ -6,20 +6,20 @@ __version__ = "0.1.0"
 __all__ = ["LynxError", "LynxSelector", "Skipping", "find_moe_layers", "load_model", "reference_moe", "skip_experts"]
 
 if TYPE_CHECKING:
+    from .decode.runtime import Skipping, skip_experts
     from .errors import LynxError
-    from .families import find_moe_layers
-    from .models import load_model, reference_moe
-    from .runtime import Skipping, skip_experts
-    from .selector import LynxSelector
+    from .moe.families import find_moe_layers
+    from .moe.loading import load_model, reference_moe
+    from .selector.selector import LynxSelector
 
 _HOMES = {
     "LynxError": "errors",
-    "LynxSelector": "selector",
-    "Skipping": "runtime",
-    "find_moe_layers": "families",
-    "load_model": "models",
-    "reference_moe": "models",
-    "skip_experts": "runtime",
+    "LynxSelector": "selector.selector",
+    "Skipping": "decode.runtime",
+    "find_moe_layers": "moe.families",
+    "load_model": "moe.loading",
+    "reference_moe": "moe.loading",
+    "skip_experts": "decode.runtime",
 }
 
 

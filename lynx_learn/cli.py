@@ -19,13 +19,18 @@ COMMANDS = {
         "inspect_model",
         "what a model is made of, and whether it is supported",
     ),
-    "collect": ("collect", "CollectOptions", "collect", "write router traces of a model over text"),
-    "train": ("fit", "TrainOptions", "train", "fit surrogates and scorers from a trace"),
-    "calibrate": ("calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
-    "coverage": ("coverage", "CoverageOptions", "coverage", "check the bound of calibrate on many random splits"),
-    "evaluate": ("evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
-    "bench": ("bench", "BenchOptions", "bench", "time decode steps with skipping on and off in turns"),
-    "export": ("export", "ExportOptions", "export", "write a selector as an ONNX graph for serving engines"),
+    "collect": ("traces.collect", "CollectOptions", "collect", "write router traces of a model over text"),
+    "train": ("fit.train", "TrainOptions", "train", "fit surrogates and scorers from a trace"),
+    "calibrate": ("measure.calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
+    "coverage": (
+        "measure.coverage",
+        "CoverageOptions",
+        "coverage",
+        "check the bound of calibrate on many random splits",
+    ),
+    "evaluate": ("measure.evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
+    "bench": ("decode.bench", "BenchOptions", "bench", "time decode steps with skipping on and off in turns"),
+    "export": ("graph.export", "ExportOptions", "export", "write a selector as an ONNX graph for serving engines"),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
 
@@ -148,7 +153,7 @@ def _quiet() -> None:
 
 
 def _show(command: str, options: Any, result: Any) -> None:
-    from . import report
+    from .show import tables as report
 
     views: dict[str, Callable[[], None]] = {
         "collect": lambda: report.show(
@@ -173,7 +178,7 @@ def _show(command: str, options: Any, result: Any) -> None:
 
 
 def _layers(folder: str) -> Any:
-    from .selector import read_metrics
+    from .selector.selector import read_metrics
 
     return read_metrics(folder)["train"]["layers"]  # type: ignore[index]
 

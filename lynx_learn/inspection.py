@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ModelError
-from .families import find_moe_layers, model_type, router_fingerprint
-from .models import load_model
-from .report import show, table
+from .moe.families import find_moe_layers, model_type, router_fingerprint
+from .moe.loading import load_model
+from .show.tables import show, table
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from . import corpus as corpora
-from .calibrate import CalibrateOptions, calibrate
-from .collect import CollectOptions, collect
+from .decode.runtime import skip_experts
+from .decode.timing import paired_ratio, take_turns
 from .errors import OptionError, SelectorError
-from .evaluate import EvaluateOptions, evaluate
-from .fit import TrainOptions, train
-from .models import REFERENCE, LoadedModel, load_model
-from .report import calibration_table, matched_table, show, table, training_table
-from .runtime import skip_experts
-from .selector import LynxSelector, read_metrics
-from .timing import paired_ratio, take_turns
+from .fit.train import TrainOptions, train
+from .measure.calibrate import CalibrateOptions, calibrate
+from .measure.evaluate import EvaluateOptions, evaluate
+from .moe.loading import REFERENCE, LoadedModel, load_model
+from .selector.selector import LynxSelector, read_metrics
+from .show.tables import calibration_table, matched_table, show, table, training_table
+from .traces import corpus as corpora
+from .traces.collect import CollectOptions, collect
 
 BATCH = 16
 # Fewer than `train` takes by default, for the sake of time.

@@ -11,7 +11,12 @@ from tiny import EXPERTS, FAMILIES, decode, tiny_model, watching, words
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lynx_learn.baselines import (
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.errors import OptionError
+from lynx_learn.moe.decision import Decision, Groups, Policy, silence, used_experts
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.routing_rules import ScoringRule
+from lynx_learn.rules.baselines import (
     NAEE,
     OEA,
     SERE,
@@ -27,12 +32,7 @@ from lynx_learn.baselines import (
     Vote,
     XShare,
 )
-from lynx_learn.errors import OptionError
-from lynx_learn.expert_stats import ExpertStats
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.policies import Decision, Groups, Policy, silence, used_experts
-from lynx_learn.runtime import skip_experts
-from lynx_learn.scoring import ScoringRule
+from lynx_learn.rules.expert_stats import ExpertStats
 
 RULE = ScoringRule("softmax", top_k=2, normalise=True)
 # The same without normalisation, and with weights that are a softmax of the chosen logits.

@@ -10,16 +10,16 @@ import torch
 from tiny import random_selector, tiny_model, words
 from torch import nn
 
-from lynx_learn import bench as bench_module
-from lynx_learn.baselines import XShare
-from lynx_learn.bench import BenchOptions, bench, fit_line, median_interval, summary
 from lynx_learn.cli import main
+from lynx_learn.decode import bench as bench_module
+from lynx_learn.decode.bench import BenchOptions, bench, fit_line, median_interval, summary
+from lynx_learn.decode.runtime import Stats, skip_experts
+from lynx_learn.decode.shapes import SHAPES, shaped_model
+from lynx_learn.decode.timing import Steps, paired_ratio, take_turns
 from lynx_learn.errors import LynxError, OptionError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.policies import Decision, Groups
-from lynx_learn.runtime import Stats, skip_experts
-from lynx_learn.shapes import SHAPES, shaped_model
-from lynx_learn.timing import Steps, paired_ratio, take_turns
+from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.rules.baselines import XShare
 
 ROWS, POSITIONS, PROMPT, WARM_UP = 4, 20, 8, 3
 

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_fit import contents, one_line, other_revision, reference_flow, tiny_flow
 
-from lynx_learn.calibrate import (
+from lynx_learn.decode.simulate import compare
+from lynx_learn.errors import CorpusError, OptionError, SelectorError
+from lynx_learn.measure.calibrate import (
     FEWEST_GROUPS,
     FRACTIONS,
     PILOT_GROUPS,
@@ -27,14 +29,12 @@ from lynx_learn.calibrate import (
     threshold_at,
     upper_bound,
 )
-from lynx_learn.config import SelectorConfig
-from lynx_learn.corpus import decode_groups
-from lynx_learn.errors import CorpusError, OptionError, SelectorError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.models import REFERENCE, load_model
-from lynx_learn.policies import Decision, Groups
-from lynx_learn.selector import LynxSelector, ThresholdPolicy, read_metrics
-from lynx_learn.simulate import compare
+from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.loading import REFERENCE, load_model
+from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy, read_metrics
+from lynx_learn.traces.corpus import decode_groups
 
 PROMPT, LENGTH = 8, 32
 
@@ -225,7 +225,7 @@ def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> Non
 
 def test_no_sequence_is_in_two_groups(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the model in a whole run: each sequence in one group alone."""
-    from lynx_learn import corpus
+    from lynx_learn.traces import corpus
 
     made: list[Sequence[Group]] = []
     make = corpus.decode_groups

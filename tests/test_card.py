@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from test_fit import scratch, tiny_flow
 
-from lynx_learn.calibrate import CalibrateOptions, calibrate
-from lynx_learn.card import render
-from lynx_learn.coverage import CoverageOptions, coverage
-from lynx_learn.evaluate import EvaluateOptions, evaluate
-from lynx_learn.selector import LynxSelector, read_metrics
+from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
+from lynx_learn.measure.coverage import CoverageOptions, coverage
+from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
+from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.show.card import render
 
 LENGTH, PROMPT, SIZE, BUDGET = 32, 8, 2, 0.1
 TEXT: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "batch_sizes": [SIZE]}

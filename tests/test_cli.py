@@ -29,13 +29,13 @@ from test_evaluate import calibrated
 from test_fit import LENGTH, VOCABULARY, contents, other_revision, save_model, save_tokenizer, tiny_flow
 
 from lynx_learn import __version__
-from lynx_learn.calibrate import CalibrateOptions
 from lynx_learn.cli import COMMANDS, main, parse
-from lynx_learn.collect import CollectOptions
-from lynx_learn.evaluate import EvaluateOptions
-from lynx_learn.fit import TrainOptions
+from lynx_learn.fit.train import TrainOptions
 from lynx_learn.inspection import InspectOptions
-from lynx_learn.traces import Trace
+from lynx_learn.measure.calibrate import CalibrateOptions
+from lynx_learn.measure.evaluate import EvaluateOptions
+from lynx_learn.traces.collect import CollectOptions
+from lynx_learn.traces.format import Trace
 
 
 class Done(NamedTuple):

@@ -21,15 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lynx_learn.collect import CollectOptions, collect, record
 from lynx_learn.errors import CorpusError, LynxError, ModelError, OptionError, TraceError
-from lynx_learn.families import find_moe_layers
-from lynx_learn.models import load_model
-from lynx_learn.traces import Trace
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.loading import load_model
+from lynx_learn.traces.collect import CollectOptions, collect, record
+from lynx_learn.traces.format import Trace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 EOS, LENGTH, LAYERS, EXPERTS, TOP_K = "<end>", 16, 2, 8, 2
-COLLECT = "import json, sys\nfrom lynx_learn.collect import *\ncollect(CollectOptions(**json.loads(sys.argv[1])))"
+COLLECT = (
+    "import json, sys\nfrom lynx_learn.traces.collect import *\ncollect(CollectOptions(**json.loads(sys.argv[1])))"
+)
 
 
 class Tiny(NamedTuple):
@@ -488,7 +490,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     model, texts = save_model(tmp_path / "model", hidden=1024), tmp_path / "a.jsonl"
     texts.write_text("".join(json.dumps({"text": t}) + "\n" for t in sentences(3, 3000)))
     program = (
-        "import json, resource, sys\nfrom dataclasses import replace\nfrom lynx_learn.collect import *\n"
+        "import json, resource, sys\nfrom dataclasses import replace\nfrom lynx_learn.traces.collect import *\n"
         "options = CollectOptions(**json.loads(sys.argv[1]))\n"
         "for tokens in (2_048, 16_384):\n"
         "    trace = collect(replace(options, tokens=tokens, out=options.out + str(tokens)))\n"

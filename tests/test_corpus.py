@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lynx_learn.corpus import (
+from lynx_learn.errors import CorpusError
+from lynx_learn.traces.corpus import (
     LONGEST,
     Document,
     Split,
@@ -25,7 +26,6 @@ from lynx_learn.corpus import (
     read_documents,
     read_sequences,
 )
-from lynx_learn.errors import CorpusError
 
 SPLITS: tuple[Split, ...] = ("fit", "calibrate", "test")
 TEXTS = st.lists(st.text(max_size=60), max_size=30)
@@ -320,7 +320,7 @@ def test_a_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_name_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
-    program = "import sys\nfrom lynx_learn.corpus import *\ntry:\n    list(read_documents(sys.argv[1]))\nexcept CorpusError as e:\n    print(e)"
+    program = "import sys\nfrom lynx_learn.traces.corpus import *\ntry:\n    list(read_documents(sys.argv[1]))\nexcept CorpusError as e:\n    print(e)"
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -19,9 +19,11 @@ from test_calibrate import interrupting_forward
 from test_fit import contents, one_line, scratch, tiny_flow
 from torch import Tensor
 
-from lynx_learn import coverage as module
-from lynx_learn import simulate
-from lynx_learn.calibrate import (
+from lynx_learn.cli import main, parse
+from lynx_learn.decode import simulate
+from lynx_learn.errors import CorpusError, OptionError
+from lynx_learn.measure import coverage as module
+from lynx_learn.measure.calibrate import (
     PILOT_GROUPS,
     PILOT_STEP,
     Curve,
@@ -31,8 +33,7 @@ from lynx_learn.calibrate import (
     plan,
     upper_bound,
 )
-from lynx_learn.cli import main, parse
-from lynx_learn.coverage import (
+from lynx_learn.measure.coverage import (
     GRID,
     CoverageOptions,
     Pool,
@@ -46,10 +47,9 @@ from lynx_learn.coverage import (
     recertify,
     resplit,
 )
-from lynx_learn.errors import CorpusError, OptionError
-from lynx_learn.families import find_moe_layers
-from lynx_learn.models import load_model
-from lynx_learn.selector import LynxSelector, read_metrics
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.loading import load_model
+from lynx_learn.selector.selector import LynxSelector, read_metrics
 
 LENGTH, PROMPT, SIZE, BUDGETS = 32, 8, 2, [0.05, 0.1]
 SHIFT = {"calibrate": ["even"], "test": ["odd"]}

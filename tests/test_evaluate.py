@@ -17,20 +17,20 @@ import pytest
 import torch
 from test_fit import contents, one_line, other_revision, reference_flow, save_texts, scratch, tiny_flow
 
-from lynx_learn.calibrate import CalibrateOptions, calibrate
-from lynx_learn.collect import CollectOptions, collect
-from lynx_learn.corpus import Batches, decode_groups
+from lynx_learn.decode.simulate import Comparison, compare
 from lynx_learn.errors import CorpusError, OptionError, SelectorError, TraceError
-from lynx_learn.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate, margin
-from lynx_learn.families import find_moe_layers
-from lynx_learn.matching import interpolate
-from lynx_learn.methods import METHODS, curves
-from lynx_learn.models import load_model
-from lynx_learn.policies import Policy
-from lynx_learn.report import evaluation_table, matched_table, ratios_table, show
-from lynx_learn.selector import LynxSelector, read_metrics
-from lynx_learn.simulate import Comparison, compare
-from lynx_learn.sweeps import MOST_SETTINGS, SEED_STEP
+from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
+from lynx_learn.measure.equal_loss import interpolate
+from lynx_learn.measure.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate, margin
+from lynx_learn.measure.sweeps import MOST_SETTINGS, SEED_STEP
+from lynx_learn.moe.decision import Policy
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.loading import load_model
+from lynx_learn.rules.grids import METHODS, curves
+from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.show.tables import evaluation_table, matched_table, ratios_table, show
+from lynx_learn.traces.collect import CollectOptions, collect
+from lynx_learn.traces.corpus import Batches, decode_groups
 
 LENGTH, PROMPT, EXPERTS, TOP_K, SEED = 32, 8, 8, 2, 2
 SCORED = LENGTH - PROMPT - 1
@@ -387,7 +387,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     evaluate(options)
     expected = contents(out)
     shutil.rmtree(out)
-    program = f"from lynx_learn.evaluate import *\nevaluate(EvaluateOptions(**{asdict(options)!r}))"
+    program = f"from lynx_learn.measure.evaluate import *\nevaluate(EvaluateOptions(**{asdict(options)!r}))"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 90
     while not (out / "groups" / "2-single" / "00002.json").exists() and time.monotonic() < end:

@@ -8,12 +8,12 @@ import torch
 from tiny import EXPERTS, FAMILIES, HIDDEN, build, tiny_model, words
 from torch import Tensor, nn
 
-from lynx_learn import expert_stats
-from lynx_learn.collect import record
 from lynx_learn.errors import OptionError, TraceError
-from lynx_learn.expert_stats import measure_experts
-from lynx_learn.families import MoeLayer, find_moe_layers, router_fingerprint
-from lynx_learn.traces import Trace, TraceOptions, TraceWriter
+from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.rules import expert_stats
+from lynx_learn.rules.expert_stats import measure_experts
+from lynx_learn.traces.collect import record
+from lynx_learn.traces.format import Trace, TraceOptions, TraceWriter
 
 SHARDS, ROWS, LENGTH = 3, 2, 16
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from tiny import randomise
 
-from lynx_learn import export as export_module
 from lynx_learn.cli import main
-from lynx_learn.config import SelectorConfig
 from lynx_learn.errors import LynxError, OptionError, SelectorError
-from lynx_learn.export import ExportOptions, check, compare, export, middle, random_batch, time_layers, to_bytes
-from lynx_learn.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
-from lynx_learn.policies import Groups
-from lynx_learn.selector import LayerSelector, LynxSelector, ThresholdPolicy
+from lynx_learn.graph import export as export_module
+from lynx_learn.graph.export import ExportOptions, check, compare, export, middle, random_batch, time_layers, to_bytes
+from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
+from lynx_learn.moe.decision import Groups
+from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.selector import LayerSelector, LynxSelector, ThresholdPolicy
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -429,7 +429,7 @@ def test_bad_words(words: list[str], reason: str, folder: Path, refused: Callabl
 
 
 def test_without_a_folder_the_file_must_be_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lynx_learn.selector._download", lambda name, revision: folder)
+    monkeypatch.setattr("lynx_learn.selector.selector._download", lambda name, revision: folder)
     with pytest.raises(OptionError, match="--out is missing: some/one is no folder here"):
         export(ExportOptions("some/one"))
 

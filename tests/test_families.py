@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lynx_learn.errors import ModelError
-from lynx_learn.families import find_moe_layers, router_fingerprint
-from lynx_learn.hooks import experts_by_distinct, read_call
-from lynx_learn.scoring import Activation, ScoringRule
+from lynx_learn.moe.families import find_moe_layers, router_fingerprint
+from lynx_learn.moe.hooks import experts_by_distinct, read_call
+from lynx_learn.moe.routing_rules import Activation, ScoringRule
 
 
 def by_expert(indices: Tensor, weights: Tensor) -> Tensor:

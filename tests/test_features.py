@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lynx_learn.features import NAMES, assignment_features
-from lynx_learn.scorers import SCORERS
-from lynx_learn.scoring import Activation, ScoringRule
+from lynx_learn.moe.routing_rules import Activation, ScoringRule
+from lynx_learn.selector.features import NAMES, assignment_features
+from lynx_learn.selector.scorers import SCORERS
 
 extremes = st.one_of(st.sampled_from([-1e4, 1e4, 0.0, 1.0]), st.floats(-1e4, 1e4, width=32))
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_learn.figures import STYLES, front, frontier
-from lynx_learn.matching import NO_RULES
-from lynx_learn.methods import METHODS
+from lynx_learn.measure.equal_loss import NO_RULES
+from lynx_learn.rules.grids import METHODS
+from lynx_learn.show.figures import STYLES, front, frontier
 
 LEVELS = [0.003, 0.01, 0.03]
 

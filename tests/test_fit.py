@@ -26,20 +26,20 @@ from tiny import build, random_selector, randomise, tiny_model, words
 from torch import Tensor
 from torch.nn import functional
 
-from lynx_learn.collect import CollectOptions, collect, record
-from lynx_learn.corpus import decode_groups
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import LynxError, OptionError, SelectorError, TraceError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.fit import TrainOptions, _shard_costs, train
-from lynx_learn.models import REFERENCE, load_model
-from lynx_learn.policies import Decision, Groups
-from lynx_learn.runtime import skip_experts
-from lynx_learn.selector import LayerSelector, LynxSelector, read_metrics
-from lynx_learn.sensitivity import measure_sensitivities
-from lynx_learn.simulate import compare
-from lynx_learn.surrogates import Surrogates
-from lynx_learn.traces import Trace
-from lynx_learn.training import quality
+from lynx_learn.fit.scorer import quality
+from lynx_learn.fit.sensitivity import measure_sensitivities
+from lynx_learn.fit.train import TrainOptions, _shard_costs, train
+from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.loading import REFERENCE, load_model
+from lynx_learn.selector.selector import LayerSelector, LynxSelector, read_metrics
+from lynx_learn.selector.surrogates import Surrogates
+from lynx_learn.traces.collect import CollectOptions, collect, record
+from lynx_learn.traces.corpus import decode_groups
+from lynx_learn.traces.format import Trace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LENGTH, LAYERS, EXPERTS, HIDDEN, RANK = 32, 2, 8, 32, 4
@@ -447,7 +447,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     flow = tiny_flow()
     model = save_model(tmp_path / "model", hidden_size=256, num_hidden_layers=4, num_experts=4, moe_intermediate_size=8)
     program = (
-        "import json, resource, sys\nfrom lynx_learn import fit\nfrom lynx_learn.collect import *\n"
+        "import json, resource, sys\nfrom lynx_learn import fit\nfrom lynx_learn.traces.collect import *\n"
         "fit.MOST_TOKENS = 1_000\nmodel, texts, out = sys.argv[1:]\n"
         "for tokens in (2_048, 8_192):\n"
         "    trace = f'{out}/t{tokens}'\n"

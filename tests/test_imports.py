@@ -134,7 +134,7 @@ def test_integrations_import_what_serving_needs(module: str) -> None:
 
 def test_the_plugin_is_light_until_it_is_called() -> None:
     """vLLM calls a plugin that cannot be imported a warning, and serves without it."""
-    loaded = loaded_by("from lynx_learn.integrations.vllm import register")
+    loaded = loaded_by("from lynx_learn.integrations.vllm.plugin import register")
     assert loaded.isdisjoint({*HEAVY, "torch", "vllm", "numpy"})
 
 
@@ -153,13 +153,13 @@ def test_the_package_itself_is_light(code: str) -> None:
 
 
 def test_an_exported_graph_is_served_without_torch() -> None:
-    loaded = loaded_by("from lynx_learn.onnx_runtime import OnnxSelector")
+    loaded = loaded_by("from lynx_learn.graph.onnx_runtime import OnnxSelector")
     assert "numpy" in loaded
     assert loaded.isdisjoint({*HEAVY, "torch", "transformers"})
 
 
 def test_what_serves_a_selector_loads_nothing_that_trains_one() -> None:
-    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.calibrate, lynx_learn.evaluate, lynx_learn.export"
+    code = "from lynx_learn import LynxSelector, skip_experts\nimport lynx_learn.measure.calibrate, lynx_learn.measure.evaluate, lynx_learn.graph.export"
     loaded = loaded_by(code)
     assert "torch" in loaded
     assert loaded.isdisjoint(HEAVY)

@@ -24,11 +24,11 @@ from test_selector import COSTS, INDICES, WEIGHTS, random_groups, same
 from tiny import random_selector, randomise, tiny_model
 from torch import Tensor
 
-from lynx_learn.config import SelectorConfig
 from lynx_learn.errors import OptionError
-from lynx_learn.families import find_moe_layers
-from lynx_learn.policies import Decision, Groups
-from lynx_learn.selector import LayerSelector, LynxSelector, Ready, ThresholdPolicy
+from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.selector import LayerSelector, LynxSelector, Ready, ThresholdPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -38,7 +38,7 @@ Run = Callable[..., Any]
 
 def answer(request: bytes) -> bytes:
     """In the other process: call a function of this module, or of the kernels by name."""
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     function, arguments = pickle.loads(request)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def decide_twice(
     scorer: str, batches: int, dtype: torch.dtype, contiguous: bool = True, rank: int = 4
 ) -> tuple[bool, bool, int]:
     """Whether both forms of a policy decide the same, whether that skips, and how often the kernels ran."""
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     model = tiny_model("qwen3_moe").to(dtype)
     layers = find_moe_layers(model)
@@ -332,7 +332,7 @@ def test_weights_that_want_a_gradient_stay_with_pytorch(interpreter: Run) -> Non
 
 
 def supported_with_gradient() -> tuple[bool, bool]:
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     ready, groups = ready_for(8, 2, 4), groups_of(3, 8, 2, 4)
     groups.weights.requires_grad_()
@@ -356,7 +356,7 @@ def test_an_unknown_kernel_is_refused() -> None:
 
 def verdicts() -> list[tuple[bool, int]]:
     """What is found faster, and how many times were taken until then, call by call; no device is there."""
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     times, seen, taken = {"fused": 1.0, "plain": 2.0}, [], []
 
@@ -402,7 +402,7 @@ def compile_for_hopper(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
     done = {}
@@ -460,7 +460,7 @@ def on(device: str, groups: Groups) -> Groups:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (33, 60, 6), (64, 128, 8), (512, 512, 16)])
 def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
-    from lynx_learn import kernels
+    from lynx_learn.selector import kernels
 
     for scorer, keep_top1 in (("mlp", False), ("linear", True), ("formula", False)):
         ready = ready_for(experts, top_k, 2048, scorer, keep_top1, device="cuda")

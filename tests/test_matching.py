@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lynx_learn.matching import RESAMPLES, Readings, Sweep, interpolate, matched, ratios
+from lynx_learn.measure.equal_loss import RESAMPLES, Readings, Sweep, interpolate, matched, ratios
 
 Curve = list[tuple[float, float, float]]
 POINTS = st.tuples(st.floats(1e-6, 10), st.floats(1, 64), st.floats(0.01, 1))

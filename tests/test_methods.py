@@ -11,17 +11,17 @@ from test_expert_stats import trace_of
 from tiny import EXPERTS, FAMILIES, build, decode, random_selector, tiny_model, watching, words
 from transformers import PreTrainedModel
 
-from lynx_learn.baselines import KeepSet
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.simulate import simulated_logits
 from lynx_learn.errors import OptionError
-from lynx_learn.expert_stats import measure_experts
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.methods import METHODS, curves
-from lynx_learn.oracle import Oracle
-from lynx_learn.policies import Policy
-from lynx_learn.runtime import skip_experts
-from lynx_learn.scoring import ScoringRule
-from lynx_learn.selector import LynxSelector, ThresholdPolicy
-from lynx_learn.simulate import simulated_logits
+from lynx_learn.moe.decision import Policy
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.routing_rules import ScoringRule
+from lynx_learn.rules.baselines import KeepSet
+from lynx_learn.rules.expert_stats import measure_experts
+from lynx_learn.rules.grids import METHODS, curves
+from lynx_learn.rules.oracle import Oracle
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 KEEP_SETS = {"random", "popularity", "lynx", "xshare", "gate_sum", "vote", "gate_sq", "gate_max"}
 NEED_STATS = {"sere", "siftmoe", "naee", "contribution"}

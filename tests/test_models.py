@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lynx_learn import LynxSelector, models, reference_moe, skip_experts
+from lynx_learn import LynxSelector, reference_moe, skip_experts
 from lynx_learn.errors import ModelError
-from lynx_learn.families import find_moe_layers, router_fingerprint
+from lynx_learn.moe import loading as models
+from lynx_learn.moe.families import find_moe_layers, router_fingerprint
 
 
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch, architecture: str, capability: str, *features: str) -> None:

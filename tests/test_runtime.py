@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StaticCache
 
-from lynx_learn.baselines import XShare
+from lynx_learn.decode.runtime import Tally, act, skip_experts
 from lynx_learn.errors import ModelError, OptionError, SelectorError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.policies import Groups, Policy
-from lynx_learn.runtime import Tally, act, skip_experts
-from lynx_learn.selector import LynxSelector, ThresholdPolicy
+from lynx_learn.moe.decision import Groups, Policy
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.rules.baselines import XShare
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 EVERYTHING = 1e9  # a threshold no cost reaches
 SOME = 2.0  # costs of typical assignments are around 1

@@ -14,14 +14,14 @@ from tiny import EXPERTS, HIDDEN, random_selector, randomise, tiny_model
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lynx_learn import selector as selector_module
-from lynx_learn.config import FORMAT_VERSION
+from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import LynxError, OptionError, SelectorError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.features import assignment_features
-from lynx_learn.policies import Decision, Groups
-from lynx_learn.runtime import skip_experts
-from lynx_learn.selector import LayerSelector, LynxSelector, ThresholdPolicy, sum_in_order
+from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.selector import selector as selector_module
+from lynx_learn.selector.config import FORMAT_VERSION
+from lynx_learn.selector.features import assignment_features
+from lynx_learn.selector.selector import LayerSelector, LynxSelector, ThresholdPolicy, sum_in_order
 
 THRESHOLDS = {"kl": {"0.01": {"4": 0.5, "8": 2.0}, "0.1": {"1": 3.0}}, "nll": {"0.01": {"2": 0.25}}}
 

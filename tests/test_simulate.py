@@ -7,12 +7,12 @@ import torch
 from tiny import FAMILIES, VOCAB, decode, random_selector, tiny_model, words
 from transformers import PreTrainedModel
 
-from lynx_learn.baselines import XShare
-from lynx_learn.families import find_moe_layers
-from lynx_learn.policies import Policy
-from lynx_learn.runtime import skip_experts
-from lynx_learn.selector import ThresholdPolicy
-from lynx_learn.simulate import METRICS, Reference, compare, simulated_logits
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.simulate import METRICS, Reference, compare, simulated_logits
+from lynx_learn.moe.decision import Policy
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.rules.baselines import XShare
+from lynx_learn.selector.selector import ThresholdPolicy
 
 PROMPT = 4
 

@@ -13,10 +13,10 @@ from tiny import EXPERTS, decode, random_selector, words
 from torch import Tensor, nn
 from zoo import ABSENT, NEWEST, NOT_DECODERS, OLDEST, VARIANTS, ZOO, build, class_of, modeling
 
+from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import ModelError
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.runtime import skip_experts
-from lynx_learn.selector import LynxSelector
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.selector.selector import LynxSelector
 
 ROWS, PROMPT, LENGTH = 6, 5, 9
 KINDS = {name: kind for name, kind in {**ZOO, **VARIANTS}.items() if kind.reason in ("", ABSENT)}

@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lynx_learn import surrogates
-from lynx_learn.surrogates import Moments, Surrogates, fit_surrogate
+from lynx_learn.selector import surrogates
+from lynx_learn.selector.surrogates import Moments, Surrogates, fit_surrogate
 
 HIDDEN = 12
 

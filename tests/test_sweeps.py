@@ -16,11 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_fit import LENGTH, one_line, tiny_flow
 
-from lynx_learn.corpus import decode_groups
+from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import OptionError
-from lynx_learn.methods import curves
-from lynx_learn.simulate import compare
-from lynx_learn.sweeps import (
+from lynx_learn.measure.sweeps import (
     ABOVE,
     BELOW,
     MOST_SETTINGS,
@@ -37,6 +35,8 @@ from lynx_learn.sweeps import (
     settings_to_measure,
     walk,
 )
+from lynx_learn.rules.grids import curves
+from lynx_learn.traces.corpus import decode_groups
 
 LEVELS, PROMPT, SEED = (0.02, 0.1), 8, 5
 
@@ -160,7 +160,7 @@ Ended = Callable[[subprocess.Popen[str]], Any]
 PROGRAM = f"""
 import sys
 from pathlib import Path
-from lynx_learn.sweeps import Setup, Subject, Task, measuring
+from lynx_learn.measure.sweeps import Setup, Subject, Task, measuring
 if __name__ == "__main__":
     selector, mark = sys.argv[1:]
     subject = Subject(Setup(selector, None, None, "cpu", "auto", ("xshare", "random"), (0.02, 0.1), {PROMPT}, 0))

@@ -12,16 +12,16 @@ from test_fit import LENGTH, choices, reference_flow, tiny_flow
 from tiny import random_selector, tiny_model, words
 from torch import Tensor
 
-from lynx_learn import tuning
-from lynx_learn.corpus import read_sequences
+from lynx_learn.decode.simulate import simulated_logits
 from lynx_learn.errors import OptionError, SelectorError
-from lynx_learn.families import find_moe_layers
-from lynx_learn.fit import TrainOptions, train
-from lynx_learn.matching import interpolate
-from lynx_learn.models import load_model
-from lynx_learn.selector import LynxSelector, read_metrics
-from lynx_learn.simulate import simulated_logits
-from lynx_learn.tuning import StraightThrough, TuneOptions, tune
+from lynx_learn.fit import tuning
+from lynx_learn.fit.train import TrainOptions, train
+from lynx_learn.fit.tuning import StraightThrough, TuneOptions, tune
+from lynx_learn.measure.equal_loss import interpolate
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.loading import load_model
+from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.traces.corpus import read_sequences
 
 OPTIONS = TuneOptions(steps=6, rate=1e-3, batch_sizes=(4, 8), seed=0)
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 from vllm_cases import environment
 
-from lynx_learn.models import reference_moe
+from lynx_learn.moe.loading import reference_moe
 
 pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
 openai = pytest.importorskip("openai")
@@ -197,9 +197,9 @@ def divergences(wanted: list[list[dict[int, float]]], found: list[list[dict[int,
 def test_fewer_experts_and_the_simulated_loss(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from lynx_learn.families import find_moe_layers
-    from lynx_learn.selector import LynxSelector
-    from lynx_learn.simulate import simulated_logits
+    from lynx_learn.decode.simulate import simulated_logits
+    from lynx_learn.moe.families import find_moe_layers
+    from lynx_learn.selector.selector import LynxSelector
 
     choices, counted = skipping.counted(lambda: skipping.complete(prompts, temperature=1.0, seed=1, logprobs=TOP))
     sequences = [prompt + new for prompt, new in zip(prompts, tokens_of(choices), strict=True)]
@@ -329,7 +329,7 @@ def test_readme_serves_and_compares(tmp_path: Path) -> None:
     settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
     with serving(tmp_path, "readme", options, {}, **settings) as server:
         words = compare.split()
-        assert words[:3] == ["python", "-m", "lynx_learn.integrations.vllm_bench"]
+        assert words[:3] == ["python", "-m", "lynx_learn.decode.server"]
         done = subprocess.run(
             [sys.executable, *words[1:], "--url", server.address, "--turns", "1"],
             capture_output=True,

@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from vllm_cases import environment
 
-from lynx_learn.collect import record
-from lynx_learn.families import MoeLayer, find_moe_layers, router_fingerprint
-from lynx_learn.fit import TrainOptions, train
-from lynx_learn.models import reference_moe
-from lynx_learn.selector import LynxSelector
-from lynx_learn.traces import MANIFEST, PHASES, Trace
+from lynx_learn.fit.train import TrainOptions, train
+from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.moe.loading import reference_moe
+from lynx_learn.selector.selector import LynxSelector
+from lynx_learn.traces.collect import record
+from lynx_learn.traces.format import MANIFEST, PHASES, Trace
 
 pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -28,7 +28,7 @@ ENGINE = {"kv_cache_memory_bytes": 100_000_000, "block_size": 32}
 FEW_BLOCKS = {**ENGINE, "num_gpu_blocks_override": 3 * ROWS}
 COLLECT = """
 import json, sys
-from lynx_learn.collect import CollectOptions, collect
+from lynx_learn.traces.collect import CollectOptions, collect
 from lynx_learn.errors import LynxError
 for options in json.loads(sys.argv[1]):
     try:

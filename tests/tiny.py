@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lynx_learn.config import SelectorConfig, Thresholds
-from lynx_learn.families import MoeLayer, find_moe_layers, router_fingerprint
-from lynx_learn.selector import LynxSelector
+from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.selector.config import SelectorConfig, Thresholds
+from lynx_learn.selector.selector import LynxSelector
 
 VOCAB, HIDDEN, EXPERTS, TOP_K = 128, 32, 8, 2
 PAD, EOS, FIRST_WORD = 0, 1, 3

@@ -26,7 +26,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from lynx_learn.integrations import vllm_metrics
+    from lynx_learn.integrations.vllm import metrics as vllm_metrics
 
     own: dict[str, str] = case["environment"]
     os.environ.update(own)

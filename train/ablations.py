@@ -14,9 +14,9 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from lynx_learn.evaluate import EvaluateOptions, evaluate
-from lynx_learn.fit import TrainOptions, train
-from lynx_learn.report import show, table
+from lynx_learn.fit.train import TrainOptions, train
+from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
+from lynx_learn.show.tables import show, table
 
 
 @dataclass(frozen=True)

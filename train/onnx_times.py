@@ -11,9 +11,9 @@ import torch
 from jsonargparse import auto_cli
 
 from lynx_learn import LynxSelector
-from lynx_learn.config import SelectorConfig
-from lynx_learn.export import ExportOptions, export
-from lynx_learn.report import export_lines, show
+from lynx_learn.graph.export import ExportOptions, export
+from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.show.tables import export_lines, show
 
 
 def measure(

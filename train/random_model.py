@@ -12,9 +12,9 @@ from jsonargparse import auto_cli
 from transformers import AutoTokenizer
 
 from lynx_learn import reference_moe
-from lynx_learn.bench import BenchOptions, keeping
-from lynx_learn.shapes import random_selector, shaped_model
-from lynx_learn.timing import with_threads
+from lynx_learn.decode.bench import BenchOptions, keeping
+from lynx_learn.decode.shapes import random_selector, shaped_model
+from lynx_learn.decode.timing import with_threads
 
 BUDGET = "1.0"
 

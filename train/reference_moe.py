@@ -31,9 +31,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from lynx_learn.corpus import read_documents
-from lynx_learn.families import MoeLayer, find_moe_layers
-from lynx_learn.hooks import Routing, intercept
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.hooks import Routing, intercept
+from lynx_learn.traces.corpus import read_documents
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 

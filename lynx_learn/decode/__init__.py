@@ -1,0 +1,1 @@
+"""Deciding at decode, for real and simulated, and timing it."""

@@ -1,0 +1,379 @@
+"""`lynx-learn bench`: the time of a decode step with skipping on and off, and where it goes.
+
+A decode step takes about a + b·T, T the distinct experts that each MoE layer loads. The line is measured in the same
+run, by sending the untouched routing to fewer experts without deciding anything. It says what skipping could save; what
+it does save is measured by steps with skipping on and off in turns, and the price of deciding by a policy that decides
+everything and leaves out nothing.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+from ..moe.decision import Decision, Groups, Policy, used_experts
+from ..moe.families import MoeLayer
+from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
+from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
+from ..show.figures import step_times
+from ..show.progress import track
+from ..traces import corpus as corpora
+from ..traces.format import write_atomically
+from .runtime import skip_experts
+from .shapes import SHAPES, random_selector, shaped_model
+from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, with_threads
+
+# Shares of a layer's experts that the line is measured at.
+LINE = (1.0, 0.75, 0.5, 0.25, 0.125)
+OFF, ON, DECIDING = "off", "on", "deciding"
+# Below every total that a scorer can give: with it all is decided and nothing left out.
+NOTHING = 1e-37
+WARM_UP = 4
+# Steps that a threshold is tried on when a share of the experts is asked for, how often at most, and how close is enough.
+TRIAL_STEPS, TRIALS, CLOSE = 6, 24, 0.005
+GENERATE_TURNS = 3
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Options of `lynx-learn bench`.
+
+    Attributes:
+        out: folder for `bench.json`, `bench.svg` and `bench.png`.
+        model: folder or Hub id, or `reference-moe`; not with --shape.
+        shape: one of the known shapes, with random weights: for timing alone.
+        layers: layers of a --shape.
+        selector: folder or Hub id; without one, a selector with random parameters takes its place.
+        budget: of the selector, in nats of KL per token; not with --fraction.
+        fraction: share of the untouched model's distinct experts to keep, by a threshold found for it.
+        rank: of a random selector's surrogates.
+        kernel: what computes decisions: `auto`, `torch` or `triton`.
+        batch_sizes: sequences decoded together.
+        dtypes: of the model; auto, as in `collect`; a shape's own is bfloat16.
+        implementations: how experts run, as transformers names them.
+        device: a torch device, or `auto`.
+        corpus: text that a --model decodes; a --shape decodes random tokens.
+        prompt: tokens of prefill.
+        steps: decode steps that are counted, after a few that are not.
+        threads: of torch; on a CPU two stall at random.
+        generate: new tokens of whole `generate` calls, on and off in turns; 0: none.
+        graph: time replays of a CUDA graph instead of calls of the model; skipped, with the reason, where there is no GPU.
+        seed: of random weights and tokens.
+    """
+
+    out: str
+    model: str | None = None
+    shape: str | None = None
+    layers: int = 4
+    selector: str | None = None
+    budget: float | None = None
+    fraction: float | None = None
+    rank: int = 8
+    kernel: str = "auto"
+    batch_sizes: list[int] = field(default_factory=lambda: [16])
+    dtypes: list[str] = field(default_factory=lambda: ["auto"])
+    implementations: list[str] = field(default_factory=lambda: ["grouped_mm"])
+    device: str = "auto"
+    corpus: str = corpora.BUILT_IN
+    prompt: int = 32
+    steps: int = 40
+    threads: int = 1
+    generate: int = 0
+    graph: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.shape is None):
+            raise OptionError(f"give one of --model and --shape ({', '.join(SHAPES)})")
+        if (self.budget is None) == (self.fraction is None):
+            raise OptionError(
+                "give one of --budget (of a calibrated --selector) and --fraction (share of experts to keep)"
+            )
+        if self.budget is not None and self.selector is None:
+            raise OptionError("--budget needs a calibrated --selector; a random one takes --fraction")
+        if self.kernel not in KERNELS:
+            raise OptionError(f"--kernel {self.kernel!r} is not usable: expected one of {', '.join(KERNELS)}")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise OptionError(f"--fraction {self.fraction:g} is not usable: expected above 0, at most 1")
+        for name in ("layers", "prompt", "steps", "threads", "rank"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if self.generate < 0:
+            raise OptionError(f"--generate {self.generate} is not usable: expected 0 or more")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise OptionError(f"--batch_sizes {self.batch_sizes} is not usable: expected numbers of 1 or more")
+        for name in ("dtypes", "implementations"):
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is empty: expected one or more")
+        if other := [name for name in self.dtypes if name not in DTYPES]:
+            raise OptionError(f"--dtypes {other[0]!r} is not usable: expected {', '.join(DTYPES)}")
+
+
+class Fewer:
+    """The untouched routing folded onto the first `count` experts: fewer are loaded, and nothing is decided."""
+
+    name = "fewer"
+
+    def __init__(self, count: int) -> None:
+        self.count, self.setting = count, f"experts={count}"
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        pass
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        indices = groups.indices % self.count
+        used, run = (used_experts(part, groups.active, layer.num_experts) for part in (groups.indices, indices))
+        return Decision(indices, groups.weights, loads=(used, run))
+
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return 0.0
+
+
+class Watched(ThresholdPolicy):
+    """A selector's policy that waits for the device after each part of a decision, and keeps the times."""
+
+    def __init__(self, policy: ThresholdPolicy) -> None:
+        self.__dict__.update(policy.__dict__)
+        self.microseconds: dict[str, list[float]] = {}
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        ready, form = self.ready[layer.index], self.form(self.ready[layer.index], groups)
+        marks = [clock(layer.device)]
+
+        def passed(part: str) -> None:
+            marks.append(clock(layer.device))
+            self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
+
+        if form == ready.rewrite:
+            costs = ready.costs(groups)
+            passed("scorer")
+            decision = ready.selector.rewrite(groups, ready.threshold(groups.active), costs)
+            passed("rewrite")
+        else:
+            decision = form(groups)
+            passed("scorer and rewrite")
+        decision = ready.selector.answer(groups, decision)
+        passed("surrogates")
+        return decision
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a model, its text, and the policy that skips, at one batch size."""
+
+    model: nn.Module
+    tokens: Tensor
+    policy: ThresholdPolicy
+    selector: LynxSelector
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Measure every combination of dtype, implementation and batch size; writes and returns the report.
+
+    Raises:
+        ModelError, SelectorError, OptionError: what was asked for cannot be timed; nothing is written.
+    """
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"{out} is a file: choose another --out")
+    device = pick_device(options.device)
+    report: dict[str, Any] = {
+        "options": asdict(options),
+        "environment": {**environment(), "device": str(device), "threads": options.threads},
+        "weights": "random" if options.shape else "trained",
+        "cases": [],
+    }
+    if options.graph and device.type != "cuda":
+        report["skipped"] = "CUDA graphs: no GPU is visible to torch"
+        write_atomically(out / "bench.json", json.dumps(report, indent=2).encode())
+        return report
+    cases = [
+        (dtype, name, size)
+        for dtype in options.dtypes
+        for name in options.implementations
+        for size in options.batch_sizes
+    ]
+    model, loaded = None, ""
+    with with_threads(options.threads):
+        for dtype, implementation, size in track(cases, "bench", len(cases), unit="cases"):
+            if model is None or dtype != loaded:
+                model, tokenizer = _load(options, device, dtype)
+                loaded = dtype
+            _set_implementation(model, implementation)
+            subject = _subject(options, model, tokenizer, device, size)
+            case = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_size": size}
+            case |= {"implementation": implementation, **_measure(options, subject)}
+            report["cases"].append(case)
+    write_atomically(out / "bench.json", json.dumps(report, indent=2).encode())
+    step_times(report, out)
+    return report
+
+
+def _load(options: BenchOptions, device: torch.device, dtype: str) -> tuple[nn.Module, Any]:
+    if options.shape is not None:
+        precision = fast_dtype(torch.bfloat16, device) if dtype == "auto" else getattr(torch, dtype)
+        return shaped_model(options.shape, options.layers, device, precision, options.seed), None
+    loaded = load_model(options.model or REFERENCE, str(device), dtype)
+    return loaded.model, loaded.tokenizer
+
+
+def _set_implementation(model: nn.Module, name: str) -> None:
+    try:
+        model.set_experts_implementation(name)  # type: ignore[operator]
+    except (KeyError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise OptionError(f"--implementations {name!r} is not usable with this model: {reason[0]}") from None
+
+
+def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: torch.device, size: int) -> Subject:
+    length = options.prompt + WARM_UP + options.steps
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
+        tokens = torch.randint(3, vocabulary, (size, length), generator=generator)
+    else:
+        tokens, _ = corpora.decode_groups(
+            options.corpus, tokenizer, "test", size, length, 1, options.seed + 1, fewest=1
+        )[0]
+    tokens = tokens.to(device)
+    selector = (
+        random_selector(model, options.rank, options.seed)
+        if options.selector is None
+        else LynxSelector.from_pretrained(options.selector)
+    )
+    if options.budget is not None:
+        policy = selector.policy(options.budget, kernel=options.kernel)
+    else:
+        policy = keeping(model, selector, tokens, options)
+    return Subject(model, tokens, policy, selector)
+
+
+@torch.no_grad()
+def keeping(model: nn.Module, selector: LynxSelector, tokens: Tensor, options: BenchOptions) -> ThresholdPolicy:
+    """The policy whose threshold keeps the wanted share of the untouched model's distinct experts, by bisection."""
+    assert options.fraction is not None
+    part = tokens[:, : options.prompt + TRIAL_STEPS]
+    low, high = math.log(NOTHING), -math.log(NOTHING)
+    for _ in range(TRIALS):
+        middle = (low + high) / 2
+        policy = selector.at_threshold(math.exp(middle))
+        stats = take_turns(model, {ON: policy}, part, options.prompt, 0, options.threads)[ON].stats
+        assert stats is not None
+        share = sum(stats.experts_after) / sum(stats.experts_before)
+        low, high = (middle, high) if share > options.fraction else (low, middle)
+        if abs(share - options.fraction) < CLOSE:
+            break
+    return selector.at_threshold(math.exp(middle), options.kernel)
+
+
+def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
+    experts = subject.selector.config.num_experts
+    counts = sorted({max(round(share * experts), 1) for share in LINE})
+    deciding = subject.selector.at_threshold(NOTHING, options.kernel)
+    policies: dict[str, Policy | None] = {OFF: None, ON: subject.policy, DECIDING: deciding}
+    policies |= {f"{count}": Fewer(count) for count in counts}
+    stepping = Graphed if options.graph else Called
+    steps = take_turns(subject.model, policies, subject.tokens, options.prompt, WARM_UP, options.threads, stepping)
+    result = summary(steps, [str(count) for count in counts])
+    watched = Watched(subject.policy)
+    part = subject.tokens[:, : options.prompt + WARM_UP + min(options.steps, 10)]
+    take_turns(subject.model, {ON: watched}, part, options.prompt, 0, options.threads)
+    moe = len(watched.ready)
+    micro = {name: statistics.median(values[moe * WARM_UP :]) for name, values in watched.microseconds.items()}
+    result["microseconds_per_layer"] = {**micro, "all": 1e3 * result["deciding_ms"] / moe}
+    result["moe_layers"], result["threshold"] = moe, [float(t) for t in subject.policy.thresholds[1:]]
+    if options.generate:
+        result["generate"] = _generate(subject, options)
+    return result
+
+
+def summary(steps: dict[str, Steps], line: list[str]) -> dict[str, Any]:
+    """What the steps of OFF, ON, DECIDING and of the policies of the line say."""
+    off, on = steps[OFF], steps[ON]
+    assert on.stats is not None
+    wanted, run = (sum(v) / len(v) for v in (on.stats.experts_before, on.stats.experts_after))
+    points = [(_experts(steps[name]), steps[name].median) for name in line]
+    a, b = fit_line(points)
+    saved = statistics.median(x - y for x, y in zip(off.ms, on.ms, strict=True))
+    possible = b * (wanted - run)
+    extra = statistics.median(x - y for x, y in zip(steps[DECIDING].ms, off.ms, strict=True))
+    low, high = median_interval([x / y for x, y in zip(off.ms, on.ms, strict=True)])
+    return {
+        "steps": len(off.ms),
+        "off_ms": off.median,
+        "on_ms": on.median,
+        "ratio": paired_ratio(off, on),
+        "ratio_low": low,
+        "ratio_high": high,
+        "experts_off": wanted,
+        "experts_on": run,
+        "bytes": on.stats.bytes_ratio,
+        "line": {"a_ms": a, "b_ms": b, "points": points},
+        "realised": saved / possible if possible > 0 else None,
+        "deciding_ms": extra,
+        "overhead": extra / off.median,
+    }
+
+
+def _experts(steps: Steps) -> float:
+    assert steps.stats is not None
+    return sum(steps.stats.experts_after) / len(steps.stats.experts_after)
+
+
+def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Least squares a and b of y = a + b·x; b is 0 where all x are the same."""
+    xs, ys = zip(*points, strict=True)
+    if len(set(xs)) < 2:
+        return statistics.fmean(ys), 0.0
+    b, a = statistics.linear_regression(xs, ys)
+    return a, b
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """95% interval of the median by order statistics (normal approximation of the binomial)."""
+    ordered, count = sorted(values), len(values)
+    reach = 0.98 * math.sqrt(count)
+    low, high = math.floor(count / 2 - reach), math.ceil(count / 2 + reach)
+    return ordered[max(low, 0)], ordered[min(high, count - 1)]
+
+
+@torch.no_grad()
+def _generate(subject: Subject, options: BenchOptions) -> dict[str, Any]:
+    """Whole greedy `generate` calls, off and on in turns."""
+    model, ids = subject.model, subject.tokens[:, : options.prompt]
+    seconds: dict[str, list[float]] = {OFF: [], ON: []}
+    found: dict[str, Tensor] = {}
+
+    def run() -> Tensor:
+        return model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=options.generate,
+            min_new_tokens=options.generate,
+            do_sample=False,
+        )
+
+    for turn in range(GENERATE_TURNS + 1):
+        for name in (OFF, ON) if turn % 2 else (ON, OFF):
+            start = clock(ids.device)
+            if name == ON:
+                with skip_experts(model, subject.policy):
+                    found[name] = run()
+            else:
+                found[name] = run()
+            seconds[name].append(clock(ids.device) - start)
+    ratios = [x / y for x, y in zip(seconds[OFF][1:], seconds[ON][1:], strict=True)]  # the first turn warms up
+    tokens = options.generate * len(ids)
+    same = (found[OFF] == found[ON])[:, options.prompt :].float().mean()
+    return {
+        "tokens_per_s_off": tokens / statistics.median(seconds[OFF][1:]),
+        "tokens_per_s_on": tokens / statistics.median(seconds[ON][1:]),
+        "ratio": statistics.median(ratios),
+        "same_tokens": float(same),
+    }

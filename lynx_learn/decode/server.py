@@ -1,0 +1,188 @@
+"""Ask a running server for the same greedy completions with skipping on and off in turns, and compare.
+
+    python -m lynx_learn.integrations.vllm_bench --url http://127.0.0.1:8000
+
+`off` is the same server with every request opted out: its steps are then left as they are.
+"""
+
+import argparse
+import http.client
+import json
+import statistics
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LynxError, OptionError
+from ..integrations.vllm.plugin import KEY
+
+ACTED, LAYERS = 'lynx_steps_total{outcome="acted"}', "lynx_moe_layers"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request's tokens and when its first and last came, in seconds."""
+
+    tokens: list[int]
+    first: float
+    last: float
+
+
+def read_prompts(count: int, characters: int) -> list[str]:
+    """Beginnings of the running Python's own modules, past their headers.
+
+    Raises:
+        OptionError: there are not so many modules of that length.
+    """
+    prompts = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = file.read_text(encoding="utf-8", errors="replace")[600 : 600 + characters]
+        prompts += [text] if len(text) == characters else []
+    if not 0 < count <= len(prompts):
+        raise OptionError(f"--prompts {count} is not usable: expected 1 to {len(prompts)} of {characters} characters")
+    return prompts[:count]
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """The server's counters of this plugin.
+
+    Raises:
+        OptionError: the server has none.
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as page:
+        lines = page.read().decode().splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("lynx_"))
+    found = {name: float(value) for name, value in pairs}
+    if LAYERS not in found:
+        raise OptionError(
+            f"{url} shows no counters of skipped experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET above 0, "
+            "one API server, and no PROMETHEUS_MULTIPROC_DIR"
+        )
+    return found
+
+
+def ask(url: str, prompt: str, tokens: int, skip: bool) -> Answer:
+    """One streamed greedy completion.
+
+    Raises:
+        LynxError: the server ends it with an error.
+    """
+    body = {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "vllm_xargs": {KEY: int(skip)},
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    found: list[int] = []
+    first = 0.0
+    with urllib.request.urlopen(request, timeout=600) as stream:
+        for line in stream:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[len(b"data: ") :])
+            if "error" in event:
+                raise LynxError(f"{url} broke off an answer ({event['error']}): its log says more")
+            for choice in event["choices"]:
+                first = first or time.perf_counter()
+                found += choice["token_ids"] or []
+    return Answer(found, first, time.perf_counter())
+
+
+def run_pass(url: str, prompts: list[str], tokens: int, concurrency: int, skip: bool) -> tuple[list[Answer], float]:
+    """All prompts, `concurrency` at a time; with the seconds that it took."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        answers = list(pool.map(lambda prompt: ask(url, prompt, tokens, skip), prompts))
+    return answers, time.perf_counter() - start
+
+
+def compare(url: str, prompts: list[str], tokens: int, concurrency: int, turns: int) -> dict[str, Any]:
+    """Figures of both ways; those of time once for each turn, and medians over the turns.
+
+    Raises:
+        LynxError: the server does not answer, or skips no experts.
+    """
+    speeds: dict[bool, list[float]] = {True: [], False: []}
+    each: dict[bool, list[float]] = {True: [], False: []}
+    last: dict[bool, list[Answer]] = {}
+    read_metrics(url)  # refused before anything is asked
+    run_pass(url, prompts[:concurrency], tokens, concurrency, skip=True)  # warm
+    before = read_metrics(url)
+    for turn in range(turns):
+        for skip in (False, True) if turn % 2 else (True, False):
+            last[skip], seconds = run_pass(url, prompts, tokens, concurrency, skip)
+            speeds[skip].append(sum(len(answer.tokens) for answer in last[skip]) / seconds)
+            each[skip].append(1000 * statistics.median((a.last - a.first) / (tokens - 1) for a in last[skip]))
+    after = read_metrics(url)
+    risen = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    acted = max(risen[ACTED] * after[LAYERS], 1)
+    pairs = [
+        (a, b) for x, y in zip(last[True], last[False], strict=True) for a, b in zip(x.tokens, y.tokens, strict=True)
+    ]
+    whole = [x.tokens == y.tokens for x, y in zip(last[True], last[False], strict=True)]
+    return {
+        "tokens_per_second": both_ways(speeds),
+        "ms_per_output_token": both_ways(each),
+        "distinct_experts_per_layer": {
+            "off": risen["lynx_experts_routed_total"] / acted,
+            "on": risen["lynx_experts_loaded_total"] / acted,
+        },
+        "steps": {name: risen[name] for name in risen if name.startswith("lynx_steps")},
+        "greedy_tokens_at_the_same_place": sum(a == b for a, b in pairs) / len(pairs),
+        "greedy_outputs_identical": sum(whole) / len(whole),
+    }
+
+
+def both_ways(turns: dict[bool, list[float]]) -> dict[str, Any]:
+    """Median of a figure over the turns, the median ratio within a turn, and the turns themselves."""
+    off, on = turns[False], turns[True]
+    return {
+        "off": statistics.median(off),
+        "on": statistics.median(on),
+        "on / off": statistics.median(b / a for a, b in zip(off, on, strict=True)),
+        "turns": {"off": off, "on": on},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--characters", type=int, default=160, help="of each prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    url = options.url.rstrip("/")
+    try:
+        if options.tokens < 2 or options.turns < 1 or options.concurrency < 1:
+            raise OptionError("expected --tokens of 2 or more, and --turns and --concurrency of 1 or more")
+        prompts = read_prompts(options.prompts, options.characters)
+        figures = compare(url, prompts, options.tokens, options.concurrency, options.turns)
+    except urllib.error.HTTPError as error:
+        reason = f"{error.url} answers {error.code} ({error.read(300).decode(errors='replace')})"
+    except (OSError, http.client.HTTPException) as error:
+        reason = f"no server answers at {url} ({error}): start one, or give its --url"
+    except LynxError as error:
+        reason = str(error)
+    else:
+        print(json.dumps(figures, indent=2))
+        return 0
+    print(f"lynx-learn: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""How much a layer's cost hurts: nats of KL per unit of predicted cost, measured one layer at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..decode.simulate import compare
+from ..moe.decision import Decision, Groups
+from ..moe.families import MoeLayer
+from ..selector.selector import LayerSelector, LynxSelector
+from ..show.progress import track
+
+
+class HalfOfOneLayer:
+    """Skips the cheaper half of the experts that each batch loads, in one layer, and sums the predicted cost of it."""
+
+    name = "probe"
+
+    def __init__(self, selector: LynxSelector, layer: int) -> None:
+        self.selector, self.layer = selector, layer
+        self.setting = f"layer={layer}"
+        self.cost, self.tokens = 0.0, 0
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        self.selector.check(layers)
+        own = self.selector.layers[self.layer].to(layers[self.layer].device)
+        own.surrogates.to(layers[self.layer].dtype)
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        if layer.index != self.layer:
+            return Decision(groups.indices, groups.weights)
+        own: LayerSelector = self.selector.layers[self.layer]  # type: ignore[assignment]
+        costs = own.costs(groups)
+        total = own.totals(groups, costs)
+        loaded = torch.where(total > 0, total, torch.full_like(total, float("nan")))
+        decision = own.decide(groups, loaded.nanmedian(-1).values, costs)
+        self.cost += float(costs[decision.weights == 0].sum())
+        self.tokens += groups.active.numel()
+        return decision
+
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return 0.0
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    layers: list[MoeLayer],
+    selector: LynxSelector,
+    groups: Sequence[tuple[Tensor, list[str]]],
+    prompt: int,
+) -> list[float]:
+    """Set and return each layer's sensitivity, so that predicted costs come out in nats of KL per token."""
+    found = []
+    for layer in track(layers, "sensitivities", len(layers), unit="layers"):
+        own: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
+        own.sensitivity.fill_(1.0)
+        probe = HalfOfOneLayer(selector, layer.index)
+        measured = compare(model, layers, groups, [probe], prompt)[0].mean("kl")
+        per_token = probe.cost / max(probe.tokens, 1)
+        found.append(max(measured, 1e-9) / max(per_token, 1e-30))
+        own.sensitivity.fill_(found[-1])
+    return found

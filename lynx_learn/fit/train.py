@@ -1,0 +1,290 @@
+"""`lynx-learn train`: from a trace and the model's expert weights to a selector, layer by layer."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, SelectorError, TraceError
+from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from ..moe.loading import load_model
+from ..selector.config import SelectorConfig
+from ..selector.features import LOG_WEIGHT, assignment_features
+from ..selector.selector import RUN, LayerSelector, LynxSelector
+from ..selector.surrogates import Moments, Surrogates, fit_surrogate
+from ..show.card import run_record, write_card
+from ..show.progress import track
+from ..traces.format import Trace
+from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
+from .sensitivity import measure_sensitivities
+from .tuning import TuneOptions, tune
+
+# Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
+CHECK, HELD_OUT = 8, 9
+# Sums for this many bytes of experts are held at a time; a layer with more is read several times.
+MOMENT_BYTES = 2**29
+# Tokens a scorer learns from; more are thinned out, so that memory does not grow with the trace.
+MOST_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `lynx-learn train`.
+
+    Attributes:
+        trace: trace directory of `lynx-learn collect`.
+        out: selector directory to write; refused when it holds one already.
+        model: folder or Hub id of the model the trace is of; by default the one it names.
+        scorer: `mlp`, `linear`, or `formula` (gate² × the expert's mean residual, nothing learned).
+        rank: rank of the surrogates; 0 for none.
+        keep_top1: every token keeps its first expert.
+        epochs, batch, rate: of the scorers' training; a batch is that many tokens.
+        reference: also fit scikit-learn's gradient boosting on the same features, for comparison.
+        tune_steps: steps of tuning scorers and surrogates through the frozen model on KL; 0 for none.
+        tune_rate: learning rate of the surrogates there; the scorers' is twice that.
+        tune_batch_sizes: decode batch sizes to tune for; a step has about 2,048 tokens.
+        sensitivity_groups: batches of 16 sequences that the sensitivities are measured on.
+        device, dtype: of the model, as in `collect`.
+        seed: of the scorers' initial weights and the order of the assignments.
+    """
+
+    trace: str
+    out: str
+    model: str | None = None
+    scorer: Literal["mlp", "linear", "formula"] = "mlp"
+    rank: int = 8
+    keep_top1: bool = False
+    epochs: int = 10
+    batch: int = 512
+    rate: float = 1e-2
+    reference: bool = True
+    tune_steps: int = 100
+    tune_rate: float = 1e-3
+    tune_batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
+    sensitivity_groups: int = 4
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise OptionError(f"--rank {self.rank} is not usable: expected 0 or more")
+        for name in ("epochs", "batch", "sensitivity_groups"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        for name in ("rate", "tune_rate"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise OptionError(f"--{name} {value:g} is not usable: expected a number above 0")
+        if self.tune_steps < 0:
+            raise OptionError(f"--tune_steps {self.tune_steps} is not usable: expected 0 or more")
+        if not self.tune_batch_sizes or min(self.tune_batch_sizes) < 1:
+            raise OptionError("--tune_batch_sizes is not usable: expected one number or more, each at least 1")
+
+
+def train(options: TrainOptions) -> LynxSelector:
+    """Fit a selector and write its directory; thresholds come from `calibrate`."""
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        raise SelectorError(f"{out} is not empty: choose another --out, or remove it")
+    trace = Trace.open(options.trace)
+    loaded = load_model(options.model or trace.options.model, options.device, options.dtype)
+    layers = find_moe_layers(loaded.model)
+    if router_fingerprint(layers) != trace.options.router_fingerprint:
+        raise TraceError(
+            f"{trace.folder} was collected from {trace.options.model} (routers {trace.options.router_fingerprint[:12]}), not from this model: give that one with --model, or collect again"
+        )
+    if options.rank > trace.options.hidden_size:
+        raise OptionError(
+            f"--rank {options.rank} is not usable: expected at most the model's width, {trace.options.hidden_size}"
+        )
+    selector = LynxSelector(_config(options, trace))
+    tenth = trace.index()["sequence"] % 10
+    figures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = Path(scratch)
+        for layer in track(layers, "train", len(layers), unit="layers"):
+            own: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
+            figures.append(fit_layer(layer, own, trace, tenth, options, logs))
+        losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
+    groups = list(trace_groups(trace, options.sensitivity_groups, loaded.input_device))
+    sensitivities = measure_sensitivities(loaded.model, layers, selector, groups, prompt=groups[0][0].shape[1] // 8)
+    for row, value in zip(figures, sensitivities, strict=True):
+        row["sensitivity"] = value
+    metrics: dict[str, Any] = {"train": {"trace": trace_summary(trace), "layers": figures}}
+    if options.tune_steps:
+        rows = trace.index()["tokens"].view(-1, trace.options.length)
+        own_tenth = tenth.view(-1, trace.options.length)[:, 0]
+        learn, check = (rows[part].to(loaded.input_device) for part in (own_tenth != HELD_OUT, own_tenth == HELD_OUT))
+        tuning = TuneOptions(options.tune_steps, options.tune_rate, tuple(options.tune_batch_sizes), options.seed)
+        metrics["train"]["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
+    write_card(out, selector, metrics, {RUN: run_record("train", asdict(options)), **losses})
+    return selector
+
+
+def _config(options: TrainOptions, trace: Trace) -> SelectorConfig:
+    t = trace.options
+    return SelectorConfig(
+        base_model=t.model,
+        base_revision=t.revision,
+        model_type=t.model_type,
+        router_fingerprint=t.router_fingerprint,
+        layers=t.layers,
+        num_experts=t.num_experts,
+        top_k=t.top_k,
+        hidden_size=t.hidden_size,
+        expert_bytes=t.expert_bytes,
+        scorer=options.scorer,
+        rank=options.rank,
+        keep_top1=options.keep_top1,
+    )
+
+
+def fit_layer(
+    layer: MoeLayer, own: LayerSelector, trace: Trace, tenth: Tensor, options: TrainOptions, logs: Path
+) -> dict[str, Any]:
+    """Fit one layer's surrogates and scorer in place; returns its figures on held-out sequences.
+
+    `tenth` is the sequence number modulo 10 of every token of the trace.
+    """
+    torch.manual_seed(options.seed * 1009 + layer.index)
+    if options.rank:
+        _fit_surrogates(layer, own.surrogates, trace, tenth, options.rank)
+    fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
+    squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
+    sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
+    counts = torch.bincount(fit.experts.flatten(), minlength=layer.num_experts)
+    seen = sums / counts.clamp_min(1)
+    residuals = torch.where(counts > 0, seen, seen.sum() / (counts > 0).sum())
+    scorer = new_scorer(options.scorer, fit, residuals)
+    training = ScorerOptions(options.scorer, options.epochs, options.batch, options.rate, options.seed)
+    train_scorer(scorer, fit, held_out, training, logs, f"layer-{layer.index:02d}")
+    own.scorer.load_state_dict(scorer.state_dict())
+    floor = new_scorer("formula", fit, residuals)
+    figures: dict[str, Any] = {
+        "name": layer.name,
+        "assignments": fit.costs.numel(),
+        "unexplained": float(held_out.costs.sum() / energy),
+        "formula": quality(predicted_costs(floor, held_out), held_out.costs),
+        options.scorer: quality(predicted_costs(own.scorer, held_out), held_out.costs),
+    }
+    if options.reference:
+        figures["gradient_boosting"] = boosted_reference(fit, held_out, options.seed)
+    return figures
+
+
+def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor, rank: int) -> None:
+    hidden = layer.hidden_size
+    at_a_time = max(1, MOMENT_BYTES // (2 * 2 * hidden * hidden * 8))
+    for first in range(0, layer.num_experts, at_a_time):
+        block = range(first, min(first + at_a_time, layer.num_experts))
+        moments = {e: (Moments.empty(hidden), Moments.empty(hidden)) for e in block}
+        for part, x, y, weights, expert, _ in _outputs(layer, trace, tenth, block):
+            for which, own in enumerate((part < CHECK, part == CHECK)):
+                if own.any():
+                    moments[expert][which].add(x[own], y[own], weights[own].square())
+        for expert, (fit, check) in moments.items():
+            surrogates.put(expert, *fit_surrogate(fit, check, rank))
+    surrogates.round_to(layer.dtype)
+
+
+def _outputs(
+    layer: MoeLayer, trace: Trace, tenth: Tensor, block: range
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor]]:
+    """For each shard and expert of `block`: tenth, input, output, weight of its assignments, the expert, their rows.
+
+    Rows number the assignments of the shard, token by token.
+    """
+    start = 0
+    for shard in trace.layer_shards(layer.index):
+        tokens, top_k = shard["indices"].shape
+        own = tenth[start : start + tokens]
+        for expert in block:
+            rows = (shard["indices"].flatten() == expert).nonzero().squeeze(1)
+            if len(rows):
+                token = rows // top_k
+                x = shard["hidden"][token].to(layer.device, layer.dtype)
+                y = layer.expert_output(expert, x)
+                yield own[token], x, y, shard["weights"].flatten()[rows], expert, rows
+        start += tokens
+
+
+def _assignments(
+    layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor
+) -> tuple[Assignments, Assignments, Tensor]:
+    """Features and true costs for fitting and held out, and the held-out energy without any surrogate."""
+    parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
+    energy = torch.zeros(())
+    keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
+    thinning = torch.Generator().manual_seed(layer.index)
+    start = 0
+    for shard in trace.layer_shards(layer.index):
+        tokens = shard["indices"].shape[0]
+        own = tenth[start : start + tokens]
+        costs, squares = _shard_costs(layer, surrogates, shard)
+        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
+        energy += squares[own == HELD_OUT].sum()
+        chosen = torch.rand(tokens, generator=thinning) < keep
+        for held_out in (True, False):
+            mine = chosen & ((own == HELD_OUT) == held_out)
+            parts[held_out].append((features[mine], shard["indices"][mine], costs[mine], shard["hidden"][mine]))
+        start += tokens
+    joined = [
+        Assignments(*(torch.cat(column) for column in zip(*parts[held_out], strict=True))) for held_out in (False, True)
+    ]
+    if not len(joined[1].costs):
+        raise TraceError(
+            f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
+        )
+    if not all(torch.isfinite(rows.costs).all() for rows in joined):
+        raise TraceError(
+            f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in {layer.dtype}: train in --dtype float32"
+        )
+    return joined[0], joined[1], energy
+
+
+def _shard_costs(layer: MoeLayer, surrogates: Surrogates, shard: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """True costs `(tokens, top_k)`, weight² × the squared error of the surrogate, and the same without surrogates."""
+    costs, squares = torch.zeros_like(shard["weights"]).flatten(), torch.zeros_like(shard["weights"]).flatten()
+    top_k = shard["indices"].shape[1]
+    for expert in range(layer.num_experts):
+        rows = (shard["indices"].flatten() == expert).nonzero().squeeze(1)
+        if not len(rows):
+            continue
+        x = shard["hidden"][rows // top_k].to(layer.device, layer.dtype)
+        y = layer.expert_output(expert, x).float().cpu()
+        x = x.float().cpu()
+        stand_in = (x @ surrogates.down[expert].T) @ surrogates.up[expert] + surrogates.constant[expert]
+        weight = shard["weights"].flatten()[rows].square()
+        costs[rows] = weight * (y - stand_in).square().sum(1)
+        squares[rows] = weight * y.square().sum(1)
+    return costs.view_as(shard["weights"]), squares.view_as(shard["weights"])
+
+
+def trace_groups(
+    trace: Trace, groups: int, device: torch.device, size: int = 16, positions: int = 128
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Token rows of the trace itself, as groups that decode together; fewer where the trace is short."""
+    index = trace.index()
+    rows = index["tokens"].view(-1, trace.options.length)[:, :positions]
+    names = [trace.sources[s] for s in index["source"].view(-1, trace.options.length)[:, 0].tolist()]
+    size = min(size, len(rows))
+    for start in range(0, min(groups * size, len(rows) - size + 1), size):
+        yield rows[start : start + size].to(device), names[start : start + size]
+
+
+def trace_summary(trace: Trace) -> dict[str, Any]:
+    o = trace.options
+    return {
+        "model": o.model,
+        "corpus": o.corpus,
+        "split": o.split,
+        "mode": o.mode,
+        "tokens": trace.collected_tokens,
+        "sources": trace.sources,
+    }

@@ -1,0 +1,1 @@
+"""The decision as an ONNX graph."""

@@ -1,0 +1,158 @@
+"""What this package knows about the structure of vLLM's engines and MoE layers, and which of them are refused."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plugin import UnsupportedError
+
+# Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
+ROUTERS = ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter")
+# Kernels off the CPU that treat each assignment by itself: what is left out names an expert that the token may have
+# already. Others take it that a token's experts are distinct, and some of those then read memory that is not theirs.
+KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_engine(worker: Any) -> None:
+    """Refuse an engine in which the wrapped places would not be called, or not with the rows that they expect.
+
+    Raises:
+        UnsupportedError: with the reason and what to do.
+    """
+    config, runner = worker.vllm_config, worker.model_runner
+    parallel, compilation = config.parallel_config, config.compilation_config
+    if not (hasattr(runner, "_model_forward") and hasattr(runner, "input_batch")):
+        raise UnsupportedError("vLLM's model runner V2 is not supported: set VLLM_USE_V2_MODEL_RUNNER=0")
+    if compilation.mode or compilation.cudagraph_mode:
+        raise UnsupportedError("compiled graphs run past the routing that skipping acts on: add --enforce-eager")
+    if config.speculative_config is not None:
+        raise UnsupportedError("speculative decoding has no steps of one token per request: turn it off")
+    if config.lora_config is not None:
+        raise UnsupportedError("LoRA changes the experts that the selector was trained for: turn it off")
+    sizes = {
+        "pipeline": parallel.pipeline_parallel_size,
+        "data": parallel.data_parallel_size,
+        "context": parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
+    }
+    if split := [name for name, size in sizes.items() if size > 1]:
+        raise UnsupportedError(f"{split[0]} parallelism is not supported: use tensor or expert parallelism alone")
+    if parallel.use_ubatching or parallel.enable_eplb:
+        raise UnsupportedError("micro-batches (DBO) and expert load balancing are not supported: turn them off")
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One MoE layer of a vLLM model, with as much of `MoeLayer` as a policy binds to.
+
+    `name` is the selector's: vLLM renames blocks, so they are matched by order, and the fingerprint tells whether they
+    are the same.
+    """
+
+    index: int
+    name: str
+    router: nn.Module = field(repr=False)
+    runner: Any = field(repr=False)
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def find_layers(model: nn.Module, names: tuple[str, ...], expert_bytes: int) -> list[EngineLayer]:
+    """The MoE layers of a vLLM model, under the names that transformers gives their blocks.
+
+    Raises:
+        UnsupportedError: there is none, or one of them cannot be acted on.
+    """
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoERunner)]
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__name__} has no MoE layer that can be acted on: load a Mixture-of-Experts model"
+        )
+    layers = []
+    for index, (path, runner) in enumerate(found):
+        block = model.get_submodule(path.rpartition(".")[0])
+        gate = getattr(block, "gate", None) or getattr(block, "router", None)
+        if not isinstance(gate, nn.Module) or not isinstance(getattr(gate, "weight", None), Tensor):
+            raise UnsupportedError(f"layer {path} has no gate whose weight can be compared with the selector's")
+        router = read_gate(path, gate)
+        device = router["weight"].device
+        check_layer(path, runner, device)
+        num_experts, hidden_size = router["weight"].shape
+        layers.append(
+            EngineLayer(
+                index,
+                names[index] if len(names) == len(found) else path,
+                router,
+                runner,
+                num_experts,
+                runner.router.top_k,
+                hidden_size,
+                expert_bytes,
+                device,
+                runner.moe_config.in_dtype,
+            )
+        )
+    return layers
+
+
+@torch.inference_mode()
+def read_gate(path: str, gate: nn.Module) -> nn.ParameterDict:
+    """Weight, bias and correction bias of a gate, under the names that transformers gives them too.
+
+    On the CPU vLLM packs the weight and leaves an empty one behind. What the gate makes of unit vectors are then the
+    weight's columns, exactly: every sum has one term that is not zero. The kernel takes it that both are of one type.
+
+    Raises:
+        UnsupportedError: the gate is quantized.
+    """
+    state: dict[str, Tensor] = dict(gate.state_dict())
+    if state["weight"].dtype not in FLOATS:
+        kind = str(state["weight"].dtype).removeprefix("torch.")
+        raise UnsupportedError(f"layer {path} has a quantized gate ({kind}): leave gates out of the quantization")
+    if not state["weight"].numel():
+        units = torch.eye(int(gate.input_size), dtype=state["weight"].dtype)  # type: ignore[arg-type]
+        state["weight"] = gate.quant_method.apply(gate, units, None).T.contiguous()  # type: ignore[union-attr,operator,call-arg]
+    return nn.ParameterDict({key: nn.Parameter(value, requires_grad=False) for key, value in state.items()})
+
+
+def check_layer(path: str, runner: Any, device: torch.device) -> None:
+    """Refuse a layer whose routing or output is not the plain one.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
+    method = runner.routed_experts.quant_method
+    backends = "choose --moe-backend triton, or marlin for quantized experts"
+    if runner.is_monolithic:
+        raise UnsupportedError(
+            f"layer {path} runs a monolithic kernel ({type(method).__name__}) that routes by itself: {backends}"
+        )
+    kernel = type(getattr(method.moe_kernel, "fused_experts", method)).__name__
+    if device.type != "cpu" and kernel not in KERNELS:
+        raise UnsupportedError(
+            f"layer {path} runs {kernel}, which may not be given an expert twice for one token: {backends}"
+        )
+    if type(runner).__name__ == "TransformersMoERunner":
+        raise UnsupportedError(
+            f"layer {path} is routed by the model's own code, of which the engine knows no logits: leave --model-impl out"
+        )
+    if type(runner.router).__name__ not in ROUTERS:
+        raise UnsupportedError(f"layer {path} routes with {type(runner.router).__name__}, which is not supported")
+    reasons = {
+        "is split over the sequence": runner.moe_config.is_sequence_parallel,
+        "routes a projection of its input": runner.routed_input_transform is not None,
+        "runs shared experts in the routed kernel": runner._fse_fuse_gate,
+        "weights what enters its experts": runner.routed_experts.apply_router_weight_on_input,
+        "leaves its output unfinished for a later kernel": runner.moe_config.use_deferred_moe_finalize,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedError(f"layer {path} {reason}, which is not supported")

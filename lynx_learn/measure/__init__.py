@@ -1,0 +1,1 @@
+"""Bounds, calibration, coverage, and comparison at equal loss."""

@@ -1,0 +1,272 @@
+"""`lynx-learn calibrate`: the largest threshold whose loss stays within a budget, with confidence.
+
+Learn then Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: thresholds are chosen on pilot
+groups, then tested in increasing order on other groups, and the last one before the first failure is taken. The test of
+one threshold is a one-sided upper confidence bound of the mean loss over groups by Student's t with Hall's correction
+for skewness (Hall 1983, Annals of Statistics 11, 569–576); the unit is a group of sequences decoded together, since
+the tokens of a group share their fate. The bound is asymptotic in the number of groups and holds for text like the
+calibration text.
+"""
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..decode.simulate import compare
+from ..errors import OptionError
+from ..moe.families import MoeLayer, find_moe_layers
+from ..moe.loading import load_model
+from ..selector.selector import LynxSelector, read_metrics
+from ..show.card import run_record, write_card
+from ..show.progress import track
+from ..traces import corpus as corpora
+
+BOUND = "one-sided Student t with Hall's skewness correction, fixed-sequence testing (Learn then Test)"
+# Thresholds tested for a budget, as the shares of it that the pilot groups lose at them.
+FRACTIONS = (0.5, 0.7, 0.8, 0.87, 0.94, 1.0)
+# The pilot's thresholds go down from twice the largest budget times the root of the batch size, by this factor.
+PILOT_STEP, PILOT_POINTS = 3.0, 8
+PILOT_GROUPS = 4
+FEWEST_GROUPS = 8
+
+Group = tuple[Tensor, list[str]]
+# (threshold, loss), both rising.
+Curve = list[tuple[float, float]]
+# Upper confidence bound of a mean: of values `(n,)`, at a confidence.
+Bound = Callable[[Tensor, float], float]
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of `lynx-learn calibrate`.
+
+    Attributes:
+        selector: selector directory; its thresholds for this metric are replaced.
+        model: folder or Hub id; by default the selector's base model.
+        corpus, split: calibration text; must not be text the selector was fitted on, nor test text.
+        budgets: of the metric, per token.
+        metric: `kl` (nats), `nll` (rise of the loss, nats) or `agreement` (share of changed greedy choices).
+        batch_sizes: decode batch sizes to find thresholds for.
+        confidence: of the bound.
+        groups: groups measured for a batch size, at most; on 4 of them thresholds are chosen, on the others tested.
+        tokens: tokens measured for a batch size, at most; but 12 groups are, whatever they hold.
+        length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
+        device, dtype: of the model, as in `collect`.
+        seed: of the grouping.
+    """
+
+    selector: str
+    model: str | None = None
+    corpus: str = corpora.BUILT_IN
+    split: corpora.Split = "calibrate"
+    budgets: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
+    metric: Literal["kl", "nll", "agreement"] = "kl"
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    confidence: float = 0.95
+    groups: int = 64
+    tokens: int = 60_000
+    length: int = 128
+    prompt: int = 32
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("budgets", "batch_sizes"):
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is empty: expected one number or more")
+        for budget in self.budgets:
+            if not (budget > 0 and math.isfinite(budget)):
+                raise OptionError(f"--budgets {budget:g} is not usable: expected numbers above 0")
+        for size in self.batch_sizes:
+            if size < 1:
+                raise OptionError(f"--batch_sizes {size} is not usable: expected 1 or more")
+        if not 0.5 < self.confidence < 1:
+            raise OptionError(f"--confidence {self.confidence:g} is not usable: expected above 0.5 and below 1")
+        check_groups("groups", self.groups)
+        if not 0 < self.prompt < self.length - 1:
+            raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 2 ({self.length - 2})")
+
+
+def check_groups(option: str, groups: int) -> None:
+    """Refuse fewer groups than a certificate needs.
+
+    Raises:
+        OptionError: with the option's name and what was expected.
+    """
+    fewest = PILOT_GROUPS + FEWEST_GROUPS
+    if groups < fewest:
+        raise OptionError(
+            f"--{option} {groups} is not usable: expected {fewest} or more, {PILOT_GROUPS} to choose thresholds on and "
+            f"{FEWEST_GROUPS} to test them"
+        )
+
+
+def calibrate(options: CalibrateOptions) -> LynxSelector:
+    """Find the thresholds and write them into the selector directory."""
+    folder = Path(options.selector)
+    metrics = read_metrics(folder)
+    selector = LynxSelector.from_pretrained(options.selector)
+    loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
+    layers = find_moe_layers(loaded.model)
+    selector.check(layers)
+    cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}
+    sources: Counter[str] = Counter()
+    for size in track(sorted(options.batch_sizes), "calibrate", len(options.batch_sizes), unit="batch sizes"):
+        most = max(FEWEST_GROUPS + PILOT_GROUPS, min(options.groups, options.tokens // (size * options.length)))
+        groups = corpora.decode_groups(
+            options.corpus,
+            loaded.tokenizer,
+            options.split,
+            size,
+            options.length,
+            most,
+            options.seed,
+            FEWEST_GROUPS + PILOT_GROUPS,
+        )
+        groups = [(tokens.to(loaded.input_device), names) for tokens, names in groups]
+        sources.update(name for _, names in groups for name in names)
+        for budget, cell in certify(loaded.model, layers, selector, groups, options).items():
+            cells[str(budget)][str(size)] = cell
+    thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
+    how = {
+        "bound": BOUND,
+        "confidence": options.confidence,
+        "corpus": options.corpus,
+        "split": options.split,
+        "sources": shares(sources),
+        "cells": cells,
+    }
+    config = selector.config
+    # Read again: what ran has been rounded to the precision that the model was loaded in.
+    selector = LynxSelector.from_pretrained(options.selector).with_config(
+        thresholds={**config.thresholds, options.metric: thresholds},
+        calibration={**config.calibration, options.metric: how},
+    )
+    write_card(
+        folder,
+        selector,
+        metrics,
+        {f"run-calibrate-{options.metric}.yaml": run_record("calibrate", asdict(options))},
+    )
+    return selector
+
+
+def shares(counts: Counter[str]) -> dict[str, float]:
+    """Each source's share of what was counted, by name."""
+    return {name: count / counts.total() for name, count in sorted(counts.items())}
+
+
+def upper_bound(values: Tensor, confidence: float) -> float:
+    """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
+
+    Student's t with the correction of Hall (1983) for the skewness that losses have.
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    mean, spread = float(values.mean()), float(values.std())
+    if spread == 0.0:
+        return mean
+    third = float((values - mean).pow(3).mean())
+    quantile = student_quantile(confidence, n - 1)
+    return mean + quantile * spread / math.sqrt(n) + third * (2 * quantile**2 + 1) / (6 * n * spread**2)
+
+
+@functools.cache
+def student_quantile(probability: float, freedom: int) -> float:
+    """Of Student's t with `freedom` degrees; the same one is asked for many times."""
+    from scipy.stats import t
+
+    return float(t.ppf(probability, freedom))
+
+
+def certify(
+    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
+) -> dict[float, dict[str, Any]]:
+    """For each budget the certified threshold of one batch size, with what was measured at it."""
+    pilot, rest = groups[:PILOT_GROUPS], groups[PILOT_GROUPS:]
+    curve = pilot_curve(model, layers, selector, pilot, options)
+    planned = plan(curve, options.budgets)
+    distinct = sorted({tau for taus in planned.values() for tau in taus})
+    measured = compare(model, layers, rest, [selector.at_threshold(tau) for tau in distinct], options.prompt)
+    results = dict(zip(distinct, measured, strict=True))
+    found = {}
+    for budget, taus in planned.items():
+        tau, upper = last_within(taus, lambda tau: results[tau].group_means(options.metric), budget, options.confidence)
+        cell: dict[str, Any] = {"threshold": tau, "mean": 0.0, "upper": upper, "groups": len(rest)}
+        if tau:
+            result = results[tau]
+            cell |= {"mean": result.mean(options.metric), "by_source": result.by_source(options.metric)}
+            cell |= result.mean_stats()
+        found[budget] = cell
+    return found
+
+
+def pilot_thresholds(budgets: list[float], size: int) -> list[float]:
+    """The thresholds, rising, that the pilot groups of batches of `size` are measured at."""
+    top = 2 * max(budgets) * math.sqrt(size)
+    return [top * PILOT_STEP**-step for step in reversed(range(PILOT_POINTS))]
+
+
+def pilot_curve(
+    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
+) -> Curve:
+    """What the pilot groups lose at thresholds that span the budgets."""
+    taus = pilot_thresholds(options.budgets, groups[0][0].shape[0])
+    measured = compare(model, layers, groups, [selector.at_threshold(tau) for tau in taus], options.prompt)
+    return rising(taus, [result.mean(options.metric) for result in measured])
+
+
+def rising(taus: list[float], losses: list[float]) -> Curve:
+    """The curve through mean losses at rising thresholds, made non-decreasing from 0 on."""
+    return list(zip(taus, itertools.accumulate((max(loss, 0.0) for loss in losses), max), strict=True))
+
+
+def plan(curve: Curve, budgets: list[float]) -> dict[float, list[float]]:
+    """For each budget, rising, the thresholds to test, rising: those at which the pilot loses FRACTIONS of it."""
+    return {b: sorted({threshold_at(curve, f * b) for f in FRACTIONS}) for b in sorted(budgets)}
+
+
+def last_within(
+    taus: list[float],
+    losses: Callable[[float], Tensor],
+    budget: float,
+    confidence: float,
+    bound: Bound = upper_bound,
+) -> tuple[float, float]:
+    """Fixed-sequence testing: the last of the rising thresholds before the first whose bound exceeds the budget.
+
+    Args:
+        losses: the mean losses of the groups `(groups,)` at a threshold.
+
+    Returns:
+        The threshold and its upper bound; zeros when the first one fails already.
+    """
+    found = (0.0, 0.0)
+    for tau in taus:
+        upper = bound(losses(tau), confidence)
+        if not upper <= budget:
+            break
+        found = (tau, upper)
+    return found
+
+
+def threshold_at(curve: Curve, loss: float) -> float:
+    """The threshold at which the pilot loses `loss`, interpolated on logarithms; the curve's ends beyond it."""
+    below = [(tau, value) for tau, value in curve if 0 < value <= loss]
+    above = [(tau, value) for tau, value in curve if value > loss]
+    if not above:
+        return curve[-1][0]
+    if not below:
+        return above[0][0] * min(1.0, loss / above[0][1])
+    (t0, v0), (t1, v1) = below[-1], above[0]
+    share = (math.log(loss) - math.log(v0)) / (math.log(v1) - math.log(v0))
+    return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))

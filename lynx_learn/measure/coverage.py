@@ -1,0 +1,506 @@
+"""`lynx-learn coverage`: does the bound of `calibrate` hold, and how sharp is it?
+
+For each batch size a pool of groups of sequences is measured once, at a grid of thresholds around those of the budgets.
+Then the procedure of `calibrate`, by its own functions, is repeated on groups drawn from the pool, and the loss at the
+threshold it certifies is read off the pool. The thresholds of a plan fall between those of the grid; there each group's
+loss is read off the straight line between its two measured ones. Rounding down to the grid instead would make every
+certified threshold smaller than that of `calibrate`, and so hide overruns. Two ways of drawing:
+
+*Re-splits*: the pool is split at random into groups for the pilot, groups that thresholds are tested on, and the rest.
+Counted are the splits in which the mean of the rest, and that of the whole pool, exceeds the budget. Neither share is an
+estimate of the error that the confidence allows: the rest is a sample with noise of its own, the groups tested are part
+of the pool, and the splits share one pool, so they depend on each other and no binomial interval holds for their
+number. `exact_levels` says what a procedure that uses up its error exactly would show.
+
+*Bootstrap*: pilot and tested groups are drawn from the pool with replacement. The pool is then the population, its mean
+the true one and the draws are independent, so the share of draws whose certified threshold has a true mean above the
+budget is a binomial share with a Clopper-Pearson interval; the bound holds if it is no larger than 1 − confidence. It is
+smaller where the plan's thresholds stay away from the budget. What the bound does on its own is counted beside it: how
+often, at the threshold whose true mean is the budget, it lies below that mean.
+
+With `shift` both are repeated with calibration groups of some sources and test groups of others, where nothing is
+guaranteed. Groups of one pool may hold parts of one document, in `calibrate` as here: what is examined is the sampling of
+groups out of given documents.
+"""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import islice, pairwise, zip_longest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..decode.simulate import compare
+from ..errors import CorpusError, OptionError
+from ..moe.families import MoeLayer, find_moe_layers
+from ..moe.loading import LoadedModel, load_model
+from ..selector.selector import LynxSelector, read_metrics
+from ..show.card import run_record, write_card
+from ..show.progress import track
+from ..traces import corpus as corpora
+from ..traces.format import write_atomically
+from .calibrate import (
+    FEWEST_GROUPS,
+    FRACTIONS,
+    PILOT_GROUPS,
+    PILOT_STEP,
+    Bound,
+    CalibrateOptions,
+    Curve,
+    Group,
+    check_groups,
+    last_within,
+    pilot_curve,
+    pilot_thresholds,
+    plan,
+    rising,
+    shares,
+    threshold_at,
+    upper_bound,
+)
+
+# Thresholds of the grid to one step of the pilot's: 25% apart.
+GRID = 5
+# The grid reaches beyond the losses that plans aim at by this factor, since pilots differ.
+MARGIN = 1.5
+
+
+@dataclass(frozen=True)
+class CoverageOptions:
+    """Options of `lynx-learn coverage`.
+
+    Attributes:
+        selector: selector directory or Hub id; it needs no thresholds.
+        out: folder for `coverage.json` and the measured pools; a run that was interrupted goes on from those.
+        model: folder or Hub id; by default the selector's base model.
+        corpus, split: text of the pools, of one split or several; must not be text the selector was fitted on.
+        budgets, metric, confidence: as in `calibrate`.
+        batch_sizes: decode batch sizes.
+        groups: groups measured for a batch size, the pool; with `shift` as many again, two thirds of them to calibrate.
+        calibration_groups: of them drawn for one calibration, the pilot's 4 included.
+        resplits: random splits of the pool.
+        bootstraps: independent draws from the pool.
+        shift: sources to calibrate on and other ones to test on, such as {"calibrate": ["code"], "test": ["prose"]}.
+        card: also put the figures into the selector's card.
+        length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
+        device, dtype: of the model, as in `collect`.
+        seed: of the grouping and the draws.
+    """
+
+    selector: str
+    out: str
+    model: str | None = None
+    corpus: str = corpora.BUILT_IN
+    split: list[corpora.Split] = field(default_factory=lambda: ["calibrate", "test"])
+    budgets: list[float] = field(default_factory=lambda: [0.01, 0.03])
+    metric: Literal["kl", "nll", "agreement"] = "kl"
+    batch_sizes: list[int] = field(default_factory=lambda: [8, 32])
+    confidence: float = 0.95
+    groups: int = 96
+    calibration_groups: int = 24
+    resplits: int = 200
+    bootstraps: int = 2000
+    shift: dict[str, list[str]] | None = None
+    card: bool = False
+    length: int = 128
+    prompt: int = 32
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 3
+
+    def __post_init__(self) -> None:
+        check_groups("calibration_groups", self.calibration_groups)
+        self.procedure()
+        fewest = self.calibration_groups + FEWEST_GROUPS
+        if self.groups < fewest:
+            raise OptionError(
+                f"--groups {self.groups} is not usable: expected {fewest} or more, {self.calibration_groups} to calibrate "
+                f"and {FEWEST_GROUPS} to test"
+            )
+        for name in ("resplits", "bootstraps"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if not self.split or len(self.split) > len(set(self.split)) or ("all" in self.split and len(self.split) > 1):
+            raise OptionError(
+                f"--split {' '.join(self.split) or '(nothing)'} is not usable: expected different splits, or all alone"
+            )
+        if self.shift is not None:
+            self._check_shift(self.shift)
+
+    def _check_shift(self, shift: dict[str, list[str]]) -> None:
+        if (
+            set(shift) != {"calibrate", "test"}
+            or not all(shift.values())
+            or set(shift["calibrate"]) & set(shift["test"])
+        ):
+            raise OptionError(
+                f'--shift {json.dumps(shift)} is not usable: expected {{"calibrate": [sources], "test": [other sources]}}'
+            )
+        fewest = math.ceil(3 * (self.calibration_groups + PILOT_GROUPS) / 2)
+        if self.groups < fewest:
+            raise OptionError(
+                f"--groups {self.groups} is not usable with --shift: expected {fewest} or more, so that two thirds of them, "
+                "which are calibrated on, can be split in different ways"
+            )
+
+    def procedure(self) -> CalibrateOptions:
+        """The options of the calibration that is repeated."""
+        return CalibrateOptions(
+            self.selector,
+            budgets=self.budgets,
+            metric=self.metric,
+            batch_sizes=self.batch_sizes,
+            confidence=self.confidence,
+            groups=self.calibration_groups,
+            length=self.length,
+            prompt=self.prompt,
+        )
+
+
+def coverage(options: CoverageOptions) -> dict[str, Any]:
+    """Measure what is not measured yet, draw, write `coverage.json`, and return it."""
+    metrics = read_metrics(options.selector) if options.card else {}
+    check_sources(options)
+    selector = LynxSelector.from_pretrained(options.selector)
+    loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
+    meter = Meter(options, selector, loaded)
+    # All text before the first measurement, so that too little of it is found out at once.
+    texts = [read_texts(options, loaded, size) for size in sorted(set(options.batch_sizes))]
+    rows: list[dict[str, Any]] = []
+    sources: Counter[str] = Counter()
+    for whole, *shifted in texts:
+        size = len(whole[0][1])
+        sources.update(name for _, names in whole for name in names)
+        rows += figures(meter.pool(whole), None, options, size)
+        if shifted:
+            first = meter.pool(shifted[0])
+            rows += figures(first, meter.pool(shifted[1], first.thresholds.tolist()[1:]), options, size)
+    tested = options.calibration_groups - PILOT_GROUPS
+    report = {
+        "options": asdict(options),
+        "base_model": selector.config.base_model,
+        "sources": shares(sources),
+        "exact": exact_levels(tested, options.groups - options.calibration_groups, options.groups, options.confidence),
+        "rows": sorted(rows, key=lambda row: row["shift"]),
+    }
+    write_atomically(Path(options.out) / "coverage.json", (json.dumps(report, indent=2) + "\n").encode())
+    if options.card:
+        folder = Path(options.selector)
+        write_card(
+            folder,
+            LynxSelector.from_pretrained(folder),  # what ran has been rounded to the model's precision
+            {**metrics, "coverage": report},
+            {"run-coverage.yaml": run_record("coverage", asdict(options))},
+        )
+    return report
+
+
+def check_sources(options: CoverageOptions) -> None:
+    """Refuse a shift between sources that the corpus has not.
+
+    Raises:
+        OptionError: with those it has.
+    """
+    if not options.shift:
+        return
+    streams = (stream for split in options.split for stream in corpora.open_sources(options.corpus, split))
+    known = sorted({document.source for stream in streams for document in islice(stream, 1)})
+    if unknown := sorted({name for names in options.shift.values() for name in names} - set(known)):
+        raise OptionError(
+            f"--shift names {', '.join(unknown)}, which corpus {options.corpus!r} does not hold in these splits: expected "
+            f"some of {', '.join(known)}"
+        )
+
+
+# Measuring.
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What each group loses and reads at the thresholds that were measured, and by straight lines between them.
+
+    Attributes:
+        thresholds: `(points,)`, rising from 0, where nothing is skipped.
+        losses, bytes: `(points, groups)`; the mean loss of a group, and bytes read relative to the untouched model.
+    """
+
+    thresholds: Tensor
+    losses: Tensor
+    bytes: Tensor
+
+    @property
+    def groups(self) -> int:
+        return self.losses.shape[1]
+
+    def losses_at(self, threshold: float) -> Tensor:
+        """Loss of every group `(groups,)`."""
+        return self._between(self.losses, threshold)
+
+    def bytes_at(self, threshold: float) -> Tensor:
+        """Bytes of every group `(groups,)`."""
+        return self._between(self.bytes, threshold)
+
+    def _between(self, values: Tensor, threshold: float) -> Tensor:
+        above = int(torch.searchsorted(self.thresholds, threshold).clamp(1, len(self.thresholds) - 1))
+        low, high = self.thresholds[above - 1 : above + 1].tolist()
+        return torch.lerp(values[above - 1], values[above], min(1.0, (threshold - low) / (high - low)))
+
+
+class Meter:
+    """Measures pools, each into a file that is named by what decides its content."""
+
+    def __init__(self, options: CoverageOptions, selector: LynxSelector, loaded: LoadedModel) -> None:
+        self.options, self.selector, self.loaded = options, selector, loaded
+        self.layers: list[MoeLayer] = find_moe_layers(loaded.model)
+        selector.check(self.layers)
+        weights = save({name: value.contiguous() for name, value in selector.state_dict().items()})
+        self.decided_by = {
+            "selector": hashlib.sha256(weights).hexdigest(),
+            "routers": selector.config.router_fingerprint,
+            "revision": loaded.revision,
+            "dtype": str(self.layers[0].dtype),
+            "prompt": options.prompt,
+            "metric": options.metric,
+            "budgets": sorted(options.budgets),
+        }
+
+    def pool(self, groups: list[Group], thresholds: list[float] | None = None) -> Pool:
+        """The groups' losses at `thresholds`, or at their own grid, measured now or before."""
+        digest = hashlib.sha256(json.dumps({**self.decided_by, "thresholds": thresholds}).encode())
+        for tokens, names in groups:
+            digest.update(tokens.cpu().numpy().tobytes() + "\n".join(names).encode())
+        name = f"batch-{len(groups[0][1])}-{digest.hexdigest()[:12]}.safetensors"
+        path = Path(self.options.out) / "pools" / name
+        tensors = read_tensors(path)
+        if tensors is None:
+            tensors = self._measure(groups, thresholds)
+            write_atomically(path, save(tensors))
+        return Pool(**tensors)
+
+    def _measure(self, groups: list[Group], thresholds: list[float] | None) -> dict[str, Tensor]:
+        loaded, options, (count, size) = self.loaded, self.options, (len(groups), len(groups[0][1]))
+        if thresholds is None:
+            first = groups[:PILOT_GROUPS]
+            curve = pilot_curve(loaded.model, self.layers, self.selector, first, options.procedure())
+            thresholds = grid(curve, options.budgets)
+        results = compare(
+            loaded.model,
+            self.layers,
+            groups,
+            [self.selector.at_threshold(tau) for tau in thresholds],
+            options.prompt,
+            lambda steps: track(steps, f"coverage, batch {size}", count, unit="groups"),
+        )
+        return {
+            "thresholds": torch.tensor([0.0, *thresholds], dtype=torch.float64),
+            "losses": torch.stack([torch.zeros(count).double(), *(r.group_means(options.metric) for r in results)]),
+            "bytes": torch.tensor(
+                [[1.0] * count, *([s.bytes_ratio for s in r.stats] for r in results)], dtype=torch.float64
+            ),
+        }
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What was measured before, or None; a crash of the machine may have damaged the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in ("thresholds", "losses", "bytes")}
+    except (OSError, SafetensorError):
+        return None
+
+
+def read_texts(options: CoverageOptions, loaded: LoadedModel, size: int) -> list[list[Group]]:
+    """The groups of one batch size: of all sources; with a shift, also of the sources of either side.
+
+    Raises:
+        CorpusError: there is too little text.
+    """
+    parts: list[tuple[list[str] | None, int]] = [(None, options.groups)]
+    if options.shift:
+        first = options.groups * 2 // 3
+        parts += [(options.shift["calibrate"], first), (options.shift["test"], options.groups - first)]
+    return [read_groups(options, loaded, size, sources, count) for sources, count in parts]
+
+
+def read_groups(
+    options: CoverageOptions, loaded: LoadedModel, size: int, sources: list[str] | None, count: int
+) -> list[Group]:
+    """`count` groups of `size` sequences of these sources, the splits taking turns and the sources mixed at random.
+
+    Raises:
+        CorpusError: there is too little text.
+    """
+    streams = [
+        corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, split) for split in options.split
+    ]
+    turns = (row for turn in zip_longest(*streams) for row in turn if row is not None)
+    rows = list(islice((row for row in turns if sources is None or row[1] in sources), count * size))
+    if len(rows) < count * size:
+        raise CorpusError(
+            f"corpus {options.corpus!r} ({', '.join(sources or ['all sources'])}; {', '.join(options.split)} split) holds "
+            f"{len(rows)} sequences of {options.length} tokens, {count} groups of {size} are needed: give more text, "
+            "shorter sequences, smaller batches or fewer --groups"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    groups = []
+    for start in range(0, len(order), size):
+        chosen = [rows[i] for i in order[start : start + size]]
+        tokens = torch.tensor([tokens for tokens, _ in chosen]).to(loaded.input_device)
+        groups.append((tokens, [source for _, source in chosen]))
+    return groups
+
+
+def grid(curve: Curve, budgets: list[float]) -> list[float]:
+    """Thresholds to measure, rising: GRID to a step of the pilot's where plans may look, elsewhere the pilot's own."""
+    step = PILOT_STEP ** (1 / GRID)
+    aims = [(threshold_at(curve, FRACTIONS[0] * b / MARGIN), threshold_at(curve, b * MARGIN)) for b in budgets]
+    lowest, highest = min(low for low, _ in aims) / step, max(high for _, high in aims)
+    pilot = [tau for tau, _ in curve]
+    further = max(0, math.ceil(math.log(pilot[0] / lowest, PILOT_STEP)))
+    coarse = [*(pilot[0] * PILOT_STEP**-k for k in range(further, 0, -1)), *pilot]
+    fine = (low * (high / low) ** (k / GRID) for low, high in pairwise(coarse) for k in range(GRID))
+    near = {tau for tau in fine if any(low / step <= tau <= high * step for low, high in aims)}
+    first = max((tau for tau in coarse if tau <= lowest), default=coarse[0])
+    last = min((tau for tau in pilot if tau >= highest), default=pilot[-1])
+    return sorted(near | {tau for tau in coarse if first <= tau <= last})
+
+
+# Drawing.
+
+
+class Outcome(NamedTuple):
+    """One re-split and budget: what was certified (zeros: nothing), and what it loses and reads on other groups."""
+
+    threshold: float
+    upper: float
+    test: float
+    """Mean loss of the groups that were not used."""
+    whole: float
+    """Mean loss of all groups."""
+    bytes: float
+
+
+def recertify(
+    pool: Pool, pilot: Tensor, tested: Tensor, options: CoverageOptions, size: int, bound: Bound
+) -> dict[float, tuple[float, float]]:
+    """What `calibrate` certifies from these groups of the pool: threshold and bound for each budget."""
+    known = set(pool.thresholds.tolist())
+    taus = [tau for tau in pilot_thresholds(options.budgets, size) if tau in known]
+    curve = rising(taus, [float(pool.losses_at(tau)[pilot].mean()) for tau in taus])
+    return {
+        budget: last_within(planned, lambda tau: pool.losses_at(tau)[tested], budget, options.confidence, bound)
+        for budget, planned in plan(curve, options.budgets).items()
+    }
+
+
+def resplit(
+    pool: Pool, other: Pool | None, options: CoverageOptions, size: int, bound: Bound = upper_bound
+) -> dict[float, list[Outcome]]:
+    """Calibrate on random groups of the pool and test on its other groups, or on all of the `other` pool."""
+    generator = torch.Generator().manual_seed(options.seed)
+    found: dict[float, list[Outcome]] = {budget: [] for budget in sorted(options.budgets)}
+    for _ in range(options.resplits):
+        order = torch.randperm(pool.groups, generator=generator)
+        pilot, tested, rest = order.tensor_split([PILOT_GROUPS, options.calibration_groups])
+        for budget, (tau, upper) in recertify(pool, pilot, tested, options, size, bound).items():
+            target = other or pool
+            losses = target.losses_at(tau)
+            test = losses if other else losses[rest]
+            outcome = (float(test.mean()), float(losses.mean()), float(target.bytes_at(tau).mean()))
+            found[budget].append(Outcome(tau, upper, *outcome))
+    return found
+
+
+def bootstrap(
+    pool: Pool, other: Pool | None, options: CoverageOptions, size: int, bound: Bound = upper_bound
+) -> dict[float, tuple[int, int]]:
+    """Calibrate on independent draws from the pool, which stands for the population that its groups came from.
+
+    Returns:
+        For each budget, the draws whose certified threshold has a true mean (the `other` pool's, if given) above the
+        budget, and those whose bound at the threshold that loses the budget lies below the true mean.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    over = dict.fromkeys(sorted(options.budgets), 0)
+    missed = dict.fromkeys(over, 0)
+    whole = rising(pool.thresholds.tolist()[1:], pool.losses.mean(1).tolist()[1:])
+    at_budget = {budget: pool.losses_at(threshold_at(whole, budget)) for budget in over}
+    for _ in track(range(options.bootstraps), f"coverage, batch {size}: draws", options.bootstraps, unit="draws"):
+        chosen = torch.randint(pool.groups, (options.calibration_groups,), generator=generator)
+        pilot, tested = chosen.tensor_split([PILOT_GROUPS])
+        for budget, (tau, _) in recertify(pool, pilot, tested, options, size, bound).items():
+            over[budget] += float((other or pool).losses_at(tau).mean()) > budget
+            losses = at_budget[budget]
+            missed[budget] += bound(losses[tested], options.confidence) < float(losses.mean())
+    return {budget: (over[budget], missed[budget]) for budget in over}
+
+
+def exact_levels(tested: int, rest: int, groups: int, confidence: float) -> dict[str, float]:
+    """What each share would be if the bound were exact and the certified threshold one whose bound is the budget.
+
+    The mean of r other groups then exceeds the budget when it exceeds the bound m + t·s/√n that the n tested ones gave.
+    For normal losses (mean of the others − m)/(s·√(1/n + 1/r)) has Student's distribution with n − 1 degrees of freedom,
+    in a random split of a given pool as for independent groups, so the share is P(T > t·√(r/(r + n))). In the whole pool
+    of N groups the n tested ones count too: (mean − m)/(s·√(1/n − 1/N)), and the share is P(T > t·√(N/(N − n))). Of the
+    true mean it is 1 − confidence.
+
+    Args:
+        tested, rest, groups: groups tested, left over, and in the pool.
+    """
+    from scipy.stats import t
+
+    quantile = t.ppf(confidence, tested - 1)
+    return {
+        "test_over": float(t.sf(quantile * math.sqrt(rest / (rest + tested)), tested - 1)),
+        "pool_over": float(t.sf(quantile * math.sqrt(groups / (groups - tested)), tested - 1)),
+        "true_over": 1.0 - confidence,
+    }
+
+
+def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int) -> list[dict[str, Any]]:
+    """One row of the report per budget; means are over the re-splits that certified something."""
+    drawn = bootstrap(pool, other, options, size)
+    rows = []
+    for budget, outcomes in resplit(pool, other, options, size).items():
+        over, missed = drawn[budget]
+        certified = [o for o in outcomes if o.threshold > 0]
+        rows.append(
+            {
+                "shift": other is not None,
+                "batch_size": size,
+                "budget": budget,
+                "groups": pool.groups,
+                "test_groups": other.groups if other else pool.groups - options.calibration_groups,
+                "test_over": sum(o.test > budget for o in outcomes) / len(outcomes),
+                "pool_over": sum(o.whole > budget for o in outcomes) / len(outcomes),
+                "true_over": over / options.bootstraps,
+                "true_over_interval": clopper_pearson(over, options.bootstraps),
+                "bound_misses": missed / options.bootstraps,
+                "bound_misses_interval": clopper_pearson(missed, options.bootstraps),
+                "nothing": 1 - len(certified) / len(outcomes),
+                "test_share": mean([o.test / budget for o in certified]),
+                "upper_share": mean([o.upper / budget for o in certified]),
+                "bytes": mean([o.bytes for o in certified]),
+            }
+        )
+    return rows
+
+
+def mean(values: list[float]) -> float | None:
+    """None of no values."""
+    return sum(values) / len(values) if values else None
+
+
+def clopper_pearson(count: int, of: int) -> list[float]:
+    """The exact 95% interval of a binomial share."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, of).proportion_ci(0.95, "exact")
+    return [float(low), float(high)]

@@ -1,0 +1,259 @@
+"""Measuring policies on groups of sequences that decode together, in this process or in several.
+
+The first group of a batch size decides which settings of a rule's sweep are measured on the others: the sweep is walked
+from gentle to harsh until its KL leaves the range of the levels that methods are compared at, and of the settings
+within that range, and those next to it, a few are kept. This places points on a curve that is reported as it is. No
+rule's parameter is chosen by it, and nothing is tuned.
+"""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import active_children, get_context, parent_process
+from typing import Any
+
+import torch
+
+from ..decode.simulate import Reference, simulated_logits
+from ..errors import OptionError
+from ..moe.decision import Policy
+from ..moe.families import find_moe_layers
+from ..moe.loading import load_model
+from ..rules.expert_stats import measure_experts
+from ..rules.grids import curves
+from ..selector.selector import LynxSelector
+from ..traces.format import Trace
+
+# KL that is worth measuring: from the lowest level by the first to the highest level times the second.
+BELOW, ABOVE = 3.0, 2.0
+# How far beyond a level a setting must be on the first group to be beyond it on all groups, too.
+ROOM = 1.3
+MOST_SETTINGS = 5
+# Groups have seeds of their own, this far apart: a random rule adds the layer to it.
+SEED_STEP = 1000
+
+Key = tuple[str, int, str]
+"""Method, number of its curve, setting."""
+Row = dict[str, Any]
+"""One policy on one group, ready for JSON: method, curve, setting, losses `[sequences][METRICS]`, stats."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a process needs to measure groups: names and numbers, so that it can be sent to another one."""
+
+    selector: str
+    model: str | None
+    trace: str | None
+    device: str
+    dtype: str
+    methods: tuple[str, ...]
+    levels: tuple[float, ...]
+    prompt: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One group to measure.
+
+    Attributes:
+        cell: folder of its results.
+        tokens: `[sequences][positions]`.
+        plan: what to measure; None for the first group, which decides that.
+    """
+
+    cell: str
+    index: int
+    tokens: list[list[int]]
+    plan: list[Key] | None
+
+
+class Subject:
+    """A loaded model with a selector, and with expert statistics where a trace is given.
+
+    Raises:
+        SelectorError, ModelError, TraceError: what is named does not load or does not belong together.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.selector = LynxSelector.from_pretrained(setup.selector)
+        self.trace = Trace.open(setup.trace) if setup.trace else None
+        self.loaded = load_model(setup.model or self.selector.config.base_model, setup.device, setup.dtype)
+        self.layers = find_moe_layers(self.loaded.model)
+        self.selector.check(self.layers)
+        self.curves: dict[tuple[str, int, int], list[list[Policy]]] = {}
+        self.stats = None
+        if self.trace is not None:
+            self.stats = measure_experts(self.layers, self.trace)
+
+    def sweeps(self, size: int, index: int) -> dict[tuple[str, int], list[Policy]]:
+        """Every curve of every method, each from gentle to harsh, for one group of `size` sequences."""
+        found: dict[tuple[str, int], list[Policy]] = {}
+        for method in self.setup.methods:
+            # Others do not depend on it, and some hold a copy of the selector, which may be large.
+            seed = self.setup.seed + SEED_STEP * index if method == "random" else 0
+            if (method, size, seed) not in self.curves:
+                self.curves[method, size, seed] = curves(method, self.layers, size, self.stats, self.selector, seed)
+            found |= {(method, number): curve for number, curve in enumerate(self.curves[method, size, seed])}
+        return found
+
+    def budgeted(self) -> list[Policy]:
+        """The calibrated policies; they lie on the first learned curve."""
+        if "learned" not in self.setup.methods:
+            return []
+        return [self.selector.policy(float(budget)) for budget in self.selector.config.thresholds.get("kl", {})]
+
+
+@torch.no_grad()
+def measure(subject: Subject, task: Task) -> list[Row]:
+    """The untouched model, then the policies in the plan, on one group; without plan what `walk` finds."""
+    tokens = torch.tensor(task.tokens, device=subject.loaded.input_device)
+    prompt, model, layers = subject.setup.prompt, subject.loaded.model, subject.layers
+    base, untouched = simulated_logits(model, layers, tokens, None, prompt)
+    reference = Reference(base[:, :-1], tokens[:, prompt + 1 :])
+    del base  # large, and no longer needed
+
+    def score(method: str, curve: int, policy: Policy) -> Row:
+        policy.bind(layers)
+        logits, stats = simulated_logits(model, layers, tokens, policy, prompt)
+        losses = reference.losses(logits[:, :-1]).tolist()
+        return {"method": method, "curve": curve, "setting": policy.setting, "losses": losses, "stats": asdict(stats)}
+
+    nothing = [[0.0, 0.0, 0.0] for _ in task.tokens]
+    rows: list[Row] = [
+        {"method": "untouched", "curve": 0, "setting": "", "losses": nothing, "stats": asdict(untouched)}
+    ]
+    wanted = None if task.plan is None else set(task.plan)
+    for (method, number), curve in subject.sweeps(len(tokens), task.index).items():
+        if wanted is None:
+            rows += walk((score(method, number, policy) for policy in curve), max(subject.setup.levels))
+        else:
+            rows += [score(method, number, policy) for policy in curve if (method, number, policy.setting) in wanted]
+    return rows + [score("learned", 0, policy) for policy in subject.budgeted()]
+
+
+def walk(rows: Iterable[Row], highest: float) -> Iterator[Row]:
+    """Rows of a sweep from gentle to harsh, up to the first whose KL is beyond the range of the levels."""
+    for row in rows:
+        yield row
+        if not kl(row) <= ABOVE * highest:
+            return
+
+
+def kl(row: Row) -> float:
+    """Mean KL of one policy on one group."""
+    return sum(losses[0] for losses in row["losses"]) / len(row["losses"])
+
+
+def plan(rows: list[Row], levels: tuple[float, ...]) -> list[Key]:
+    """What to measure on the other groups, from the rows of the first one."""
+    swept: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if row["method"] != "untouched" and not row["setting"].startswith("budget="):
+            swept.setdefault((row["method"], row["curve"]), []).append(row)
+    dropped = set()
+    for curve in swept.values():
+        kept = settings_to_measure([kl(row) for row in curve], levels)
+        dropped |= {key(row) for i, row in enumerate(curve) if i not in kept}
+    return [key(row) for row in rows if key(row) not in dropped]
+
+
+def key(row: Row) -> Key:
+    return row["method"], row["curve"], row["setting"]
+
+
+def settings_to_measure(losses: list[float], levels: tuple[float, ...]) -> set[int]:
+    """Which positions of a walked sweep are worth measuring on all groups, by their KL on one; at least one.
+
+    Those within the range of the levels, and where these do not reach beyond the levels with some room, the next one
+    on that side; of too many, those most evenly spaced on the logarithm of the loss.
+    """
+    low, high = min(levels), max(levels)
+    inside = [i for i, loss in enumerate(losses) if low / BELOW <= loss <= high * ABOVE]
+    gentler = [i for i, loss in enumerate(losses) if loss < low / BELOW]
+    harsher = [i for i, loss in enumerate(losses) if not loss <= high * ABOVE]
+    kept = list(inside)
+    if gentler and not any(losses[i] <= low / ROOM for i in inside):
+        kept.append(max(gentler, key=losses.__getitem__))
+    if harsher and not any(losses[i] >= high * ROOM for i in inside):
+        kept.append(harsher[0])
+    kept.sort(key=losses.__getitem__)
+    place = [math.log(max(losses[i], low / BELOW**2)) for i in kept]
+    while len(kept) > MOST_SETTINGS:
+        crowded = min(range(1, len(kept) - 1), key=lambda i: place[i + 1] - place[i - 1])
+        del kept[crowded], place[crowded]
+    return set(kept)
+
+
+Run = Callable[[list[Task]], Iterator[tuple[Task, list[Row]]]]
+
+
+@contextmanager
+def measuring(subject: Subject, workers: int) -> Iterator[Run]:
+    """What measures tasks, in any order: this process, or several of one thread each with a model of their own.
+
+    The processes end with the context, also when it ends by an exception or Ctrl-C, and with this process, whatever
+    ends it.
+
+    Raises:
+        OptionError: a process died.
+    """
+    if workers == 1:
+        yield lambda tasks: ((task, measure(subject, task)) for task in tasks)
+        return
+    others = set(active_children())
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (subject.setup,))
+
+    def run(tasks: list[Task]) -> Iterator[tuple[Task, list[Row]]]:
+        futures = {pool.submit(_measure, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    try:
+        yield run
+    except BrokenProcessPool:
+        raise OptionError(
+            f"one of {workers} worker processes died, perhaps for lack of memory: take fewer --workers; what was "
+            "finished is kept, and the command goes on from there"
+        ) from None
+    except BaseException:
+        for child in set(active_children()) - others:
+            child.terminate()  # in the middle of a group, which may take minutes
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_subject: Subject | None = None
+
+
+def _start(setup: Setup) -> None:
+    """Prepare a worker process."""
+    import transformers
+
+    global _subject
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _subject = Subject(setup)
+
+
+def _end_with(parent: Any) -> None:
+    import os
+
+    parent.join()
+    os._exit(1)
+
+
+def _measure(task: Task) -> list[Row]:
+    assert _subject is not None
+    return measure(_subject, task)

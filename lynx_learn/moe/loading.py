@@ -1,0 +1,173 @@
+"""Load a transformers model from a folder or the Hub, safely."""
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+
+REFERENCE = "reference-moe"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model for inference, its tokenizer and the revision that was loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    revision: str
+
+    @property
+    def input_device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def reference_moe() -> str:
+    """Folder of the small trained MoE that ships with this package."""
+    return str(files("lynx_learn") / "reference_moe")
+
+
+def pick_device(name: str) -> torch.device:
+    """A torch device by name, or for `auto` the first GPU, or the CPU where there is none.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ModelError(f"--device {name!r} is not usable: expected auto, cpu, or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"--device {name} is not usable: no GPU is visible to torch; take cpu")
+    return device
+
+
+def has_native_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; elsewhere such products are emulated, several times slower than float32.
+
+    On x86 torch must also be using AVX-512 (`ATEN_CPU_CAPABILITY` can hold it back).
+    """
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") == "x86_64" and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return any(bool(value) for name, value in found.items() if name.endswith("bf16"))
+
+
+def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `auto` means: the stored type, but float32 where a CPU would have to emulate 16-bit products."""
+    slow = device.type == "cpu" and stored.itemsize == 2 and not has_native_bfloat16()
+    return torch.float32 if slow else stored
+
+
+def pick_dtype(name: str, dtype: str, device: torch.device) -> str:
+    """The type to load the model `name` in; says so in one line where that is not its checkpoint's own.
+
+    Raises:
+        ModelError: there is no such type, or the model's configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if dtype not in DTYPES:
+        raise ModelError(f"--dtype {dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return dtype
+    try:
+        stored = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).dtype
+    except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
+        raise _not_loaded(name, error) from error
+    if not isinstance(stored, torch.dtype) or (fast := fast_dtype(stored, device)) == stored:
+        return "auto"
+    kind, stored_kind = (str(part).removeprefix("torch.") for part in (fast, stored))
+    print(
+        f"{name} runs in {kind}: this CPU has no native bfloat16 (stored: {stored_kind}; --dtype {stored_kind} keeps it)",
+        file=sys.stderr,
+    )
+    return kind
+
+
+def _not_loaded(name: str, error: Exception) -> ModelError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ModelError(f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model")
+
+
+def model_path(name: str) -> str:
+    """What transformers and vLLM are given for the name of a model."""
+    return reference_moe() if name == REFERENCE else name
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load model and tokenizer; safetensors weights only, no code from the repository.
+
+    Args:
+        name: folder, Hub id, or `reference-moe` for the one in this package.
+        device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
+        dtype: one of DTYPES; `auto` as `fast_dtype` of what the checkpoint holds.
+
+    Raises:
+        ModelError: the model cannot be loaded; with the reason.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = model_path(name)
+    placement: dict[str, Any] = {}
+    if device == "auto" and torch.cuda.device_count() > 1:
+        placement["device_map"] = "auto"
+    try:
+        target = pick_device(device)
+        dtype = pick_dtype(name, dtype, target)
+        # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
+        safe: dict[str, Any] = {"trust_remote_code": False}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
+        )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …), which would be random: its files are "
+                "not whole or not of this kind of model"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+        if not placement:
+            model = model.to(target)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
+        raise _not_loaded(name, error) from error
+    return LoadedModel(model.eval(), tokenizer, revision_of(path, model.config))
+
+
+def revision_of(path: str, config: Any) -> str:
+    """Commit of a model from the Hub; of one in a folder what the folder says."""
+    return getattr(config, "_commit_hash", None) or _folder_revision(Path(path))
+
+
+def _folder_revision(path: Path) -> str:
+    """A local folder has no revision; one that the reference recipe wrote says when it was trained."""
+    training = path / "training.json"
+    try:
+        return f"{json.loads(training.read_text())['tokens_seen']} tokens"
+    except (OSError, ValueError, KeyError, TypeError):  # none, or somebody else's
+        return "local"
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return {
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

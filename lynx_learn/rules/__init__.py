@@ -1,0 +1,1 @@
+"""Published rules, and what they need to know of the experts."""

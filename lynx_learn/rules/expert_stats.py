@@ -1,0 +1,110 @@
+"""What some published rules ask of the experts themselves: how large their outputs are, and how much alike."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError, TraceError
+from ..moe.families import MoeLayer, router_fingerprint
+from ..traces.format import Trace
+
+# Outputs of all experts, and their pairwise distances, that are held at a time.
+CHUNK_BYTES = 2**28
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStats:
+    """Statistics of all experts of a model over calibration tokens.
+
+    Attributes:
+        norms: mean norm of each expert's output over the tokens routed to it `(layers, experts)`; over all tokens for
+            an expert to which none was.
+        distances: mean distance of two experts' outputs over all tokens `(layers, experts, experts)`.
+        similarities: 1 - ‖E_i(X) - E_j(X)‖_F / the layer's largest such difference, X being all tokens
+            `(layers, experts, experts)`; 1 for an expert with itself, 0 for the most unlike two (SERE, arXiv 2602.07616).
+        ratios: second largest weight by the largest of each token, ascending `(layers, tokens)`; `(layers, 0)` for a
+            model that gives each token one expert.
+    """
+
+    norms: Tensor
+    distances: Tensor
+    similarities: Tensor
+    ratios: Tensor
+
+    def check(self, layers: list[MoeLayer]) -> None:
+        """Refuse a model of another shape.
+
+        Raises:
+            OptionError: its number of MoE layers or experts differs.
+        """
+        own, found = tuple(self.norms.shape), (len(layers), layers[0].num_experts)
+        if own != found:
+            raise OptionError(
+                f"the expert statistics are of {own[0]} layers of {own[1]} experts, the model has {found[0]} of {found[1]}: "
+                "give a trace of this model"
+            )
+
+
+@torch.no_grad()
+def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) -> ExpertStats:
+    """Run every expert on `tokens` tokens, spread evenly over the trace.
+
+    Memory is bounded by one layer's sample of the trace and CHUNK_BYTES of outputs.
+
+    Raises:
+        OptionError: `tokens` is less than 1.
+        TraceError: the trace is of another model, or an expert's output is not finite.
+    """
+    if tokens < 1:
+        raise OptionError(f"{tokens} calibration tokens are not usable: expected 1 or more")
+    if router_fingerprint(layers) != trace.options.router_fingerprint:
+        raise TraceError(
+            f"{trace.folder} was collected from {trace.options.model}, not from this model: give a trace of it, or collect one"
+        )
+    count = min(tokens, trace.collected_tokens)
+    chosen = torch.arange(count) * trace.collected_tokens // count
+    rows = [_measure_layer(layer, *_sample(trace, layer.index, chosen)) for layer in layers]
+    return ExpertStats(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _sample(trace: Trace, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, indices and weights of the chosen tokens of the trace."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    start = 0
+    for shard in trace.layer_shards(layer):
+        length = len(shard["hidden"])
+        own = chosen[(chosen >= start) & (chosen < start + length)] - start
+        parts.append((shard["hidden"][own], shard["indices"][own], shard["weights"][own]))
+        start += length
+    hidden, indices, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+    return hidden, indices, weights
+
+
+def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+    """One layer's rows of `ExpertStats`, on the CPU."""
+    count, experts = len(hidden), layer.num_experts
+    routed = torch.zeros(count, experts, dtype=torch.float64).scatter(1, indices, 1.0)
+    routed[:, routed.sum(0) == 0] = 1.0
+    norms = torch.zeros(experts, dtype=torch.float64)
+    lengths, squares = torch.zeros(2, experts, experts, dtype=torch.float64)
+    step = max(1, CHUNK_BYTES // (4 * experts * max(experts, layer.hidden_size)))
+    for start in range(0, count, step):
+        x = hidden[start : start + step].to(layer.device, layer.dtype)
+        outputs = torch.stack([layer.expert_output(e, x).float() for e in range(experts)], dim=1)
+        if not torch.isfinite(outputs).all():
+            raise TraceError(
+                f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in "
+                f"{layer.dtype}: load it in float32"
+            )
+        norms += (outputs.norm(dim=-1).double().cpu() * routed[start : start + step]).sum(0)
+        apart = torch.cdist(outputs, outputs).double()
+        lengths += apart.sum(0).cpu()
+        squares += apart.square().sum(0).cpu()
+    for matrix in (lengths, squares):
+        matrix.fill_diagonal_(0.0)  # cdist leaves rounding there
+    differences = squares.sqrt()
+    similarities = 1.0 - differences / differences.max().clamp_min(1e-20)
+    largest = weights.float().topk(min(2, weights.shape[1]), dim=1).values
+    ratios = (largest[:, 1:] / largest[:, :1]).flatten().sort().values
+    return (norms / routed.sum(0)).float(), (lengths / count).float(), similarities.float(), ratios

@@ -1,0 +1,226 @@
+"""Every method that is measured, with the settings that it is swept over."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import OptionError
+from ..moe.decision import Policy
+from ..moe.families import MoeLayer
+from ..selector.selector import LynxSelector, ThresholdPolicy
+from .baselines import (
+    NAEE,
+    OEA,
+    SERE,
+    Contribution,
+    GateMax,
+    GateSquared,
+    KeepSet,
+    Lynx,
+    Popularity,
+    Random,
+    SiftMoE,
+    TopK,
+    Vote,
+    XShare,
+)
+from .expert_stats import ExpertStats
+from .oracle import Oracle
+
+Curves = list[list[Policy]]
+
+# Numbers of experts to keep, as shares of what a batch loads on average, gentle first; some batches load more.
+KEPT = (1.06, 1.0, 0.96, 0.92, 0.87, 0.82, 0.76, 0.7, 0.64, 0.57, 0.5, 0.42, 0.33, 0.25)
+# Lynx: bins per nat of logit, and how many.
+LYNX = ((2.0, 5), (4.0, 5))
+# Quantiles of g2 / g1 below which NAEE drops the second expert.
+NAEE_QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+# Shares of a token's contributions that are left out.
+CONTRIBUTION_TAUS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+# SERE's rho, as quantiles of the similarity of an expert's nearest neighbour; 0 comes after them.
+SERE_QUANTILES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.05)
+# SiftMoE's thresholds, as multiples of a token's mean weight.
+SIFT_FACTORS = tuple(2.0 ** (i / 4) for i in range(-8, 6))
+# Thresholds of the learned method, as multiples of so many nats for a batch of one; they grow with its size's root.
+TAU = 0.01
+TAU_FACTORS = tuple(2.0**i for i in range(-9, 5))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the settings of a method depend on."""
+
+    method: str
+    layers: list[MoeLayer]
+    size: int
+    given_stats: ExpertStats | None
+    given_selector: LynxSelector | None
+    seed: int
+
+    @property
+    def stats(self) -> ExpertStats:
+        if self.given_stats is None:
+            raise OptionError(
+                f"method {self.method} needs statistics of the model's experts: give a trace with --trace"
+            )
+        return self.given_stats
+
+    @property
+    def selector(self) -> LynxSelector:
+        if self.given_selector is None:
+            raise OptionError(f"method {self.method} needs a selector: give one with --selector")
+        return self.given_selector
+
+    @property
+    def experts(self) -> int:
+        return min(layer.num_experts for layer in self.layers)
+
+    @property
+    def top_k(self) -> int:
+        return max(layer.top_k for layer in self.layers)
+
+    @property
+    def loaded(self) -> float:
+        """Experts that a batch loads if all are equally likely."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** self.size)
+
+    @property
+    def fewer(self) -> list[int]:
+        """Numbers of experts per token below the model's own, descending."""
+        self.check_several()
+        return list(range(min(layer.top_k for layer in self.layers) - 1, 0, -1))
+
+    def check_several(self) -> None:
+        if any(layer.top_k < 2 for layer in self.layers):
+            raise OptionError(
+                f"method {self.method} tells a token's experts apart, this model gives each token one: leave it out for this model"
+            )
+
+    def keep(self, rule: Callable[[int], KeepSet], loaded: float | None = None) -> list[Policy]:
+        """A rule with shares of the loaded experts, each number once and none below a token's top-k."""
+        wanted = (round(share * (self.loaded if loaded is None else loaded)) for share in KEPT)
+        return [rule(m) for m in dict.fromkeys(max(self.top_k, min(m, self.experts - 1)) for m in wanted)]
+
+
+def curves(
+    method: str,
+    layers: list[MoeLayer],
+    size: int,
+    stats: ExpertStats | None,
+    selector: LynxSelector | None,
+    seed: int = 0,
+) -> Curves:
+    """A method's policies, as curves: each is its main parameter swept, gentle first, at one choice of the others.
+
+    Args:
+        method: a name in METHODS.
+        layers: of the model to measure.
+        size: decode batch size.
+        stats: of the model's experts, which some rules need.
+        selector: of the model, which `learned`, `formula` and `oracle` need.
+        seed: of `random`.
+
+    Raises:
+        OptionError: the method is unknown, needs what is not given, or does not apply to the model.
+    """
+    if method not in METHODS:
+        raise OptionError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
+    return METHODS[method](Setup(method, layers, size, stats, selector, seed))
+
+
+def _top_k(setup: Setup) -> Curves:
+    return [[TopK(count, scaled) for count in setup.fewer] for scaled in (True, False)]
+
+
+def _oea(setup: Setup) -> Curves:
+    return [[OEA(count) for count in setup.fewer]]
+
+
+def _lynx(setup: Setup) -> Curves:
+    return [setup.keep(lambda m, a=alpha, b=beta: Lynx(m, a, b)) for alpha, beta in LYNX]  # type: ignore[misc]
+
+
+def _vote(setup: Setup) -> Curves:
+    k = setup.top_k
+    voted = dict.fromkeys((k, max(3 * k // 4, 1)))
+    return [setup.keep(lambda m, k=k: Vote(m, k)) for k in voted]  # type: ignore[misc]
+
+
+def _gate_sq(setup: Setup) -> Curves:
+    return [setup.keep(GateSquared), setup.keep(lambda m: GateSquared(m, "drop"))]
+
+
+def _gate_max(setup: Setup) -> Curves:
+    return [setup.keep(GateMax), setup.keep(lambda m: GateMax(m, "drop"))]
+
+
+def _sere(setup: Setup) -> Curves:
+    stats, fewer = setup.stats, setup.fewer
+    others = stats.similarities.masked_fill(torch.eye(setup.experts, dtype=torch.bool), 0.0)
+    levels = torch.quantile(others.amax(-1).flatten(), torch.tensor(SERE_QUANTILES)).tolist()
+    k = fewer[0] + 1
+    return [
+        [SERE(count, rho, stats) for rho in dict.fromkeys([*(round(level, 4) for level in levels), 0.0])]
+        for count in fewer
+        if count in (3 * k // 4, k // 2, 2)
+    ]
+
+
+def _siftmoe(setup: Setup) -> Curves:
+    weight = setup.layers[0].rule.scale / setup.top_k
+    return [[SiftMoE(factor * weight, setup.stats) for factor in SIFT_FACTORS]]
+
+
+def _naee(setup: Setup) -> Curves:
+    found = [NAEE(quantile, setup.stats) for quantile in NAEE_QUANTILES]
+    found[0].bind(setup.layers)
+    return [list(found)]
+
+
+def _contribution(setup: Setup) -> Curves:
+    setup.check_several()
+    return [[Contribution(tau, setup.stats) for tau in CONTRIBUTION_TAUS]]
+
+
+def _thresholds(setup: Setup) -> list[float]:
+    return [TAU * setup.size**0.5 * factor for factor in TAU_FACTORS]
+
+
+def _learned(setup: Setup) -> Curves:
+    return [[setup.selector.at_threshold(tau) for tau in _thresholds(setup)]]
+
+
+def _formula(setup: Setup) -> Curves:
+    scored = setup.selector.with_formula()
+    return [[_named("formula", scored.at_threshold(tau)) for tau in _thresholds(setup)]]
+
+
+def _named(name: str, policy: ThresholdPolicy) -> ThresholdPolicy:
+    policy.name = name
+    return policy
+
+
+def _oracle(setup: Setup) -> Curves:
+    return [[Oracle(setup.selector, tau) for tau in _thresholds(setup)]]
+
+
+METHODS: dict[str, Callable[[Setup], Curves]] = {
+    "random": lambda setup: [setup.keep(lambda m: Random(m, setup.seed), setup.experts)],
+    "top_k": _top_k,
+    "popularity": lambda setup: [setup.keep(Popularity)],
+    "lynx": _lynx,
+    "xshare": lambda setup: [setup.keep(XShare)],
+    "gate_sum": lambda setup: [setup.keep(lambda m: XShare(m, warm_up=False))],
+    "oea": _oea,
+    "sere": _sere,
+    "siftmoe": _siftmoe,
+    "naee": _naee,
+    "contribution": _contribution,
+    "vote": _vote,
+    "gate_sq": _gate_sq,
+    "gate_max": _gate_max,
+    "learned": _learned,
+    "formula": _formula,
+    "oracle": _oracle,
+}

@@ -1,0 +1,1 @@
+"""What is learned: features, scorers, surrogates, and the files that hold them."""

@@ -1,0 +1,131 @@
+"""What a selector directory says of itself, read strictly."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError, SelectorError
+
+FORMAT_VERSION = 1
+# metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
+Thresholds = dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """The base model a selector belongs to, its shape, and its calibrated thresholds.
+
+    Attributes:
+        base_model, base_revision: where the model came from, for people.
+        router_fingerprint: identity of the model's routers; what attaching checks.
+        layers: names of the MoE blocks, in order.
+        scorer, rank: kind of scorer, rank of the surrogates (0: none).
+        keep_top1: every token keeps its first expert.
+        thresholds: see `Thresholds`.
+        calibration: how the thresholds were found (bound, confidence, text, groups), for people.
+    """
+
+    base_model: str
+    base_revision: str
+    model_type: str
+    router_fingerprint: str
+    layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    scorer: str
+    rank: int
+    keep_top1: bool = False
+    thresholds: Thresholds = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> "SelectorConfig":
+        """Read `config.json`; refuses unknown or missing keys and other format versions.
+
+        Raises:
+            SelectorError: with what is wrong.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise SelectorError(
+                f"{path.parent} is no selector: it has no {path.name}; `lynx-learn train` writes one"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise _unreadable(str(path), error) from None
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str) -> "SelectorConfig":
+        """As `read`, from the text of the file `path`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise _unreadable(path, error) from None
+        if not isinstance(values, dict):
+            raise SelectorError(f"{path} holds no JSON object: expected the one that `lynx-learn train` writes")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise SelectorError(
+                f"{path} has format version {version}, this package reads {FORMAT_VERSION}: train again"
+            )
+        known = {f.name for f in fields(cls)}
+        optional = {"keep_top1", "thresholds", "calibration"}
+        if unknown := sorted(values.keys() - known):
+            raise SelectorError(f"{path} has unknown keys {', '.join(unknown)}: remove them or update lynx-learn")
+        if missing := sorted(known - optional - values.keys()):
+            raise SelectorError(f"{path} lacks {', '.join(missing)}: train again")
+        if wrong := _unusable(values):
+            raise SelectorError(f"{path} has values that cannot be used for {', '.join(wrong)}: train again")
+        values["layers"] = tuple(values["layers"])
+        return cls(**values)
+
+    def calibrated(self, budget: float, metric: str = "kl") -> dict[int, float]:
+        """Decode batch size -> calibrated threshold (nats) for a budget (nats of KL, or the unit of `metric`).
+
+        Raises:
+            OptionError: the budget is negative, or the selector was not calibrated for it.
+        """
+        if not budget >= 0:
+            raise OptionError(f"budget {budget:g} is not usable: expected 0 or more")
+        if budget == 0:
+            return {1: 0.0}
+        table = self.thresholds.get(metric)
+        if not table:
+            known = ", ".join(self.thresholds) or "none"
+            raise OptionError(
+                f"the selector is not calibrated for metric {metric!r} (calibrated: {known}): run `lynx-learn calibrate` first"
+            )
+        for text, buckets in table.items():
+            if float(text) == budget:
+                return {int(n): tau for n, tau in buckets.items()}
+        raise OptionError(
+            f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
+        )
+
+
+def _unreadable(path: str, error: Exception) -> SelectorError:
+    return SelectorError(f"{path} cannot be read ({error}): expected the JSON that `lynx-learn train` writes")
+
+
+def _unusable(values: dict[str, Any]) -> list[str]:
+    """Keys whose values have another type or range than `lynx-learn train` writes."""
+    lowest = {"num_experts": 1, "top_k": 1, "hidden_size": 1, "expert_bytes": 1, "rank": 0}
+    wrong = [key for key, low in lowest.items() if type(values[key]) is not int or values[key] < low]
+    layers = values["layers"]
+    if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        wrong.append("layers")
+    try:
+        budgets = [entry for table in values.get("thresholds", {}).values() for entry in table.items()]
+        sizes = [(float(budget), *entry) for budget, buckets in budgets for entry in buckets.items()]
+        usable = all(budget >= 0 and int(size) > 0 and float(tau) >= 0 for budget, size, tau in sizes)
+    except (AttributeError, TypeError, ValueError):
+        usable = False
+    return wrong if usable else [*wrong, "thresholds"]

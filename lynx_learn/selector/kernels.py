@@ -1,0 +1,359 @@
+"""A decode batch's decision in two Triton kernels: the same numbers as `Ready.costs` and `LayerSelector.rewrite`.
+
+The PyTorch form is dozens of small operations, each a launch of its own. Which form takes less time is measured where
+they run (`is_faster`). Importing this module needs triton, which comes with torch's CUDA builds; so it is imported only
+where a layer is on such a device.
+
+Nothing waits for the host, shapes do not depend on values, and every sum has a fixed order: the same input gives the
+same bits, also in a CUDA graph.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..moe.decision import Decision, Groups
+from .features import SMALLEST_WEIGHT, TOKEN_PARTS
+from .scorers import LOWEST_LOG_COST, Folded
+
+MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Globals that a kernel reads must say that they are constants.
+_SMALLEST_WEIGHT, _LOWEST_LOG_COST = tl.constexpr(SMALLEST_WEIGHT), tl.constexpr(LOWEST_LOG_COST)
+_TOKEN_PARTS = tl.constexpr(len(TOKEN_PARTS))
+# Elements of a tile: hidden state × projection, and tokens × experts.
+_PROJECTION_TILE, _TOTALS_TILE, _REWRITE_TILE = 4096, 8192, 1024
+
+
+@triton.jit
+def _row(matrix, row, column, COLUMNS: tl.constexpr):
+    return tl.load(matrix + row * COLUMNS + column, mask=column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def _costs_by_expert(
+    hidden,
+    logits,
+    indices,
+    weights,
+    active,
+    of_assignment,
+    of_token,
+    of_expert,
+    projection,
+    outer,
+    rows,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PROJECTED: tl.constexpr,
+    KEEP_TOP1: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    COLUMNS_PADDED: tl.constexpr,
+    PROJECTED_PADDED: tl.constexpr,
+    HIDDEN_BLOCK: tl.constexpr,
+):
+    """One program per token: its costs, spread over a row `(experts,)` of `rows`; 0 where it does not vote.
+
+    Costs are above 0, so the sign is free: with KEEP_TOP1 it is negative at the token's first expert.
+    """
+    token = tl.program_id(0)
+    COLUMNS: tl.constexpr = WIDTH + 1
+    expert = tl.arange(0, EXPERTS_PADDED)
+    slot = tl.arange(0, TOP_K_PADDED)
+    column = tl.arange(0, COLUMNS_PADDED)
+    real, taken = expert < EXPERTS, slot < TOP_K
+
+    # Parts of the token, in the order of features.TOKEN_PARTS.
+    x = tl.load(logits + token * EXPERTS + expert, mask=real, other=-float("inf")).to(tl.float32)
+    best = tl.max(x, 0)
+    mean = tl.sum(tl.where(real, x, 0.0), 0) / EXPERTS
+    deviation = tl.where(real, x - mean, 0.0)
+    spread = tl.maximum(tl.sqrt(tl.sum(deviation * deviation, 0) / (EXPERTS - 1)), 1e-6)
+    powers = tl.exp(x - best)
+    partition_sum = tl.sum(powers, 0)
+    partition = best + tl.log(partition_sum)
+    entropy = partition - tl.sum(tl.where(real, powers * x, 0.0), 0) / partition_sum
+    # The largest logit but top_k, whichever experts were chosen: a router's choice may go by more than its logits.
+    rest = x
+    for _ in range(ROUNDS):
+        rest = tl.where(expert == tl.argmax(rest, 0), -float("inf"), rest)
+    first_unchosen = tl.max(rest, 0)
+
+    # Parts of its assignments, in the order of features.ASSIGNMENT_PARTS.
+    own = tl.load(indices + token * TOP_K + slot, mask=taken, other=0).to(tl.int32)
+    weight = tl.load(weights + token * TOP_K + slot, mask=taken, other=0.0).to(tl.float32)
+    logit = tl.load(logits + token * EXPERTS + own, mask=taken, other=0.0).to(tl.float32)
+    log_weight = tl.log(tl.maximum(weight, _SMALLEST_WEIGHT))
+    share = weight / tl.maximum(tl.sum(weight, 0), _SMALLEST_WEIGHT)
+    rank = tl.sum((weight[None, :] > weight[:, None]).to(tl.float32), 1) / TOP_K
+
+    # The scorer's inner layer; its last column adds straight to the log-cost.
+    constant = best * _row(of_token, 0, column, COLUMNS)
+    constant += mean / spread * _row(of_token, 1, column, COLUMNS)
+    constant += first_unchosen * _row(of_token, 2, column, COLUMNS)
+    constant += partition * _row(of_token, 3, column, COLUMNS)
+    constant += entropy * _row(of_token, 4, column, COLUMNS)
+    constant += spread * _row(of_token, 5, column, COLUMNS)
+    constant += tl.min(tl.where(taken, share, float("inf")), 0) * _row(of_token, 6, column, COLUMNS)
+    constant += tl.max(share, 0) * _row(of_token, 7, column, COLUMNS)
+    constant += tl.min(tl.where(taken, logit, float("inf")), 0) * _row(of_token, 8, column, COLUMNS)
+    if PROJECTED > 0:
+        place = tl.arange(0, PROJECTED_PADDED)
+        products = tl.zeros((HIDDEN_BLOCK, PROJECTED_PADDED), tl.float32)
+        for start in range(0, HIDDEN, HIDDEN_BLOCK):
+            at = start + tl.arange(0, HIDDEN_BLOCK)
+            state = tl.load(hidden + token * HIDDEN + at, mask=at < HIDDEN, other=0.0).to(tl.float32)
+            inside = (at < HIDDEN)[:, None] & (place < PROJECTED)[None, :]
+            products += state[:, None] * tl.load(
+                projection + at[:, None] * PROJECTED + place[None, :], mask=inside, other=0.0
+            )
+        inside = (place < PROJECTED)[:, None] & (column < COLUMNS)[None, :]
+        into = tl.load(of_token + (place + _TOKEN_PARTS)[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
+        constant += tl.sum(tl.sum(products, 0)[:, None] * into, 0)
+    inside = taken[:, None] & (column < COLUMNS)[None, :]
+    inner = tl.load(of_expert + own[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0) + constant[None, :]
+    inner += log_weight[:, None] * _row(of_assignment, 0, column, COLUMNS)[None, :]
+    inner += share[:, None] * _row(of_assignment, 1, column, COLUMNS)[None, :]
+    inner += rank[:, None] * _row(of_assignment, 2, column, COLUMNS)[None, :]
+    inner += logit[:, None] * _row(of_assignment, 3, column, COLUMNS)[None, :]
+    inner += (logit / spread)[:, None] * _row(of_assignment, 4, column, COLUMNS)[None, :]
+    log_cost = tl.sum(tl.where((column == WIDTH)[None, :], inner, 0.0), 1)
+    if WIDTH > 0:
+        out = tl.load(outer + column, mask=column < WIDTH, other=0.0)
+        silu = inner / (1.0 + tl.exp(-inner))
+        log_cost += tl.sum(tl.where((column < WIDTH)[None, :], silu * out[None, :], 0.0), 1)
+    # A cost that is no number must stay one: it keeps its expert.
+    cost = tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
+
+    hit = (own[:, None] == expert[None, :]) & taken[:, None]
+    row = tl.sum(tl.where(hit, cost[:, None], 0.0), 0)
+    if KEEP_TOP1:
+        first = (weight == tl.max(weight, 0))[:, None] & hit
+        row = tl.where(tl.max(first.to(tl.int32), 0) > 0, -row, row)
+    live = tl.load(active + token)
+    tl.store(rows + token * EXPERTS + expert, tl.where(live, row, 0.0), mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rewrite(
+    rows,
+    indices,
+    weights,
+    active,
+    sizes,
+    thresholds,
+    new_indices,
+    new_weights,
+    dropped,
+    loads,
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    SIZES: tl.constexpr,
+    KEEP_TOP1: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    SIZES_PADDED: tl.constexpr,
+    TOKENS_PADDED: tl.constexpr,
+    TOKENS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: what each expert costs, which stay, and the assignments rewritten."""
+    expert = tl.arange(0, EXPERTS_PADDED)
+    real = expert < EXPERTS
+    sums = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
+    lowest = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
+    for start in range(0, TOKENS_PADDED, TOKENS_BLOCK):
+        token = start + tl.arange(0, TOKENS_BLOCK)
+        inside = (token < tokens)[:, None] & real[None, :]
+        part = tl.load(rows + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
+        sums += tl.abs(part)
+        if KEEP_TOP1:
+            lowest = tl.minimum(lowest, part)
+    total = tl.sum(sums, 0)
+
+    place, size = tl.arange(0, TOKENS_PADDED), tl.arange(0, SIZES_PADDED)
+    count = tl.sum(tl.load(active + place, mask=place < tokens, other=0).to(tl.int32), 0)
+    reached = (tl.load(sizes + size, mask=size < SIZES, other=0) <= count) & (size < SIZES)
+    threshold = tl.load(thresholds + tl.sum(reached.to(tl.int32), 0))
+
+    # The first of the largest totals, where what is no number is larger than any.
+    odd = (total != total).to(tl.int32)
+    height = tl.where(tl.max(odd, 0) > 0, odd.to(tl.float32), total)
+    anchor = tl.argmax(tl.where(real, height, -1.0), 0)
+    leave = (total < threshold) & (expert != anchor)
+    if KEEP_TOP1:
+        leave = leave & (tl.min(lowest, 0) >= 0.0)
+    used = total != 0.0
+    tl.store(loads + expert, used, mask=real)
+    tl.store(loads + EXPERTS + expert, used & (leave == 0), mask=real)
+
+    left = leave.to(tl.int32)
+    for start in range(0, TOKENS_PADDED * TOP_K, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < tokens * TOP_K
+        own = tl.load(indices + at, mask=inside, other=0)
+        weight = tl.load(weights + at, mask=inside, other=0.0)
+        live = tl.load(active + at // TOP_K, mask=inside, other=0) != 0
+        goes = tl.gather(left, own.to(tl.int32), 0) != 0
+        stays = live & (goes == 0)
+        tl.store(new_indices + at, tl.where(stays, own, anchor.to(tl.int64)), mask=inside)
+        tl.store(new_weights + at, tl.where(stays, weight, 0.0).to(weight.dtype), mask=inside)
+        tl.store(dropped + at, live & goes, mask=inside)
+
+
+def _padded(size: int) -> int:
+    """The next power of two, as tiles have them; 1 for 0."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def supported(folded: Folded, groups: Groups) -> bool:
+    """Whether the kernels can decide for this batch: one decode batch, in sizes and types they were written for."""
+    batches, tokens, experts = groups.logits.shape
+    width, projected = folded.outer.shape[0], folded.projection.shape[1]
+    return (
+        batches == 1
+        and 1 <= tokens <= MOST_TOKENS
+        and 2 <= experts <= MOST_EXPERTS
+        and 1 <= groups.indices.shape[-1] <= min(MOST_TOP_K, experts)
+        and width <= MOST_WIDTH
+        and projected <= MOST_PROJECTED
+        and all(part.dtype in FLOATS for part in (groups.hidden, groups.logits, groups.weights))
+        and all(part.dtype == torch.float32 for part in folded)
+        and groups.indices.dtype == torch.int64
+        # A gradient would not find its way back.
+        and not (torch.is_grad_enabled() and groups.weights.requires_grad)
+    )
+
+
+def costs_by_expert(folded: Folded, groups: Groups, keep_top1: bool) -> Tensor:
+    """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`."""
+    _, tokens, experts = groups.logits.shape
+    top_k, hidden = groups.indices.shape[-1], groups.hidden.shape[-1]
+    width, projected = folded.outer.shape[0], folded.projection.shape[1]
+    rows = torch.empty(tokens, experts, dtype=torch.float32, device=groups.logits.device)
+    projected_padded = _padded(projected)
+    experts_padded, top_k_padded = _padded(experts), _padded(top_k)
+    _costs_by_expert[(tokens,)](
+        *(part.contiguous() for part in (*groups, *folded)),
+        rows,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        HIDDEN=hidden,
+        WIDTH=width,
+        PROJECTED=projected,
+        KEEP_TOP1=keep_top1,
+        ROUNDS=min(top_k, experts - 1),
+        EXPERTS_PADDED=experts_padded,
+        TOP_K_PADDED=top_k_padded,
+        COLUMNS_PADDED=_padded(width + 1),
+        PROJECTED_PADDED=projected_padded,
+        HIDDEN_BLOCK=min(_padded(hidden), _PROJECTION_TILE // projected_padded),
+        num_warps=8 if experts_padded * top_k_padded > 2048 or projected else 4,
+    )
+    return rows
+
+
+def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+    """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
+    _, tokens, experts = groups.logits.shape
+    top_k = groups.indices.shape[-1]
+    indices, weights, active = (part.contiguous() for part in groups[2:])
+    new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
+    dropped = torch.empty_like(indices, dtype=torch.bool)
+    loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
+    experts_padded, tokens_padded = _padded(experts), _padded(tokens)
+    _rewrite[(1,)](
+        rows,
+        indices,
+        weights,
+        active,
+        sizes,
+        thresholds,
+        new_indices,
+        new_weights,
+        dropped,
+        loads,
+        tokens,
+        EXPERTS=experts,
+        TOP_K=top_k,
+        SIZES=len(sizes),
+        KEEP_TOP1=keep_top1,
+        EXPERTS_PADDED=experts_padded,
+        SIZES_PADDED=_padded(len(sizes)),
+        TOKENS_PADDED=tokens_padded,
+        TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
+        BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
+        num_warps=8,
+    )
+    return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
+
+
+def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+    """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
+
+    Args:
+        folded: the layer's scorer.
+        groups: one decode batch.
+        sizes: calibrated batch sizes, ascending.
+        thresholds: one more than sizes: the first is for smaller batches.
+        keep_top1: whether each token's first expert stays.
+    """
+    device = groups.logits.device
+    # Triton launches on the current device, which need not be the layer's.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return rewrite_by(costs_by_expert(folded, groups, keep_top1), groups, sizes, thresholds, keep_top1)
+
+
+_verdicts: dict[tuple[object, ...], bool] = {}
+
+
+Form = Callable[[Groups], object]
+
+
+def is_faster(folded: Folded, groups: Groups, fused: Form, plain: Form) -> bool:
+    """Whether `fused` takes less time than `plain` for `groups`, on the CUDA device where these are.
+
+    Both are run and timed the first time that a layer of this shape meets a batch of this size, up to a power of two;
+    that waits for the device. Nothing is timed while a CUDA graph is captured or torch compiles: what was never timed
+    counts as faster then. Kernels that cannot be built here, e.g. because there is no C compiler, are never faster.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    shapes = (groups.indices.shape[-1], *(part.shape for part in folded), *(part.dtype for part in groups))
+    key = (groups.logits.device, _padded(groups.logits.shape[-2]), *shapes)
+    if key not in _verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        try:
+            with torch.cuda.device(groups.logits.device):
+                _verdicts[key] = milliseconds(fused, groups) < milliseconds(plain, groups)
+        except Exception as error:
+            # A model must run on a machine where only the kernels do not.
+            reason = (str(error).strip().splitlines() or [""])[0]
+            warnings.warn(f"deciding without Triton kernels: {type(error).__name__}: {reason}", stacklevel=2)
+            _verdicts[key] = False
+    return _verdicts[key]
+
+
+def milliseconds(form: Form, groups: Groups, repeats: int = 10) -> float:
+    """The shortest of some runs on the current CUDA device, launches included, after as many that only warm up."""
+    shortest = float("inf")
+    for repeat in range(2 * repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        form(groups)
+        end.record()
+        end.synchronize()
+        if repeat >= repeats:
+            shortest = min(shortest, start.elapsed_time(end))
+    return shortest

@@ -1,0 +1,356 @@
+"""`LynxSelector`: per MoE layer a scorer, surrogates and a sensitivity; with thresholds, a policy for a budget."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import OptionError, SelectorError
+from ..moe.decision import Decision, Groups, used_experts
+from ..moe.families import MoeLayer, router_fingerprint
+from .config import SelectorConfig
+from .features import assignment_features, feature_parts
+from .scorers import SCORERS, Folded
+from .surrogates import Surrogates
+
+KERNELS = ("auto", "torch", "triton")
+CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
+
+
+def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
+
+    Arguments as `LayerSelector.keep` takes and gives them.
+    """
+    kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & groups.active.unsqueeze(-1)
+    return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
+
+
+def sum_in_order(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums `(..., count)` of the values `(..., N)` that go to each place `(..., N)`, always in the same order.
+
+    A GPU's `scatter_add` adds in whatever order it comes to; workers that share a layer's experts must decide alike.
+    """
+    here = places.unsqueeze(-1) == torch.arange(count, device=places.device)
+    return torch.where(here, values.unsqueeze(-1), 0.0).sum(-2)
+
+
+class LayerSelector(nn.Module):
+    """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
+
+    sensitivity: Tensor
+
+    def __init__(self, config: SelectorConfig) -> None:
+        super().__init__()
+        self.keep_top1 = config.keep_top1
+        self.scorer = SCORERS[config.scorer](config.num_experts, config.hidden_size)
+        self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
+        self.register_buffer("sensitivity", torch.ones(()))
+
+    def costs(self, groups: Groups) -> Tensor:
+        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`."""
+        features = assignment_features(groups.logits, groups.indices, groups.weights)
+        return self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
+
+    @staticmethod
+    def totals(groups: Groups, costs: Tensor) -> Tensor:
+        """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
+        counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
+        flat, values, experts = groups.indices.flatten(-2), counted.flatten(-2), groups.logits.shape[-1]
+        if costs.is_cuda:
+            return sum_in_order(flat, values, experts)
+        zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
+        return zeros.scatter_add(-1, flat, values)
+
+    def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
+        anchor = total.argmax(-1, keepdim=True)
+        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
+        if self.keep_top1:
+            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
+            flat = groups.indices.flatten(-2)
+            keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
+        return anchor, keep
+
+    def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
+        """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
+
+        The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
+        """
+        return self.answer(groups, self.rewrite(groups, thresholds, self.costs(groups) if costs is None else costs))
+
+    def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
+        """The decision without what surrogates answer."""
+        anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
+        indices, weights, kept = run_instead(groups, anchor, keep)
+        used = used_experts(groups.indices, groups.active, keep.shape[-1])
+        dropped = kept ^ groups.active.unsqueeze(-1) if self.surrogates.rank else None
+        return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
+
+    def answer(self, groups: Groups, decision: Decision) -> Decision:
+        """With what surrogates answer."""
+        if decision.answered is None:
+            return decision
+        weights = groups.weights * decision.answered
+        return decision._replace(addition=self.surrogates.answer(groups.hidden, groups.indices, weights))
+
+
+class LynxSelector(nn.Module):
+    """Learned selectors for all MoE layers of one model."""
+
+    def __init__(self, config: SelectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(LayerSelector(config) for _ in config.layers)
+        self.requires_grad_(False)
+
+    def check(self, layers: list[MoeLayer]) -> None:
+        """Refuse a model that this selector was not trained for.
+
+        Raises:
+            SelectorError: the model's MoE layers or its routers' fingerprint differ.
+        """
+        names = tuple(layer.name for layer in layers)
+        if names != self.config.layers:
+            raise SelectorError(
+                f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for"
+            )
+        found = router_fingerprint(layers)
+        if found != self.config.router_fingerprint:
+            raise SelectorError(
+                f"the selector was trained for {self.config.base_model} (revision {self.config.base_revision}, routers "
+                f"{self.config.router_fingerprint[:12]}), the model's routers are {found[:12]}: load that model and "
+                "revision, or train a selector for this one"
+            )
+
+    def policy(self, budget: float, metric: str = "kl", kernel: str = "auto") -> "ThresholdPolicy":
+        """The calibrated policy for a budget (nats of KL, or the unit of `metric`); `kernel` as in `ThresholdPolicy`.
+
+        Raises:
+            OptionError: the budget is negative, or the selector was not calibrated for it.
+        """
+        return ThresholdPolicy(self, self.config.calibrated(budget, metric), f"budget={budget:g}", kernel)
+
+    def at_threshold(self, threshold: float, kernel: str = "auto") -> "ThresholdPolicy":
+        """The policy with one threshold (nats) for every batch size, calibrated or not."""
+        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}", kernel)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], files: dict[str, str] | None = None) -> None:
+        """Write config and weights, and `files` (name -> text) beside them; other files already there stay.
+
+        All files are written beside the folder and then put in place, so an interrupted save leaves the old state.
+        """
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, part / WEIGHTS)
+            for name, text in {CONFIG: self.config.to_json(), **(files or {})}.items():
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                (part / name).write_text(text, encoding="utf-8")
+            for file in sorted(p for p in part.rglob("*") if p.is_file()):
+                place = target / file.relative_to(part)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> "LynxSelector":
+        """Load a selector from a folder or a Hub repository.
+
+        Raises:
+            SelectorError: the folder is missing, incomplete, damaged, or of another format.
+        """
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = _download(str(name), revision)
+        config = SelectorConfig.read(folder / CONFIG)
+        if config.scorer not in SCORERS:
+            raise SelectorError(
+                f"{folder / CONFIG} names the scorer {config.scorer!r}: expected one of {', '.join(SCORERS)}"
+            )
+        selector = cls(config)
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            selector.load_state_dict(tensors, strict=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SelectorError(
+                f"{folder / WEIGHTS} cannot be loaded ({reason}): copy or train the selector again"
+            ) from None
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise SelectorError(
+                    f"{folder / WEIGHTS} holds values that are not finite in {key}: train the selector again"
+                )
+        return selector
+
+    def push_to_hub(self, repo_id: str, private: bool = False, folder: str | os.PathLike[str] | None = None) -> str:
+        """Upload to the Hub, with card and metrics if `folder` (where it was trained) is given; returns the address."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as scratch:
+            if folder is not None:
+                shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("logs"))
+            self.save_pretrained(scratch)
+            api = HfApi()
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=scratch))
+
+    def with_formula(self) -> "LynxSelector":
+        """The same surrogates and sensitivities with the two-factor formula as scorer: what its learned part adds to."""
+        other = LynxSelector(replace(self.config, scorer="formula"))
+        wanted = other.state_dict()
+        other.load_state_dict({key: value for key, value in self.state_dict().items() if key in wanted})
+        return other
+
+    def with_config(self, **changes: object) -> "LynxSelector":
+        """The same selector with another configuration, e.g. new thresholds."""
+        other = LynxSelector(replace(self.config, **changes))  # type: ignore[arg-type]
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, METRICS, CARD]))
+    except Exception as error:  # the hub raises many kinds; to the user they are one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SelectorError(
+            f"selector {name!r} is neither a folder nor a Hub repository that can be read ({reason})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One layer's selector as decode runs it: a copy on the layer's device, surrogates in the experts' precision."""
+
+    selector: LayerSelector
+    folded: Folded
+    sizes: Tensor
+    """Calibrated batch sizes, ascending."""
+    thresholds: Tensor
+    """One more than sizes: the first is for smaller batches."""
+
+    @classmethod
+    def on(cls, layer: MoeLayer, own: LayerSelector, sizes: Tensor, thresholds: Tensor) -> "Ready":
+        own = copy.deepcopy(own).to(layer.device)
+        own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
+        return cls(own, own.scorer.fold(own.sensitivity), sizes.to(layer.device), thresholds.to(layer.device))
+
+    def threshold(self, active: Tensor) -> Tensor:
+        """The threshold `(G,)` for the number of active tokens `(G, T)`."""
+        return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
+
+    def costs(self, groups: Groups) -> Tensor:
+        """As `LayerSelector.costs`, from the folded scorer."""
+        return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
+
+    def rewrite(self, groups: Groups) -> Decision:
+        """As `LayerSelector.rewrite`."""
+        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
+
+    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
+        """As `rewrite`, in Triton kernels."""
+        own = self.selector
+        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
+        return decision if own.surrogates.rank else decision._replace(answered=None)
+
+
+class ThresholdPolicy:
+    """A selector with a threshold per decode batch size.
+
+    The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
+    over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
+
+    `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
+    triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
+    give the same decision but for rounding of the costs.
+    """
+
+    name = "learned"
+
+    def __init__(
+        self, selector: LynxSelector, thresholds: dict[int, float], setting: str, kernel: str = "auto"
+    ) -> None:
+        if kernel not in KERNELS:
+            raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
+        self.selector, self.setting, self.kernel = selector, setting, kernel
+        self.kernels: ModuleType | None = None
+        sizes = sorted(thresholds)
+        self.sizes = torch.tensor(sizes)
+        self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
+        self.ready: dict[int, Ready] = {}
+
+    @property
+    def skips(self) -> bool:
+        """Whether any batch size skips at all."""
+        return bool((self.thresholds > 0).any())
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        self.selector.check(layers)
+        for layer, own in zip(layers, self.selector.layers, strict=True):
+            self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
+        on_cuda = any(layer.device.type == "cuda" for layer in layers)
+        # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
+        if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
+            self.kernels = _kernels(on_cuda)
+
+    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+        ready = self.ready[layer.index]
+        return ready.selector.answer(groups, self.form(ready, groups)(groups))
+
+    def form(self, ready: Ready, groups: Groups) -> Callable[[Groups], Decision]:
+        """What computes the decision for a batch, but for the surrogates' answers."""
+        if self.kernels is None or not self.kernels.supported(ready.folded, groups):
+            return ready.rewrite
+        fused = partial(ready.rewrite_in_kernels, self.kernels)
+        if self.kernel == "triton":
+            return fused
+        cuda = groups.logits.is_cuda
+        return fused if cuda and self.kernels.is_faster(ready.folded, groups, fused, ready.rewrite) else ready.rewrite
+
+    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
+
+
+def _kernels(on_cuda: bool) -> ModuleType:
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise OptionError("kernel 'triton' is not usable: the model is on no CUDA device; take 'auto'")
+    try:
+        from . import kernels
+    except ImportError as error:
+        raise OptionError(f"kernel 'triton' is not usable: triton cannot be imported ({error}); take 'auto'") from None
+    return kernels
+
+
+def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:
+    """The figures measured so far for the selector in `folder`; empty where there are none.
+
+    Raises:
+        SelectorError: `folder` is none on this machine, or its figures cannot be read.
+    """
+    if not Path(folder).is_dir():
+        raise SelectorError(
+            f"{folder} is no folder here: figures and thresholds are written into a selector's folder; download it first"
+        )
+    path = Path(folder) / METRICS
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise SelectorError(f"{path} is damaged ({error}): restore it, or train the selector again") from None

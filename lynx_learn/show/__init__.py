@@ -1,0 +1,1 @@
+"""Plain dicts in, pages out: tables, figures, cards, progress."""

@@ -1,0 +1,251 @@
+"""The model card, metrics and run records of a selector directory, written from measured figures alone."""
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import SelectorError
+from ..selector.selector import CARD, METRICS, LynxSelector
+
+
+def write_card(folder: Path, selector: LynxSelector, metrics: dict[str, Any], files: dict[str, str]) -> None:
+    """Save the selector with `metrics.json`, the card made from it, and further `files` (name -> text).
+
+    Raises:
+        SelectorError: the folder cannot be written to.
+    """
+    text = json.dumps(metrics, indent=2) + "\n"
+    try:
+        selector.save_pretrained(folder, {METRICS: text, CARD: render(selector, metrics), **files})
+    except (OSError, SafetensorError) as error:  # the latter when the disk is full while the weights are written
+        raise SelectorError(
+            f"{folder} cannot be written ({error}): make room there or choose another place, then run the command again"
+        ) from error
+
+
+def run_record(command: str, options: dict[str, Any]) -> str:
+    """YAML with the exact options and the versions of what ran."""
+    import yaml
+
+    packages = ("torch", "transformers", "lightning", "scikit-learn", "safetensors", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    record = {command: options, "versions": {"python": platform.python_version(), **versions}}
+    return yaml.safe_dump(record, sort_keys=False)
+
+
+def render(selector: LynxSelector, metrics: dict[str, Any]) -> str:
+    """Markdown of the card."""
+    c = selector.config
+    parts = [
+        f"---\nlibrary_name: lynx-learn\nbase_model: {c.base_model}\ntags: [mixture-of-experts, inference]\n---\n",
+        f"# Expert selector for {c.base_model}\n",
+        f"Decides at decode which experts of `{c.base_model}` (revision {c.base_revision}, {c.model_type}: {len(c.layers)} MoE "
+        f"layers, {c.num_experts} experts, top-{c.top_k}) a batch can skip. Scorer `{c.scorer}`, surrogates of rank {c.rank}. "
+        "Refused on any other model by the fingerprint of its routers.\n",
+        "```python\nfrom lynx_learn import LynxSelector, skip_experts\n\n"
+        'with skip_experts(model, LynxSelector.from_pretrained("this folder"), budget=0.01):\n    model.generate(**inputs)\n```\n',
+        _calibration(c.calibration),
+        _coverage(metrics.get("coverage")),
+        _evaluation(metrics.get("evaluate"), c.calibration),
+        _training(metrics.get("train"), c.scorer),
+        "## Limits\n\nThe budget is a bound on a mean over text like the calibration text, decoded in batches of the sizes named; "
+        "it says nothing of other text, of single requests, or of tasks. Figures are of teacher-forced simulated decode.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    if not calibration:
+        return "## Budgets\n\nNot calibrated yet: `lynx-learn calibrate`.\n"
+    parts = ["## Budgets\n"]
+    for metric, how in calibration.items():
+        rows = []
+        for budget, cells in how["cells"].items():
+            for size, cell in cells.items():
+                if cell["threshold"] > 0:
+                    row = [
+                        f"{cell['mean']:.4f}",
+                        f"{cell['upper']:.4f}",
+                        f"{cell['experts_before']:.1f} → {cell['experts']:.1f}",
+                        f"{cell['bytes']:.0%}",
+                    ]
+                else:
+                    row = ["–", "–", "nothing is skipped: no threshold qualified", "100%"]
+                rows.append([budget, size, *row, str(cell["groups"])])
+        parts.append(
+            f"Metric `{metric}`; bound: {how['bound']}, confidence {how['confidence']:.0%}; text: `{how['corpus']}`, split `{how['split']}`.\n\n"
+            + _table(
+                ["budget", "batch", "measured", "upper bound", "distinct experts per layer", "bytes", "groups"], rows
+            )
+        )
+        parts += _certified_text(how)
+    return "\n".join(parts)
+
+
+def _certified_text(how: dict[str, Any]) -> list[str]:
+    """What text the budgets are certified for, and each budget's source with the highest loss."""
+    parts = []
+    highest = []
+    for budget, cells in how["cells"].items():
+        found = [(v, name, size) for size, cell in cells.items() for name, v in cell.get("by_source", {}).items()]
+        if found:
+            value, name, size = max(found)
+            highest.append(f"- budget {budget}: highest by source at batch {size}: {name} {value:.4f}\n")
+    if highest:
+        parts.append("".join(highest))
+    if how.get("sources"):
+        parts.append(
+            f"**The budget is certified for text like: {_shares(how['sources'])}. On other text the loss can exceed it.** It bounds "
+            "the mean over such text; single sources can lie above it.\n"
+        )
+    return parts
+
+
+def _shares(sources: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in sources.items())
+
+
+def _coverage(report: dict[str, Any] | None) -> str:
+    if not report:
+        return ""
+    o, exact = report["options"], report["exact"]
+    shift = o["shift"] and f"{', '.join(o['shift']['calibrate'])} → {', '.join(o['shift']['test'])}"
+    rows = [
+        [
+            shift if row["shift"] else "same sources",
+            str(row["batch_size"]),
+            str(row["budget"]),
+            f"{row['test_over']:.1%}",
+            f"{row['pool_over']:.1%}",
+            *(f"{row[k]:.1%} ({_percents(row[f'{k}_interval'])})" for k in ("true_over", "bound_misses")),
+            f"{row['nothing']:.1%}",
+            *("–" if row[k] is None else f"{row[k]:.2f}" for k in ("test_share", "upper_share")),
+            "–" if row["bytes"] is None else f"{row['bytes']:.0%}",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["text", "batch", "budget", "test over", "pool over", "true mean over (95%)", "bound misses (95%)"]
+    head += ["nothing certified", "test / budget", "bound / budget", "bytes"]
+    splits = ", ".join(f"`{name}`" for name in o["split"])
+    parts = [
+        f"## Coverage\n\nCalibration repeated on {o['resplits']} random splits of {o['groups']} groups per batch size: "
+        f"{o['calibration_groups']} to calibrate, the others to test. Metric `{o['metric']}`, confidence {o['confidence']:.0%}; text: "
+        f"`{o['corpus']}`, split {splits} ({_shares(report['sources'])}).\n",
+        _table(head, rows),
+        "`test over`, `pool over`: share of the splits in which the mean loss of the test groups, of all groups, exceeds the "
+        "budget. The splits depend on each other; a bound that is exact, and reached the budget every time, would show "
+        f"{exact['test_over']:.1%} and {exact['pool_over']:.1%}. `true mean over`: the same in {o['bootstraps']} independent draws from the "
+        "groups, whose mean is then the true one; `bound misses`: share of these draws in which the bound, where the true "
+        f"mean is the budget, lies below it. Of both {exact['true_over']:.1%} is allowed."
+        + (" On other sources all groups tested on count in the first three.\n" if shift else "\n"),
+    ]
+    if shift:
+        parts.append(_under_shift([row for row in report["rows"] if row["shift"]], o["shift"]))
+    return "\n".join(parts)
+
+
+def _percents(interval: list[float]) -> str:
+    return f"{100 * interval[0]:.1f}–{interval[1]:.1%}"
+
+
+def _under_shift(rows: list[dict[str, Any]], shift: dict[str, list[str]]) -> str:
+    """That nothing is guaranteed on other sources, and what was measured there."""
+    groups = f"Calibrated on draws from {rows[0]['groups']} groups, tested on {rows[0]['test_groups']} others.\n"
+    said = f"**Calibrated on {', '.join(shift['calibrate'])} and tested on {', '.join(shift['test'])}, the guarantee does not hold.** "
+    measured = [row for row in rows if row["test_share"] is not None]
+    if not measured:
+        return f"{said}Nothing was certified there, so nothing was lost. {groups}"
+    worst = max(measured, key=lambda row: (row["test_over"], row["test_share"]))
+    where = f"at batch {worst['batch_size']}, budget {worst['budget']}"
+    if worst["test_over"] > 0:
+        return f"{said}Over its budget in {worst['test_over']:.0%} of the splits, and {worst['test_share']:.2f} times it on average, {where}. {groups}"
+    return (
+        f"{said}By measurement the loss stayed within the budget there, at most {worst['test_share']:.2f} of it ({where}), "
+        f"though nothing guarantees it. {groups}"
+    )
+
+
+def _evaluation(report: dict[str, Any] | None, calibration: dict[str, Any]) -> str:
+    if not report:
+        return ""
+    rows = [
+        [
+            p["method"],
+            p["setting"],
+            f"{p['batch_size']}, one source each" if p.get("batches") == "single" else str(p["batch_size"]),
+            f"{p['experts']:.1f}",
+            f"{p['bytes']:.0%}",
+            f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
+            f"{p['nll']:+.4f}",
+            f"{1 - p['agreement']:.1%}",
+        ]
+        for p in report["points"]
+        if p["method"] == "untouched" or p["setting"].startswith("budget")
+    ]
+    sources = ", ".join(report["sources"])
+    return (
+        f"## Test\n\nText `{report['options']['corpus']}`, split `{report['options']['split']}` ({sources}); {report['environment']['machine']}.\n\n"
+        + _table(["method", "setting", "batch", "experts", "bytes", "KL (95%)", "ΔNLL", "same greedy token"], rows)
+        + _not_certified(report["sources"], calibration)
+    )
+
+
+def _not_certified(sources: list[str], calibration: dict[str, Any]) -> str:
+    """Which sources of the test text the certificate says nothing of; nothing where a calibration did not note its own."""
+    known = {name for how in calibration.values() for name in how.get("sources", {})}
+    new = [name for name in sources if name not in known]
+    if not known or not new:
+        return ""
+    if len(new) == len(sources):
+        return "\nNone of these sources was in the calibration text; the certificate does not cover them.\n"
+    return f"\nNot in the calibration text, and not covered by the certificate: {', '.join(new)}.\n"
+
+
+def _training(train: dict[str, Any] | None, scorer: str) -> str:
+    if not train:
+        return ""
+    kinds = [k for k in ("formula", scorer, "gradient_boosting") if k in train["layers"][0]]
+    kinds = list(dict.fromkeys(kinds))
+    rows = [
+        [
+            row["name"],
+            f"{row['unexplained']:.0%}",
+            f"{row['sensitivity']:.3g}",
+            *(f"{row[k]['deviance']:.3f} / {row[k]['correlation']:.2f}" for k in kinds),
+        ]
+        for row in train["layers"]
+    ]
+    t = train["trace"]
+    return (
+        f"## Training\n\n{t['tokens']:,} tokens of `{t['corpus']}` (split `{t['split']}`, mode {t['mode']}). Held-out sequences: energy the surrogates leave "
+        "unexplained; gamma deviance (less is better) / correlation of predicted and true cost.\n\n"
+        + _table(["layer", "unexplained", "sensitivity", *kinds], rows)
+        + _tuning(train.get("tuning"))
+    )
+
+
+def _tuning(tuning: dict[str, Any] | None) -> str:
+    if not tuning:
+        return ""
+    rows = [
+        [
+            str(old["batch_size"]),
+            f"{old['threshold']:.2g}",
+            *(f"{old[key]:{shape}} → {new[key]:{shape}}" for key, shape in (("kl", ".4f"), ("experts", ".1f"))),
+        ]
+        for old, new in zip(tuning["before"], tuning["after"], strict=True)
+    ]
+    return (
+        f"\nThat table is from before tuning. Tuned through the frozen model on KL for {tuning['steps']} steps; held-out "
+        "sequences, before → after:\n\n"
+        + _table(["batch", "threshold", "KL, nats per token", "distinct experts per layer"], rows)
+    )

@@ -1,0 +1,277 @@
+"""`lynx-learn collect`: run a model over text and write its router traces."""
+
+import inspect
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError, TraceError
+from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
+from ..moe.hooks import Routing, intercept
+from ..moe.loading import load_model
+from ..show.progress import track
+from . import corpus as corpora
+from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
+
+
+@dataclass(frozen=True)
+class CollectOptions:
+    """Options of `lynx-learn collect`.
+
+    Attributes:
+        model: folder or Hub id of a transformers MoE model.
+        out: trace directory; an interrupted run goes on there.
+        corpus: `python-stdlib`, a .jsonl, .jsonl.gz or .txt file, a folder of them, or the name of a data set.
+        split: part of the corpus to read, by document; calibrate and evaluate read the other parts.
+        tokens: tokens to collect.
+        mode: `teacher`: the text itself; `generate`: the model's own continuations of prompts from the text.
+        length: tokens of a sequence.
+        prompt: in mode `generate`, tokens of the prompt.
+        batch_size: sequences run together, and stored in one shard.
+        engine: `transformers`, or `vllm` where that is installed.
+        engine_options: with vLLM, further arguments of its `LLM`, e.g. {"tensor_parallel_size": 2}.
+        device: cpu, cuda, cuda:1, …; or auto, which spreads a large model over the GPUs.
+        dtype: float32, bfloat16, float16; or auto: the checkpoint's own, but float32 on a CPU without native bfloat16.
+        seed: of the sampling in mode `generate`.
+    """
+
+    model: str
+    out: str
+    corpus: str = corpora.BUILT_IN
+    split: corpora.Split = "fit"
+    tokens: int = 100_000
+    mode: Literal["teacher", "generate"] = "teacher"
+    length: int = 256
+    prompt: int = 32
+    batch_size: int = 16
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.engine == "transformers" and self.engine_options:
+            raise OptionError("--engine_options is not usable with transformers: give it with --engine vllm")
+        if self.engine == "vllm" and self.device != "auto":
+            raise OptionError(f"--device {self.device} is not usable: vLLM runs on the device that it was built for")
+        for name in ("tokens", "length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if self.mode == "generate" and not 0 < self.prompt < self.length:
+            raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 1 ({self.length - 1})")
+
+
+class Tracer(Protocol):
+    """A model at work in an engine, that tells what each of its MoE layers did."""
+
+    @property
+    def model(self) -> TracedModel: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def run(self, rows: Tensor, options: TraceOptions, shard: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Run token rows `(sequences, positions)`, and go on to `options.length` where they are shorter.
+
+        Returns:
+            The rows in full, and per layer `hidden`, `logits`, `indices` and `weights` of all their tokens in order.
+        """
+
+    def close(self) -> None:
+        """Give back what does not go away by itself."""
+
+
+def collect(options: CollectOptions) -> Trace:
+    """Write the trace directory `options.out` and return it opened."""
+    out = Path(options.out)
+    with closing(start(options)) as tracer:
+        trace_options = describe(options, tracer.model)
+        writer = TraceWriter(out, trace_options)
+        if not writer.complete:
+            check_room(out, trace_options)
+            _write_shards(writer, tracer)
+    trace = Trace.open(out)
+    if trace.collected_tokens < options.tokens:
+        text = f"{options.corpus!r} ({options.split} split)"
+        print(f"{text} holds {trace.collected_tokens:,} of the {options.tokens:,} tokens asked for")
+    return trace
+
+
+def start(options: CollectOptions) -> Tracer:
+    """Load the model in the engine that is asked for."""
+    if options.engine == "transformers":
+        return TransformersTracer(options)
+    from ..integrations.vllm.collect import VllmTracer  # imports vLLM, which is not everywhere
+
+    return VllmTracer(options.model, options.dtype, options.length, options.batch_size, options.engine_options)
+
+
+def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
+    """The trace's identity, from the options and the model."""
+    return TraceOptions(
+        **asdict(model),
+        engine=options.engine,
+        corpus=options.corpus,
+        split=options.split,
+        mode=options.mode,
+        tokens=options.tokens,
+        length=options.length,
+        prompt=options.prompt if options.mode == "generate" else 0,
+        sequences_per_shard=options.batch_size,
+        seed=options.seed,
+    )
+
+
+class TransformersTracer:
+    """A transformers model with hooks on its MoE blocks."""
+
+    def __init__(self, options: CollectOptions) -> None:
+        self.loaded = load_model(options.model, options.device, options.dtype)
+        self.tokenizer = self.loaded.tokenizer
+        self.layers = find_moe_layers(self.loaded.model)
+        first = alike(self.layers)
+        self.model = TracedModel(
+            model=options.model,
+            revision=self.loaded.revision,
+            model_type=model_type(self.loaded.model),
+            router_fingerprint=router_fingerprint(self.layers),
+            layers=tuple(layer.name for layer in self.layers),
+            num_experts=first.num_experts,
+            top_k=first.top_k,
+            hidden_size=first.hidden_size,
+            expert_bytes=first.expert_bytes,
+            dtype=str(first.dtype).removeprefix("torch."),
+        )
+
+    def run(self, rows: Tensor, options: TraceOptions, shard: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        if rows.shape[1] < options.length:
+            rows = self._continue(rows, options, shard)
+        return rows, record(self.loaded.model, self.layers, rows)
+
+    def close(self) -> None:
+        """Nothing: hooks are there only while a model runs."""
+
+    @torch.no_grad()
+    def _continue(self, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:
+        """The model's own continuation of each prompt, sampled at temperature 1, to the full length.
+
+        Seeded by the shard alone, so that a resumed run samples the same.
+        """
+        torch.manual_seed(options.seed * 1_000_003 + shard)
+        prompts = prompts.to(self.loaded.input_device)
+        out = self.loaded.model.generate(  # type: ignore[operator]
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            min_new_tokens=options.length - options.prompt,
+            max_new_tokens=options.length - options.prompt,
+        )
+        return out.cpu()
+
+
+def check_room(out: Path, options: TraceOptions) -> None:
+    """Say what will be written, and refuse when the disk has no room for it."""
+    tokens = -(-options.tokens // options.length) * options.length
+    needed = tokens * options.bytes_per_token
+    existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    print(
+        f"{tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)"
+    )
+    if needed - there > free:
+        raise TraceError(
+            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer --tokens or another --out"
+        )
+
+
+def _write_shards(writer: TraceWriter, tracer: Tracer) -> None:
+    options = writer.options
+    sequences = corpora.read_sequences(options.corpus, tracer.tokenizer, options.length, options.split)  # type: ignore[arg-type]
+    wanted = -(-options.tokens // options.length)
+    batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
+    sources: list[str] = []
+    phases = dict.fromkeys(PHASES, 0)
+    shards = 0
+    for rows, names in track(
+        batches,
+        "collect",
+        -(-wanted // options.sequences_per_shard),
+        options.sequences_per_shard * options.length,
+        "tokens",
+    ):
+        for name in names:
+            if name not in sources:
+                sources.append(name)
+        prompt = options.prompt if options.mode == "generate" else 0
+        phases["prompt"] += rows.shape[0] * prompt
+        phases["generated" if prompt else "teacher"] += rows.shape[0] * (rows.shape[1] - prompt)
+        stored = writer.stored(shards)
+        if stored is not None:
+            _check_text(writer, rows[:, : prompt or None], stored)
+        else:
+            rows, traced = tracer.run(rows[:, : prompt or None], options, shards)
+            first = shards * options.sequences_per_shard
+            writer.write(shards, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
+        shards += 1
+    writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
+
+
+def _check_text(writer: TraceWriter, rows: Tensor, stored: dict[str, Tensor]) -> None:
+    """Refuse to go on with a trace whose text has changed since."""
+    tokens = stored["tokens"].view(-1, writer.options.length)[:, : rows.shape[1]]
+    if not torch.equal(tokens.long(), rows):
+        raise TraceError(
+            f"{writer.folder} was begun with other text: {writer.options.corpus!r} has changed since; "
+            "restore it, or choose another --out or remove the folder"
+        )
+
+
+def _batches(sequences: Iterator[tuple[list[int], str]], size: int) -> Iterator[tuple[Tensor, list[str]]]:
+    while chunk := list(islice(sequences, size)):
+        yield torch.tensor([tokens for tokens, _ in chunk]), [source for _, source in chunk]
+
+
+@torch.no_grad()
+def record(model: nn.Module, layers: list[MoeLayer], rows: Tensor) -> list[dict[str, Tensor]]:
+    """Hidden states, logits, indices and weights of every MoE layer for token rows `(sequences, positions)`."""
+    kept: list[dict[str, Tensor]] = [{} for _ in layers]
+
+    def on_layer(layer: MoeLayer, routing: Routing) -> None:
+        kept[layer.index] = {
+            "hidden": routing.hidden.to("cpu", layer.dtype),
+            "logits": routing.logits.to("cpu", torch.float32),
+            "indices": routing.indices.to("cpu", torch.int16),
+            "weights": routing.weights.to("cpu", torch.float32),
+        }
+
+    known = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    with intercept(model, layers, on_layer):
+        model(input_ids=rows.to(next(model.parameters()).device), use_cache=False, **extra)
+    return kept
+
+
+def _index(rows: Tensor, first: int, prompt: int, sources: list[int]) -> dict[str, Tensor]:
+    sequences, positions = rows.shape
+    position = torch.arange(positions).expand(sequences, -1)
+    later = PHASES.index("generated" if prompt else "teacher")
+    return {
+        "tokens": rows.flatten().to(torch.int32),
+        "sequence": torch.arange(first, first + sequences, dtype=torch.int32).repeat_interleave(positions),
+        "position": position.flatten().to(torch.int32),
+        "phase": torch.where(position < prompt, 0, later).flatten().to(torch.uint8),
+        "source": torch.tensor(sources, dtype=torch.int16).repeat_interleave(positions),
+    }

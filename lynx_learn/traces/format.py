@@ -1,0 +1,258 @@
+"""The trace directory: what `collect` writes and `train` reads.
+
+    manifest.json            written last; its presence means the trace is complete
+    options.json             written first; what an interrupted run must match to go on
+    index/00000.safetensors  per shard: token, sequence, position, phase and source of each token; in its metadata the
+                             checksums of the shard's other files, by which an interrupted run knows what is whole
+    layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights
+
+Every file is written under a temporary name, flushed and renamed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import TraceError
+
+FORMAT_VERSION = 1
+MANIFEST, OPTIONS = "manifest.json", "options.json"
+PHASES = ("prompt", "generated", "teacher")
+LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
+INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """What a trace says of the model that it is of."""
+
+    model: str
+    revision: str
+    model_type: str
+    router_fingerprint: str
+    layers: tuple[str, ...]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions(TracedModel):
+    """Everything that decides a trace's content."""
+
+    engine: str = "transformers"
+    corpus: str
+    split: str
+    mode: str
+    tokens: int
+    length: int
+    prompt: int
+    sequences_per_shard: int
+    seed: int
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all files, headers aside."""
+        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+        layer = self.hidden_size * size + 4 * self.num_experts + self.top_k * (2 + 4)
+        return layer * len(self.layers) + 4 + 4 + 4 + 1 + 2
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def shard_names(layers: int, shard: int) -> list[str]:
+    """Files of one shard in the order they are written: one for each layer, then the index."""
+    file = f"{shard:05d}.safetensors"
+    return [*(f"layer-{i:02d}/{file}" for i in range(layers)), f"index/{file}"]
+
+
+class TraceWriter:
+    """Writes shards into a folder, going on where an interrupted run with the same options stopped.
+
+    Nothing is written before the first shard.
+
+    Raises:
+        TraceError: the folder holds something else, or cannot be written to.
+    """
+
+    def __init__(self, folder: Path, options: TraceOptions) -> None:
+        self.folder, self.options = folder, options
+        self.text = (json.dumps(asdict(options), indent=2) + "\n").encode()
+        mark = folder / OPTIONS
+        if mark.exists():
+            if mark.read_bytes() != self.text:
+                raise TraceError(
+                    f"{folder} holds a trace with other options (see {OPTIONS}): choose another --out or remove it"
+                )
+        elif folder.exists() and not folder.is_dir():
+            raise TraceError(f"{folder} is a file: choose another --out")
+        elif folder.exists() and any(f.name != f".{OPTIONS}.part" for f in folder.iterdir()):
+            raise TraceError(f"{folder} is not empty and holds no trace: choose another --out")
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / MANIFEST).exists()
+
+    def stored(self, shard: int) -> dict[str, Tensor] | None:
+        """The index of a shard that is there whole, or None: a crash of the machine may have damaged any file."""
+        *layers, index = shard_names(len(self.options.layers), shard)
+        try:
+            with safe_open(self.folder / index, "pt") as file:
+                expected = json.loads(file.metadata()["sha256"])
+                tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
+            found = [*(checksum(self.folder / name) for name in layers), _digest(save(tensors))]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        return tensors if found == expected else None
+
+    def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
+        if not (self.folder / OPTIONS).exists():
+            self._put(OPTIONS, self.text)
+        files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
+        sums = json.dumps([_digest(data) for data in files])
+        files[-1] = save({k: v.contiguous() for k, v in index.items()}, {"sha256": sums})
+        for name, data in zip(shard_names(len(self.options.layers), shard), files, strict=True):
+            self._put(name, data)
+
+    def finish(self, shards: int, sources: list[str], phases: dict[str, int]) -> None:
+        """Check what was written and write the manifest."""
+        layers = len(self.options.layers)
+        files = {name: checksum(self.folder / name) for shard in range(shards) for name in shard_names(layers, shard)}
+        tokens = sum(phases.values())
+        manifest = {
+            **asdict(self.options),
+            "shards": shards,
+            "collected_tokens": tokens,
+            "sources": sources,
+            "phases": phases,
+            "sha256": files,
+        }
+        self._put(MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            write_atomically(self.folder / name, data)
+        except OSError as error:
+            raise TraceError(
+                f"{self.folder / name} cannot be written ({error.strerror or error}): mend that and run the same command again, "
+                "it goes on from there"
+            ) from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Trace:
+    """A complete trace directory, read shard by shard from memory-mapped files."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.shards = int(manifest.pop("shards"))
+        self.collected_tokens = int(manifest.pop("collected_tokens"))
+        self.sources: list[str] = manifest.pop("sources")
+        self.phases: dict[str, int] = manifest.pop("phases")
+        self.sha256: dict[str, str] = manifest.pop("sha256")
+        self.options = TraceOptions(**{**manifest, "layers": tuple(manifest["layers"])})
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> "Trace":
+        """Open a trace and verify every file's checksum.
+
+        Raises:
+            TraceError: it is missing, incomplete, of another format, or a file is damaged; named.
+        """
+        path = Path(folder)
+        if not (path / MANIFEST).exists():
+            state = (
+                "is not complete: run `lynx-learn collect` again with the same options"
+                if (path / OPTIONS).exists()
+                else "holds no trace: `lynx-learn collect` writes one"
+            )
+            raise TraceError(f"{path} {state}")
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            if manifest.get("format_version") != FORMAT_VERSION:
+                raise TraceError(
+                    f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again"
+                )
+            trace = cls(path, manifest)
+            layers, listed = len(trace.options.layers), trace.sha256.keys()
+            wanted = (name for shard in range(trace.shards) for name in shard_names(layers, shard))
+            if len(listed) != trace.shards * (layers + 1) or any(name not in listed for name in wanted):
+                raise ValueError("the files listed are not those of its shards and layers")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise TraceError(f"{path / MANIFEST} is damaged ({error}): collect again") from None
+        for name, expected in trace.sha256.items():
+            file = path / name
+            if not file.exists() or checksum(file) != expected:
+                state = "is damaged" if file.exists() else "is missing"
+                raise TraceError(
+                    f"{file} {state} (checksum differs from the manifest): remove {path} and collect again"
+                )
+        return trace
+
+    def layer_shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
+        """The layer's tensors, shard by shard.
+
+        Raises:
+            TraceError: a value is not finite, or an index is no expert.
+        """
+        for shard in range(self.shards):
+            name = f"layer-{layer:02d}/{shard:05d}.safetensors"
+            tensors = self._load(name, LAYER_TENSORS)
+            for key in ("hidden", "logits", "weights"):
+                if not torch.isfinite(tensors[key]).all():
+                    raise TraceError(
+                        f"{self.folder / name}: {key} holds values that are not finite; the model overflowed: collect in --dtype float32"
+                    )
+            indices = tensors["indices"] = tensors["indices"].long()
+            if int(indices.min()) < 0 or int(indices.max()) >= self.options.num_experts:
+                raise TraceError(
+                    f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again"
+                )
+            yield tensors
+
+    def index(self) -> dict[str, Tensor]:
+        """Token, sequence, position, phase and source of every token, each `(tokens,)`."""
+        parts = [self._load(f"index/{shard:05d}.safetensors", INDEX_TENSORS) for shard in range(self.shards)]
+        return {key: torch.cat([part[key] for part in parts]).long() for key in INDEX_TENSORS}
+
+    def _load(self, name: str, keys: tuple[str, ...]) -> dict[str, Tensor]:
+        try:
+            with safe_open(self.folder / name, "pt") as file:
+                return {key: file.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise TraceError(
+                f"{self.folder / name} cannot be read ({error}): remove {self.folder} and collect again"
+            ) from None
