@@ -178,7 +178,7 @@ def _show(command: str, options: Any, result: Any) -> None:
 
 
 def _layers(folder: str) -> Any:
-    from .selector.selector import read_metrics
+    from .selector.saving import read_metrics
 
     return read_metrics(folder)["train"]["layers"]  # type: ignore[index]
 

@@ -15,7 +15,8 @@ from .fit.train import TrainOptions, train
 from .measure.calibrate import CalibrateOptions, calibrate
 from .measure.evaluate import EvaluateOptions, evaluate
 from .moe.loading import REFERENCE, LoadedModel, load_model
-from .selector.selector import LynxSelector, read_metrics
+from .selector.saving import read_metrics
+from .selector.selector import LynxSelector
 from .show.tables import calibration_table, matched_table, show, table, training_table
 from .traces import corpus as corpora
 from .traces.collect import CollectOptions, collect

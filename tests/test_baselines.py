@@ -16,23 +16,10 @@ from lynx_learn.errors import OptionError
 from lynx_learn.moe.decision import Decision, Groups, Policy, silence, used_experts
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
-from lynx_learn.rules.baselines import (
-    NAEE,
-    OEA,
-    SERE,
-    Contribution,
-    GateMax,
-    GateSquared,
-    KeepSet,
-    Lynx,
-    Popularity,
-    Random,
-    SiftMoE,
-    TopK,
-    Vote,
-    XShare,
-)
 from lynx_learn.rules.expert_stats import ExpertStats
+from lynx_learn.rules.keep_sets import GateMax, GateSquared, KeepSet, Lynx, Popularity, Random, Vote, XShare
+from lynx_learn.rules.per_token import NAEE, Contribution, TopK
+from lynx_learn.rules.substitutes import OEA, SERE, SiftMoE
 
 RULE = ScoringRule("softmax", top_k=2, normalise=True)
 # The same without normalisation, and with weights that are a softmax of the chosen logits.

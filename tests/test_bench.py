@@ -13,13 +13,14 @@ from torch import nn
 from lynx_learn.cli import main
 from lynx_learn.decode import bench as bench_module
 from lynx_learn.decode.bench import BenchOptions, bench, fit_line, median_interval, summary
-from lynx_learn.decode.runtime import Stats, skip_experts
+from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.decode.shapes import SHAPES, shaped_model
+from lynx_learn.decode.tally import Stats
 from lynx_learn.decode.timing import Steps, paired_ratio, take_turns
 from lynx_learn.errors import LynxError, OptionError
 from lynx_learn.moe.decision import Decision, Groups
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.rules.baselines import XShare
+from lynx_learn.rules.keep_sets import XShare
 
 ROWS, POSITIONS, PROMPT, WARM_UP = 4, 20, 8, 3
 

@@ -17,23 +17,22 @@ from test_fit import contents, one_line, other_revision, reference_flow, tiny_fl
 
 from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import CorpusError, OptionError, SelectorError
+from lynx_learn.measure.bound import FRACTIONS, threshold_at, upper_bound
 from lynx_learn.measure.calibrate import (
     FEWEST_GROUPS,
-    FRACTIONS,
     PILOT_GROUPS,
     CalibrateOptions,
     Group,
     calibrate,
     certify,
     pilot_curve,
-    threshold_at,
-    upper_bound,
 )
 from lynx_learn.moe.decision import Decision, Groups
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
 from lynx_learn.selector.config import SelectorConfig
-from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy, read_metrics
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 from lynx_learn.traces.corpus import decode_groups
 
 PROMPT, LENGTH = 8, 32

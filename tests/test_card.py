@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from test_fit import scratch, tiny_flow
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.measure.coverage import CoverageOptions, coverage
 from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
-from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.card import render
 
 LENGTH, PROMPT, SIZE, BUDGET = 32, 8, 2, 0.1
@@ -56,6 +58,11 @@ def parts() -> tuple[LynxSelector, dict[str, Any]]:
     return LynxSelector.from_pretrained(measured()), metrics
 
 
+def rendered() -> str:
+    selector, metrics = parts()
+    return render(asdict(selector.config), metrics)
+
+
 def section(card: str, name: str) -> str:
     return card.split(f"## {name}\n")[1].split("\n## ")[0]
 
@@ -70,19 +77,19 @@ def with_coverage(change: Callable[[dict[str, Any]], None]) -> str:
     """The section on coverage after its report was changed."""
     selector, metrics = parts()
     change(metrics["coverage"])
-    return section(render(selector, metrics), "Coverage")
+    return section(render(asdict(selector.config), metrics), "Coverage")
 
 
 # What the budget is certified for.
 
 
 def test_the_card_is_what_is_rendered() -> None:
-    assert (measured() / "README.md").read_text() == render(*parts())
+    assert (measured() / "README.md").read_text() == rendered()
 
 
 def test_the_budgets_are_said_to_be_certified_for_this_text_alone() -> None:
     selector, metrics = parts()
-    text = section(render(selector, metrics), "Budgets")
+    text = section(render(asdict(selector.config), metrics), "Budgets")
     sources = selector.config.calibration["kl"]["sources"]
     like = ", ".join(f"{name} {100 * sources[name]:.0f}%" for name in ("even", "odd"))
     assert f"The budget is certified for text like: {like}. On other text the loss can exceed it." in text
@@ -105,7 +112,7 @@ def test_the_source_with_the_highest_loss_is_named_for_each_budget() -> None:
 
 
 def _budgets(selector: LynxSelector, how: dict[str, Any]) -> str:
-    return section(render(selector.with_config(calibration=how), {}), "Budgets")
+    return section(render(asdict(selector.with_config(calibration=how).config), {}), "Budgets")
 
 
 def test_a_calibration_that_did_not_note_its_sources() -> None:
@@ -116,8 +123,8 @@ def test_a_calibration_that_did_not_note_its_sources() -> None:
     for row in how["kl"]["cells"].values():
         for cell in row.values():
             cell.pop("by_source", None)
-    card = render(selector.with_config(calibration=how), metrics)
-    assert table(section(card, "Budgets")) == table(section(render(selector, metrics), "Budgets"))
+    card = render(asdict(selector.with_config(calibration=how).config), metrics)
+    assert table(section(card, "Budgets")) == table(section(render(asdict(selector.config), metrics), "Budgets"))
     assert "certified for text" not in card
     assert "highest by source" not in card
     assert "certificate does not cover" not in card
@@ -125,7 +132,7 @@ def test_a_calibration_that_did_not_note_its_sources() -> None:
 
 def test_a_selector_without_figures() -> None:
     selector, _ = parts()
-    card = render(selector.with_config(calibration={}), {})
+    card = render(asdict(selector.with_config(calibration={}).config), {})
     assert "Not calibrated yet" in card
     assert not re.search("## (Coverage|Test|Training)", card)
 
@@ -136,7 +143,7 @@ def test_a_selector_without_figures() -> None:
 def test_coverage_shows_the_figures_that_were_measured() -> None:
     _, metrics = parts()
     report = metrics["coverage"]
-    text = section(render(*parts()), "Coverage")
+    text = section(rendered(), "Coverage")
     head, *rows = table(text)
     assert [row[:3] for row in rows] == [["same sources", "2", "0.1"], ["even → odd", "2", "0.1"]]
     for line, row in zip(rows, report["rows"], strict=True):
@@ -219,7 +226,7 @@ def test_sources_that_the_calibration_had_not(sources: list[str], said: str | No
     selector, metrics = parts()
     assert metrics["evaluate"]["sources"] == ["strange"]
     metrics["evaluate"]["sources"] = sources
-    text = section(render(selector, metrics), "Test")
+    text = section(render(asdict(selector.config), metrics), "Test")
     if said is None:
         assert "cover" not in text
     else:
@@ -231,5 +238,5 @@ def test_batches_of_one_source_are_told_from_mixed_ones() -> None:
     points = metrics["evaluate"]["points"]
     own = next(p for p in points if p["setting"] == f"budget={BUDGET}")
     metrics["evaluate"]["points"] = [{**own, "batches": "mixed"}, {**own, "batches": "single"}]
-    rows = table(section(render(selector, metrics), "Test"))[1:]
+    rows = table(section(render(asdict(selector.config), metrics), "Test"))[1:]
     assert [row[2] for row in rows] == ["2", "2, one source each"]

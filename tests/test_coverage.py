@@ -23,22 +23,13 @@ from lynx_learn.cli import main, parse
 from lynx_learn.decode import simulate
 from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.measure import coverage as module
-from lynx_learn.measure.calibrate import (
-    PILOT_GROUPS,
-    PILOT_STEP,
-    Curve,
-    certify,
-    pilot_curve,
-    pilot_thresholds,
-    plan,
-    upper_bound,
-)
+from lynx_learn.measure.bound import Curve, clopper_pearson, plan, upper_bound
+from lynx_learn.measure.calibrate import PILOT_GROUPS, PILOT_STEP, certify, pilot_curve, pilot_thresholds
 from lynx_learn.measure.coverage import (
     GRID,
     CoverageOptions,
     Pool,
     bootstrap,
-    clopper_pearson,
     coverage,
     exact_levels,
     figures,
@@ -49,7 +40,8 @@ from lynx_learn.measure.coverage import (
 )
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
-from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector
 
 LENGTH, PROMPT, SIZE, BUDGETS = 32, 8, 2, [0.05, 0.1]
 SHIFT = {"calibrate": ["even"], "test": ["odd"]}

@@ -19,15 +19,17 @@ from test_fit import contents, one_line, other_revision, reference_flow, save_te
 
 from lynx_learn.decode.simulate import Comparison, compare
 from lynx_learn.errors import CorpusError, OptionError, SelectorError, TraceError
+from lynx_learn.measure.bound import margin
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.measure.equal_loss import interpolate
-from lynx_learn.measure.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate, margin
+from lynx_learn.measure.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate
 from lynx_learn.measure.sweeps import MOST_SETTINGS, SEED_STEP
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
 from lynx_learn.rules.grids import METHODS, curves
-from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.tables import evaluation_table, matched_table, ratios_table, show
 from lynx_learn.traces.collect import CollectOptions, collect
 from lynx_learn.traces.corpus import Batches, decode_groups

@@ -18,11 +18,15 @@ from tiny import randomise
 from lynx_learn.cli import main
 from lynx_learn.errors import LynxError, OptionError, SelectorError
 from lynx_learn.graph import export as export_module
-from lynx_learn.graph.export import ExportOptions, check, compare, export, middle, random_batch, time_layers, to_bytes
+from lynx_learn.graph.check import check, compare, middle
+from lynx_learn.graph.export import ExportOptions, export
+from lynx_learn.graph.graph import random_batch, to_bytes
 from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
+from lynx_learn.graph.times import time_layers
 from lynx_learn.moe.decision import Groups
 from lynx_learn.selector.config import SelectorConfig
-from lynx_learn.selector.selector import LayerSelector, LynxSelector, ThresholdPolicy
+from lynx_learn.selector.layer import LayerSelector
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

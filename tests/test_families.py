@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from lynx_learn.errors import ModelError
+from lynx_learn.moe.calls import read_call
+from lynx_learn.moe.experts import experts_by_distinct
 from lynx_learn.moe.families import find_moe_layers, router_fingerprint
-from lynx_learn.moe.hooks import experts_by_distinct, read_call
 from lynx_learn.moe.routing_rules import Activation, ScoringRule
 
 

@@ -35,7 +35,9 @@ from lynx_learn.fit.train import TrainOptions, _shard_costs, train
 from lynx_learn.moe.decision import Decision, Groups
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
-from lynx_learn.selector.selector import LayerSelector, LynxSelector, read_metrics
+from lynx_learn.selector.layer import LayerSelector
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.selector.surrogates import Surrogates
 from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.corpus import decode_groups

@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,125 +13,101 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lynx_learn"
 HEAVY = ("lightning", "datasets", "sklearn", "onnx", "onnxscript", "onnxruntime", "matplotlib")
 
-# Module -> the modules of this package that it may import; each only ones that stand above it.
-ALLOWED: dict[str, str] = {
-    "errors": "",
-    "config": "errors",
-    "onnx_runtime": "errors config",
-    "progress": "",
-    "report": "",
-    "figures": "",
-    "matching": "",
-    "features": "",
-    "surrogates": "",
-    "scorers": "features",
-    "scoring": "errors",
-    "families": "errors scoring",
-    "hooks": "families",
-    "corpus": "errors",
-    "models": "errors",
-    "traces": "errors",
-    "expert_stats": "errors families traces",
-    "policies": "families",
-    "baselines": "errors families policies expert_stats",
-    "kernels": "features scorers policies",
-    "selector": "errors config features scorers surrogates families policies kernels",
-    "oracle": "families policies selector",
-    "methods": "errors families policies expert_stats baselines selector oracle",
-    "card": "errors selector",
-    "runtime": "errors families hooks models policies selector",
-    "simulate": "families hooks policies runtime",
-    "timing": "errors policies runtime",
-    "inspection": "errors families models report",
-    "collect": "errors progress families hooks corpus models traces",
-    "training": "features scorers",
-    "sensitivity": "families policies progress selector simulate",
-    "tuning": "errors families policies progress selector simulate",
-    "fit": "errors config progress features surrogates families models traces selector card training sensitivity tuning",
-    "calibrate": "errors progress corpus families models selector card simulate",
-    "coverage": "errors progress corpus families models traces selector card simulate calibrate",
-    "export": "errors onnx_runtime features scorers traces policies selector",
-    "store": "errors traces",
-    "sweeps": "errors families models traces policies expert_stats selector methods simulate",
-    "evaluate": "errors progress corpus figures matching models runtime selector methods card simulate store sweeps",
-    "shapes": "errors config families selector",
-    "bench": "errors progress families figures corpus models traces policies selector runtime timing shapes",
-    "quickstart": "errors report corpus models selector runtime timing collect fit calibrate evaluate",
-    "cli": "errors report selector",
-    "__init__": "errors families models runtime selector",
-}
+# The rooms in the order of the flow: a module imports from its own room and from those on earlier lines.
+FLOW = (
+    "errors files show",
+    "moe",
+    "traces selector",
+    "decode rules graph",
+    "fit",
+    "measure",
+    "quickstart inspection cli __init__",
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOW) for room in rooms.split()}
+# What connects to serving engines needs what serving needs, and nothing of the flow behind it.
+FOR_ENGINES = {"errors", "files", "moe", "selector", "traces", "integrations"}
+MOST_FILES = 9
 # Library -> the only modules that may import it.
 RESERVED = {
-    "lightning": {"training"},
-    "sklearn": {"training"},
-    "datasets": {"corpus"},
-    "rich": {"progress", "report"},
+    "lightning": {"fit.scorer"},
+    "sklearn": {"fit.scorer"},
+    "datasets": {"traces.corpus"},
+    "rich": {"show.progress", "show.tables"},
     "jsonargparse": {"cli"},
-    "matplotlib": {"figures"},
-    "onnx": {"export"},
-    "onnxscript": {"export"},
-    "onnxruntime": {"onnx_runtime"},
-    "triton": {"kernels"},
+    "matplotlib": {"show.figures"},
+    "onnx": {"graph.export", "graph.graph"},
+    "onnxscript": {"graph.export"},
+    "onnxruntime": {"graph.onnx_runtime"},
+    "triton": {"selector.kernels"},
 }
+
+
+def dotted(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+FILES = {dotted(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in FILES if not name.endswith(".__init__")]
 
 
 def imported(module: str) -> tuple[set[str], set[str]]:
-    """Modules of this package, and libraries, that a module imports anywhere in its text."""
+    """Modules of this package, and libraries, that a module imports anywhere in its text, inside functions too."""
     own: set[str] = set()
     others: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    folder = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             others |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
-            own |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+            base = [*folder[: len(folder) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            own |= set(_named(base, node))
         elif isinstance(node, ast.ImportFrom):
             others.add(str(node.module).split(".")[0])
     return own, others
 
 
-MODULES = sorted(file.stem for file in PACKAGE.glob("*.py"))
+def _named(base: list[str], node: ast.ImportFrom) -> Iterator[str]:
+    """The modules that `from base import names` reads: base itself, or modules in the folder that it is."""
+    for alias in node.names:
+        inside = ".".join([*base, alias.name])
+        yield inside if inside in FILES else ".".join(base) or "__init__"
 
 
-def test_the_table_names_every_module() -> None:
-    assert set(MODULES) == set(ALLOWED)
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room(module) for module in MODULES} == {*FLOOR, "integrations"}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_downward(module: str) -> None:
+def test_imports_go_with_the_flow(module: str) -> None:
     own, others = imported(module)
-    own -= {"__version__"}
-    # What connects to engines stands below the table, and is only imported where one is asked for.
-    own -= {"integrations"} if module == "collect" else set()
-    above = list(ALLOWED)[: list(ALLOWED).index(module)]
-    assert set(ALLOWED[module].split()) <= set(above)
-    assert own <= set(ALLOWED[module].split())
-    assert "lynx_learn" not in others  # by relative imports alone, so that the table sees them
+    assert own <= set(FILES), "a module that is not there"
+    for other in own - {"__init__"}:
+        if room(module) == "integrations":
+            assert room(other) in FOR_ENGINES, other
+        else:
+            assert room(other) != "integrations" or FLOOR[room(module)] == len(FLOW) - 1, other
+            if room(other) == "integrations":
+                continue
+            beside = room(other) == room(module) or FLOOR[room(module)] in (0, len(FLOW) - 1)
+            assert FLOOR[room(other)] < FLOOR[room(module)] or beside, other
+    assert "lynx_learn" not in others  # by relative imports only, so that this test sees them
     for library, users in RESERVED.items():
-        assert library not in others or module in users
+        assert library not in others or module in users, library
 
 
-# Below the package's own modules: what connects to serving engines, and which of the package each may import.
-INTEGRATIONS = {
-    "vllm": "errors",
-    "vllm_metrics": "",
-    "vllm_wrapping": "",
-    "vllm_layers": "",
-    "vllm_record": "errors families",
-    "vllm_engine": "errors families policies selector",
-    "vllm_collect": "errors families models traces",
-    "vllm_bench": "errors",
-}
+def test_there_are_no_circles() -> None:
+    # The package itself names its public modules for type checkers, and loads them on first use.
+    edges = {module: imported(module)[0] - {"__init__"} for module in MODULES if module != "__init__"}
+    TopologicalSorter(edges).prepare()
 
 
-@pytest.mark.parametrize("module", INTEGRATIONS)
-def test_integrations_import_what_serving_needs(module: str) -> None:
-    files = {file.stem for file in (PACKAGE / "integrations").glob("*.py")} - {"__init__"}
-    assert files == set(INTEGRATIONS)
-    found = set()
-    for node in ast.walk(ast.parse((PACKAGE / "integrations" / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 2:
-            found.add(str(node.module))
-    assert found == set(INTEGRATIONS[module].split())
+def test_no_folder_is_a_corridor() -> None:
+    for folder in {file.parent for file in FILES.values()}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
 
 
 def test_the_plugin_is_light_until_it_is_called() -> None:

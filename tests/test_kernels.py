@@ -28,7 +28,8 @@ from lynx_learn.errors import OptionError
 from lynx_learn.moe.decision import Decision, Groups
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.config import SelectorConfig
-from lynx_learn.selector.selector import LayerSelector, LynxSelector, Ready, ThresholdPolicy
+from lynx_learn.selector.layer import LayerSelector, Ready
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -17,9 +17,9 @@ from lynx_learn.errors import OptionError
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
-from lynx_learn.rules.baselines import KeepSet
 from lynx_learn.rules.expert_stats import measure_experts
 from lynx_learn.rules.grids import METHODS, curves
+from lynx_learn.rules.keep_sets import KeepSet
 from lynx_learn.rules.oracle import Oracle
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 

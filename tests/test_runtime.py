@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StaticCache
 
-from lynx_learn.decode.runtime import Tally, act, skip_experts
+from lynx_learn.decode.runtime import act, skip_experts
+from lynx_learn.decode.tally import Tally
 from lynx_learn.errors import ModelError, OptionError, SelectorError
 from lynx_learn.moe.decision import Groups, Policy
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.rules.baselines import XShare
+from lynx_learn.rules.keep_sets import XShare
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 EVERYTHING = 1e9  # a threshold no cost reaches

@@ -21,7 +21,8 @@ from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.selector import selector as selector_module
 from lynx_learn.selector.config import FORMAT_VERSION
 from lynx_learn.selector.features import assignment_features
-from lynx_learn.selector.selector import LayerSelector, LynxSelector, ThresholdPolicy, sum_in_order
+from lynx_learn.selector.layer import LayerSelector, sum_in_order
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 THRESHOLDS = {"kl": {"0.01": {"4": 0.5, "8": 2.0}, "0.1": {"1": 3.0}}, "nll": {"0.01": {"2": 0.25}}}
 

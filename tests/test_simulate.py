@@ -11,7 +11,7 @@ from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.decode.simulate import METRICS, Reference, compare, simulated_logits
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.rules.baselines import XShare
+from lynx_learn.rules.keep_sets import XShare
 from lynx_learn.selector.selector import ThresholdPolicy
 
 PROMPT = 4

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lynx_learn.errors import TraceError
-from lynx_learn.traces.format import INDEX_TENSORS, LAYER_TENSORS, Trace, TraceOptions, TraceWriter, write_atomically
+from lynx_learn.files import write_atomically
+from lynx_learn.traces.format import INDEX_TENSORS, LAYER_TENSORS, Trace, TraceOptions, TraceWriter
 
 SHARDS, ROWS, LENGTH, SOURCES = 3, 2, 8, ["code", "prose"]
 OPTIONS = TraceOptions(

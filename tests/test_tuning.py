@@ -20,7 +20,8 @@ from lynx_learn.fit.tuning import StraightThrough, TuneOptions, tune
 from lynx_learn.measure.equal_loss import interpolate
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
-from lynx_learn.selector.selector import LynxSelector, read_metrics
+from lynx_learn.selector.saving import read_metrics
+from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.traces.corpus import read_sequences
 
 OPTIONS = TuneOptions(steps=6, rate=1e-3, batch_sizes=(4, 8), seed=0)

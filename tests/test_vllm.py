@@ -329,7 +329,7 @@ def test_readme_serves_and_compares(tmp_path: Path) -> None:
     settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
     with serving(tmp_path, "readme", options, {}, **settings) as server:
         words = compare.split()
-        assert words[:3] == ["python", "-m", "lynx_learn.decode.server"]
+        assert words[:3] == ["python", "-m", "lynx_learn.integrations.client"]
         done = subprocess.run(
             [sys.executable, *words[1:], "--url", server.address, "--turns", "1"],
             capture_output=True,

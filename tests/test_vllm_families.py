@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from vllm_cases import environment
 
-from lynx_learn.decode.runtime import Stats
 from lynx_learn.decode.shapes import random_selector
 from lynx_learn.decode.simulate import simulated_logits
+from lynx_learn.decode.tally import Stats
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import reference_moe
 from lynx_learn.selector.selector import LynxSelector

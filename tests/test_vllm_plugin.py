@@ -16,20 +16,14 @@ import torch
 from tiny import EXPERTS, HIDDEN, TOP_K, random_selector, tiny_model
 from torch import Tensor
 
-from lynx_learn.decode import server as vllm_bench
 from lynx_learn.errors import OptionError, SelectorError
+from lynx_learn.integrations import client as vllm_bench
 from lynx_learn.integrations.vllm import engine as vllm_engine
 from lynx_learn.integrations.vllm import layers as vllm_layers
 from lynx_learn.integrations.vllm import metrics as vllm_metrics
 from lynx_learn.integrations.vllm.engine import Acting, Step
 from lynx_learn.integrations.vllm.layers import EngineLayer
-from lynx_learn.integrations.vllm.plugin import (
-    Settings,
-    UnsupportedError,
-    check_version,
-    opted_out,
-    read_settings,
-)
+from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError, check_version, opted_out, read_settings
 from lynx_learn.moe.decision import Groups
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.selector import ThresholdPolicy
@@ -86,9 +80,9 @@ def test_opting_out(value: Any, out: bool) -> None:
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lynx_learn.integrations.vllm.plugin.engine_version", lambda: "0.32.1")
+    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.32.1")
     assert check_version(Settings("x", 0.01))
-    monkeypatch.setattr("lynx_learn.integrations.vllm.plugin.engine_version", lambda: "0.33.0")
+    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.33.0")
     with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported: install 0\.32\.x"):
         check_version(Settings("x", 0.01))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..files import write_atomically
 from ..moe.decision import Decision, Groups, Policy, used_experts
 from ..moe.families import MoeLayer
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
@@ -24,7 +25,6 @@ from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
 from ..traces import corpus as corpora
-from ..traces.format import write_atomically
 from .runtime import skip_experts
 from .shapes import SHAPES, random_selector, shaped_model
 from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, with_threads

@@ -3,89 +3,21 @@
 import warnings
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ModelError
-from ..moe.decision import Decision, Groups, Policy, silence, used_experts
+from ..moe.calls import DecodeCall, read_call
+from ..moe.decision import Decision, Groups, Policy, silence
+from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.hooks import DecodeCall, Rewrite, Routing, experts_by_distinct, intercept, read_call
+from ..moe.hooks import Rewrite, Routing, intercept
 from ..moe.loading import fast_dtype
 from ..selector.selector import LynxSelector, ThresholdPolicy
-
-
-class Tally:
-    """Sums over decode batches, kept on the device of each layer so that counting never waits for it."""
-
-    def __init__(self, layers: list[MoeLayer], policy: Policy | None) -> None:
-        self.layers, self.policy = layers, policy
-
-        def zeros() -> dict[int, Tensor]:
-            return {layer.index: torch.zeros((), dtype=torch.int64, device=layer.device) for layer in layers}
-
-        self.batches, self.tokens, self.answered = zeros(), zeros(), zeros()
-        # Batches that loaded each expert, as routed and as run.
-        self.loads = {la.index: torch.zeros(2, la.num_experts, dtype=torch.int64, device=la.device) for la in layers}
-
-    def add(self, layer: MoeLayer, groups: Groups, decision: Decision) -> None:
-        """Count one layer's decode batches, as routed and as run."""
-        index = layer.index
-        loads = decision.loads or tuple(
-            used_experts(part, groups.active, layer.num_experts) for part in (groups.indices, decision.indices)
-        )
-        self.batches[index] += len(groups.active)
-        self.tokens[index] += groups.active.sum()
-        self.loads[index] += torch.stack(loads).sum(1)
-        if decision.answered is not None:
-            self.answered[index] += decision.answered.sum()
-
-    def stats(self) -> "Stats":
-        batches = [int(self.batches[layer.index]) for layer in self.layers]
-        loaded = [self.loads[layer.index].sum(1).tolist() for layer in self.layers]
-        assigned = sum(int(self.tokens[layer.index]) * layer.top_k for layer in self.layers)
-        before, after = 0.0, 0.0
-        for layer, count, (wanted, run) in zip(self.layers, batches, loaded, strict=True):
-            before += wanted * layer.expert_bytes
-            after += run * layer.expert_bytes
-            after += self.policy.surrogate_bytes(layer, wanted - run, count) if self.policy else 0.0
-        return Stats(
-            steps=max(batches, default=0),
-            experts_before=[wanted / max(count, 1) for count, (wanted, _) in zip(batches, loaded, strict=True)],
-            experts_after=[run / max(count, 1) for count, (_, run) in zip(batches, loaded, strict=True)],
-            bytes_ratio=after / before if before else 1.0,
-            answered_share=sum(int(value) for value in self.answered.values()) / max(assigned, 1),
-        )
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What skipping did, averaged over the decode steps it acted on.
-
-    Attributes:
-        steps: decode batches acted on.
-        experts_before, experts_after: mean distinct experts of each MoE layer, untouched and as run.
-        bytes_ratio: weights read by routed experts and surrogates, relative to the untouched experts.
-        answered_share: share of the assignments that a surrogate answered.
-    """
-
-    steps: int
-    experts_before: list[float]
-    experts_after: list[float]
-    bytes_ratio: float
-    answered_share: float
-
-    def __str__(self) -> str:
-        if not self.steps:
-            return "no decode step was acted on"
-        before, after = (sum(v) / len(v) for v in (self.experts_before, self.experts_after))
-        return (
-            f"{self.steps} decode steps: {before:.1f} -> {after:.1f} distinct experts per layer, "
-            f"{self.bytes_ratio:.0%} of the bytes, {self.answered_share:.0%} of assignments answered by surrogates"
-        )
+from .tally import Stats, Tally
 
 
 def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) -> Decision:

@@ -15,7 +15,8 @@ from torch.nn import functional
 from ..moe.decision import Groups, Policy
 from ..moe.families import MoeLayer
 from ..moe.hooks import Rewrite, Routing, intercept
-from .runtime import Stats, Tally, act
+from .runtime import act
+from .tally import Stats, Tally
 
 METRICS = ("kl", "nll", "agreement")
 # Rows of logits compared at a time, so that float32 copies of a large vocabulary stay small.

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 from ..errors import OptionError
 from ..moe.decision import Policy
-from .runtime import Skipping, Stats
+from .runtime import Skipping
+from .tally import Stats
 
 
 @dataclass(frozen=True)

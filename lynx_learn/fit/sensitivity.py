@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..decode.simulate import compare
 from ..moe.decision import Decision, Groups
 from ..moe.families import MoeLayer
-from ..selector.selector import LayerSelector, LynxSelector
+from ..selector.layer import LayerSelector
+from ..selector.selector import LynxSelector
 from ..show.progress import track
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from ..errors import OptionError, SelectorError, TraceError
 from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
 from ..moe.loading import load_model
-from ..selector.config import SelectorConfig
+from ..selector.config import RUN, SelectorConfig
 from ..selector.features import LOG_WEIGHT, assignment_features
-from ..selector.selector import RUN, LayerSelector, LynxSelector
+from ..selector.layer import LayerSelector
+from ..selector.saving import run_record, write_card
+from ..selector.selector import LynxSelector
 from ..selector.surrogates import Moments, Surrogates, fit_surrogate
-from ..show.card import run_record, write_card
 from ..show.progress import track
 from ..traces.format import Trace
 from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer

@@ -25,7 +25,8 @@ from ..decode.simulate import compare, simulated_logits
 from ..errors import SelectorError
 from ..moe.decision import Decision, Groups, Policy
 from ..moe.families import MoeLayer
-from ..selector.selector import LayerSelector, LynxSelector
+from ..selector.layer import LayerSelector
+from ..selector.selector import LynxSelector
 from ..show.progress import track
 
 # Thresholds are drawn between those at which the untuned selector loses so many nats per token.

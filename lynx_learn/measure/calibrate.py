@@ -8,11 +8,9 @@ the tokens of a group share their fate. The bound is asymptotic in the number of
 calibration text.
 """
 
-import functools
-import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,24 +21,18 @@ from ..decode.simulate import compare
 from ..errors import OptionError
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import load_model
-from ..selector.selector import LynxSelector, read_metrics
-from ..show.card import run_record, write_card
+from ..selector.saving import read_metrics, run_record, write_card
+from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces import corpus as corpora
+from .bound import BOUND, Curve, last_within, plan, rising
 
-BOUND = "one-sided Student t with Hall's skewness correction, fixed-sequence testing (Learn then Test)"
-# Thresholds tested for a budget, as the shares of it that the pilot groups lose at them.
-FRACTIONS = (0.5, 0.7, 0.8, 0.87, 0.94, 1.0)
 # The pilot's thresholds go down from twice the largest budget times the root of the batch size, by this factor.
 PILOT_STEP, PILOT_POINTS = 3.0, 8
 PILOT_GROUPS = 4
 FEWEST_GROUPS = 8
 
 Group = tuple[Tensor, list[str]]
-# (threshold, loss), both rising.
-Curve = list[tuple[float, float]]
-# Upper confidence bound of a mean: of values `(n,)`, at a confidence.
-Bound = Callable[[Tensor, float], float]
 
 
 @dataclass(frozen=True)
@@ -164,30 +156,6 @@ def shares(counts: Counter[str]) -> dict[str, float]:
     return {name: count / counts.total() for name, count in sorted(counts.items())}
 
 
-def upper_bound(values: Tensor, confidence: float) -> float:
-    """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
-
-    Student's t with the correction of Hall (1983) for the skewness that losses have.
-    """
-    n = len(values)
-    if n < 2:
-        return math.inf
-    mean, spread = float(values.mean()), float(values.std())
-    if spread == 0.0:
-        return mean
-    third = float((values - mean).pow(3).mean())
-    quantile = student_quantile(confidence, n - 1)
-    return mean + quantile * spread / math.sqrt(n) + third * (2 * quantile**2 + 1) / (6 * n * spread**2)
-
-
-@functools.cache
-def student_quantile(probability: float, freedom: int) -> float:
-    """Of Student's t with `freedom` degrees; the same one is asked for many times."""
-    from scipy.stats import t
-
-    return float(t.ppf(probability, freedom))
-
-
 def certify(
     model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
 ) -> dict[float, dict[str, Any]]:
@@ -223,50 +191,3 @@ def pilot_curve(
     taus = pilot_thresholds(options.budgets, groups[0][0].shape[0])
     measured = compare(model, layers, groups, [selector.at_threshold(tau) for tau in taus], options.prompt)
     return rising(taus, [result.mean(options.metric) for result in measured])
-
-
-def rising(taus: list[float], losses: list[float]) -> Curve:
-    """The curve through mean losses at rising thresholds, made non-decreasing from 0 on."""
-    return list(zip(taus, itertools.accumulate((max(loss, 0.0) for loss in losses), max), strict=True))
-
-
-def plan(curve: Curve, budgets: list[float]) -> dict[float, list[float]]:
-    """For each budget, rising, the thresholds to test, rising: those at which the pilot loses FRACTIONS of it."""
-    return {b: sorted({threshold_at(curve, f * b) for f in FRACTIONS}) for b in sorted(budgets)}
-
-
-def last_within(
-    taus: list[float],
-    losses: Callable[[float], Tensor],
-    budget: float,
-    confidence: float,
-    bound: Bound = upper_bound,
-) -> tuple[float, float]:
-    """Fixed-sequence testing: the last of the rising thresholds before the first whose bound exceeds the budget.
-
-    Args:
-        losses: the mean losses of the groups `(groups,)` at a threshold.
-
-    Returns:
-        The threshold and its upper bound; zeros when the first one fails already.
-    """
-    found = (0.0, 0.0)
-    for tau in taus:
-        upper = bound(losses(tau), confidence)
-        if not upper <= budget:
-            break
-        found = (tau, upper)
-    return found
-
-
-def threshold_at(curve: Curve, loss: float) -> float:
-    """The threshold at which the pilot loses `loss`, interpolated on logarithms; the curve's ends beyond it."""
-    below = [(tau, value) for tau, value in curve if 0 < value <= loss]
-    above = [(tau, value) for tau, value in curve if value > loss]
-    if not above:
-        return curve[-1][0]
-    if not below:
-        return above[0][0] * min(1.0, loss / above[0][1])
-    (t0, v0), (t1, v1) = below[-1], above[0]
-    share = (math.log(loss) - math.log(v0)) / (math.log(v1) - math.log(v0))
-    return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))

@@ -39,31 +39,24 @@ from torch import Tensor
 
 from ..decode.simulate import compare
 from ..errors import CorpusError, OptionError
+from ..files import write_atomically
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel, load_model
-from ..selector.selector import LynxSelector, read_metrics
-from ..show.card import run_record, write_card
+from ..selector.saving import read_metrics, run_record, write_card
+from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces import corpus as corpora
-from ..traces.format import write_atomically
+from .bound import FRACTIONS, Bound, Curve, clopper_pearson, last_within, plan, rising, threshold_at, upper_bound
 from .calibrate import (
     FEWEST_GROUPS,
-    FRACTIONS,
     PILOT_GROUPS,
     PILOT_STEP,
-    Bound,
     CalibrateOptions,
-    Curve,
     Group,
     check_groups,
-    last_within,
     pilot_curve,
     pilot_thresholds,
-    plan,
-    rising,
     shares,
-    threshold_at,
-    upper_bound,
 )
 
 # Thresholds of the grid to one step of the pilot's: 25% apart.
@@ -496,11 +489,3 @@ def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int)
 def mean(values: list[float]) -> float | None:
     """None of no values."""
     return sum(values) / len(values) if values else None
-
-
-def clopper_pearson(count: int, of: int) -> list[float]:
-    """The exact 95% interval of a binomial share."""
-    from scipy.stats import binomtest
-
-    low, high = binomtest(count, of).proportion_ci(0.95, "exact")
-    return [float(low), float(high)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..traces.format import write_atomically
+from ..files import write_atomically
 
 Rows = list[dict[str, Any]]
 

@@ -9,24 +9,11 @@ from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
-from .baselines import (
-    NAEE,
-    OEA,
-    SERE,
-    Contribution,
-    GateMax,
-    GateSquared,
-    KeepSet,
-    Lynx,
-    Popularity,
-    Random,
-    SiftMoE,
-    TopK,
-    Vote,
-    XShare,
-)
 from .expert_stats import ExpertStats
+from .keep_sets import GateMax, GateSquared, KeepSet, Lynx, Popularity, Random, Vote, XShare
 from .oracle import Oracle
+from .per_token import NAEE, Contribution, TopK
+from .substitutes import OEA, SERE, SiftMoE
 
 Curves = list[list[Policy]]
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..moe.decision import Decision, Groups
 from ..moe.families import MoeLayer
-from ..selector.selector import LayerSelector, LynxSelector, ThresholdPolicy
+from ..selector.layer import LayerSelector
+from ..selector.selector import LynxSelector, ThresholdPolicy
 
 
 class Oracle(ThresholdPolicy):

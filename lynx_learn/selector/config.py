@@ -7,6 +7,8 @@ from typing import Any
 
 from ..errors import OptionError, SelectorError
 
+CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
+
 FORMAT_VERSION = 1
 # metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
 Thresholds = dict[str, dict[str, dict[str, float]]]

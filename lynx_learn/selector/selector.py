@@ -1,12 +1,10 @@
 """`LynxSelector`: per MoE layer a scorer, surrogates and a sensitivity; with thresholds, a policy for a budget."""
 
-import copy
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,96 +13,16 @@ from types import ModuleType
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import OptionError, SelectorError
-from ..moe.decision import Decision, Groups, used_experts
+from ..moe.decision import Decision, Groups
 from ..moe.families import MoeLayer, router_fingerprint
-from .config import SelectorConfig
-from .features import assignment_features, feature_parts
-from .scorers import SCORERS, Folded
-from .surrogates import Surrogates
+from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig
+from .layer import LayerSelector, Ready
+from .scorers import SCORERS
 
 KERNELS = ("auto", "torch", "triton")
-CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
-
-
-def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
-
-    Arguments as `LayerSelector.keep` takes and gives them.
-    """
-    kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & groups.active.unsqueeze(-1)
-    return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
-
-
-def sum_in_order(places: Tensor, values: Tensor, count: int) -> Tensor:
-    """Sums `(..., count)` of the values `(..., N)` that go to each place `(..., N)`, always in the same order.
-
-    A GPU's `scatter_add` adds in whatever order it comes to; workers that share a layer's experts must decide alike.
-    """
-    here = places.unsqueeze(-1) == torch.arange(count, device=places.device)
-    return torch.where(here, values.unsqueeze(-1), 0.0).sum(-2)
-
-
-class LayerSelector(nn.Module):
-    """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
-
-    sensitivity: Tensor
-
-    def __init__(self, config: SelectorConfig) -> None:
-        super().__init__()
-        self.keep_top1 = config.keep_top1
-        self.scorer = SCORERS[config.scorer](config.num_experts, config.hidden_size)
-        self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
-        self.register_buffer("sensitivity", torch.ones(()))
-
-    def costs(self, groups: Groups) -> Tensor:
-        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`."""
-        features = assignment_features(groups.logits, groups.indices, groups.weights)
-        return self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
-
-    @staticmethod
-    def totals(groups: Groups, costs: Tensor) -> Tensor:
-        """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
-        counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
-        flat, values, experts = groups.indices.flatten(-2), counted.flatten(-2), groups.logits.shape[-1]
-        if costs.is_cuda:
-            return sum_in_order(flat, values, experts)
-        zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
-        return zeros.scatter_add(-1, flat, values)
-
-    def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-        """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
-        anchor = total.argmax(-1, keepdim=True)
-        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
-        if self.keep_top1:
-            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
-            flat = groups.indices.flatten(-2)
-            keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
-        return anchor, keep
-
-    def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
-        """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
-
-        The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
-        """
-        return self.answer(groups, self.rewrite(groups, thresholds, self.costs(groups) if costs is None else costs))
-
-    def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
-        """The decision without what surrogates answer."""
-        anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
-        indices, weights, kept = run_instead(groups, anchor, keep)
-        used = used_experts(groups.indices, groups.active, keep.shape[-1])
-        dropped = kept ^ groups.active.unsqueeze(-1) if self.surrogates.rank else None
-        return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
-
-    def answer(self, groups: Groups, decision: Decision) -> Decision:
-        """With what surrogates answer."""
-        if decision.answered is None:
-            return decision
-        weights = groups.weights * decision.answered
-        return decision._replace(addition=self.surrogates.answer(groups.hidden, groups.indices, weights))
 
 
 class LynxSelector(nn.Module):
@@ -236,42 +154,6 @@ def _download(name: str, revision: str | None) -> Path:
         ) from None
 
 
-@dataclass(frozen=True)
-class Ready:
-    """One layer's selector as decode runs it: a copy on the layer's device, surrogates in the experts' precision."""
-
-    selector: LayerSelector
-    folded: Folded
-    sizes: Tensor
-    """Calibrated batch sizes, ascending."""
-    thresholds: Tensor
-    """One more than sizes: the first is for smaller batches."""
-
-    @classmethod
-    def on(cls, layer: MoeLayer, own: LayerSelector, sizes: Tensor, thresholds: Tensor) -> "Ready":
-        own = copy.deepcopy(own).to(layer.device)
-        own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
-        return cls(own, own.scorer.fold(own.sensitivity), sizes.to(layer.device), thresholds.to(layer.device))
-
-    def threshold(self, active: Tensor) -> Tensor:
-        """The threshold `(G,)` for the number of active tokens `(G, T)`."""
-        return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
-
-    def costs(self, groups: Groups) -> Tensor:
-        """As `LayerSelector.costs`, from the folded scorer."""
-        return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
-
-    def rewrite(self, groups: Groups) -> Decision:
-        """As `LayerSelector.rewrite`."""
-        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
-
-    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
-        """As `rewrite`, in Triton kernels."""
-        own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
-        return decision if own.surrogates.rank else decision._replace(answered=None)
-
-
 class ThresholdPolicy:
     """A selector with a threshold per decode batch size.
 
@@ -337,20 +219,3 @@ def _kernels(on_cuda: bool) -> ModuleType:
     except ImportError as error:
         raise OptionError(f"kernel 'triton' is not usable: triton cannot be imported ({error}); take 'auto'") from None
     return kernels
-
-
-def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:
-    """The figures measured so far for the selector in `folder`; empty where there are none.
-
-    Raises:
-        SelectorError: `folder` is none on this machine, or its figures cannot be read.
-    """
-    if not Path(folder).is_dir():
-        raise SelectorError(
-            f"{folder} is no folder here: figures and thresholds are written into a selector's folder; download it first"
-        )
-    path = Path(folder) / METRICS
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise SelectorError(f"{path} is damaged ({error}): restore it, or train the selector again") from None

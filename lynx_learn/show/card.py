@@ -1,57 +1,28 @@
 """The model card, metrics and run records of a selector directory, written from measured figures alone."""
 
-import importlib.metadata
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 
-from ..errors import SelectorError
-from ..selector.selector import CARD, METRICS, LynxSelector
+def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """Markdown of the card.
 
-
-def write_card(folder: Path, selector: LynxSelector, metrics: dict[str, Any], files: dict[str, str]) -> None:
-    """Save the selector with `metrics.json`, the card made from it, and further `files` (name -> text).
-
-    Raises:
-        SelectorError: the folder cannot be written to.
+    Args:
+        config: what `config.json` of the selector holds.
+        metrics: what its `metrics.json` holds.
     """
-    text = json.dumps(metrics, indent=2) + "\n"
-    try:
-        selector.save_pretrained(folder, {METRICS: text, CARD: render(selector, metrics), **files})
-    except (OSError, SafetensorError) as error:  # the latter when the disk is full while the weights are written
-        raise SelectorError(
-            f"{folder} cannot be written ({error}): make room there or choose another place, then run the command again"
-        ) from error
-
-
-def run_record(command: str, options: dict[str, Any]) -> str:
-    """YAML with the exact options and the versions of what ran."""
-    import yaml
-
-    packages = ("torch", "transformers", "lightning", "scikit-learn", "safetensors", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    record = {command: options, "versions": {"python": platform.python_version(), **versions}}
-    return yaml.safe_dump(record, sort_keys=False)
-
-
-def render(selector: LynxSelector, metrics: dict[str, Any]) -> str:
-    """Markdown of the card."""
-    c = selector.config
+    c = config
     parts = [
-        f"---\nlibrary_name: lynx-learn\nbase_model: {c.base_model}\ntags: [mixture-of-experts, inference]\n---\n",
-        f"# Expert selector for {c.base_model}\n",
-        f"Decides at decode which experts of `{c.base_model}` (revision {c.base_revision}, {c.model_type}: {len(c.layers)} MoE "
-        f"layers, {c.num_experts} experts, top-{c.top_k}) a batch can skip. Scorer `{c.scorer}`, surrogates of rank {c.rank}. "
+        f"---\nlibrary_name: lynx-learn\nbase_model: {c['base_model']}\ntags: [mixture-of-experts, inference]\n---\n",
+        f"# Expert selector for {c['base_model']}\n",
+        f"Decides at decode which experts of `{c['base_model']}` (revision {c['base_revision']}, {c['model_type']}: {len(c['layers'])} MoE "
+        f"layers, {c['num_experts']} experts, top-{c['top_k']}) a batch can skip. Scorer `{c['scorer']}`, surrogates of rank {c['rank']}. "
         "Refused on any other model by the fingerprint of its routers.\n",
         "```python\nfrom lynx_learn import LynxSelector, skip_experts\n\n"
         'with skip_experts(model, LynxSelector.from_pretrained("this folder"), budget=0.01):\n    model.generate(**inputs)\n```\n',
-        _calibration(c.calibration),
+        _calibration(c["calibration"]),
         _coverage(metrics.get("coverage")),
-        _evaluation(metrics.get("evaluate"), c.calibration),
-        _training(metrics.get("train"), c.scorer),
+        _evaluation(metrics.get("evaluate"), c["calibration"]),
+        _training(metrics.get("train"), c["scorer"]),
         "## Limits\n\nThe budget is a bound on a mean over text like the calibration text, decoded in batches of the sizes named; "
         "it says nothing of other text, of single requests, or of tasks. Figures are of teacher-forced simulated decode.\n",
     ]

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,6 +20,9 @@ from ..moe.loading import load_model
 from ..show.progress import track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
+
+# Entry points by which other engines are found: each a function of CollectOptions that gives a Tracer.
+ENGINES = "lynx_learn.engines"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class CollectOptions:
     length: int = 256
     prompt: int = 32
     batch_size: int = 16
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: str = "transformers"
     engine_options: dict[str, Any] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
@@ -109,9 +113,12 @@ def start(options: CollectOptions) -> Tracer:
     """Load the model in the engine that is asked for."""
     if options.engine == "transformers":
         return TransformersTracer(options)
-    from ..integrations.vllm.collect import VllmTracer  # imports vLLM, which is not everywhere
-
-    return VllmTracer(options.model, options.dtype, options.length, options.batch_size, options.engine_options)
+    known = {entry.name: entry for entry in entry_points(group=ENGINES)}
+    if options.engine not in known:
+        expected = ", ".join(["transformers", *sorted(known)])
+        raise OptionError(f"--engine {options.engine!r} is unknown: expected one of {expected}")
+    tracer: Tracer = known[options.engine].load()(options)
+    return tracer
 
 
 def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:

@@ -9,7 +9,6 @@
 Every file is written under a temporary name, flushed and renamed.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import TraceError
+from ..files import checksum, digest, write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST, OPTIONS = "manifest.json", "options.json"
@@ -70,26 +70,6 @@ class TraceOptions(TracedModel):
         return layer * len(self.layers) + 4 + 4 + 4 + 1 + 2
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def checksum(path: Path) -> str:
-    with open(path, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
 def shard_names(layers: int, shard: int) -> list[str]:
     """Files of one shard in the order they are written: one for each layer, then the index."""
     file = f"{shard:05d}.safetensors"
@@ -130,7 +110,7 @@ class TraceWriter:
             with safe_open(self.folder / index, "pt") as file:
                 expected = json.loads(file.metadata()["sha256"])
                 tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
-            found = [*(checksum(self.folder / name) for name in layers), _digest(save(tensors))]
+            found = [*(checksum(self.folder / name) for name in layers), digest(save(tensors))]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
         return tensors if found == expected else None
@@ -139,7 +119,7 @@ class TraceWriter:
         if not (self.folder / OPTIONS).exists():
             self._put(OPTIONS, self.text)
         files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
-        sums = json.dumps([_digest(data) for data in files])
+        sums = json.dumps([digest(data) for data in files])
         files[-1] = save({k: v.contiguous() for k, v in index.items()}, {"sha256": sums})
         for name, data in zip(shard_names(len(self.options.layers), shard), files, strict=True):
             self._put(name, data)
@@ -167,10 +147,6 @@ class TraceWriter:
                 f"{self.folder / name} cannot be written ({error.strerror or error}): mend that and run the same command again, "
                 "it goes on from there"
             ) from error
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 class Trace:

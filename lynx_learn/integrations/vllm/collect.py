@@ -1,7 +1,6 @@
 """`lynx-learn collect --engine vllm`: text through a vLLM engine whose workers keep what their MoE layers were given."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 from ...errors import LynxError, ModelError, OptionError, TraceError
 from ...moe.families import moe_blocks
 from ...moe.loading import model_path, pick_dtype, revision_of
+from ...traces.collect import CollectOptions
 from ...traces.format import TracedModel, TraceOptions
-from .plugin import KEY, RECORD, SUPPORTED, engine_version
+from .settings import KEY, RECORD, SUPPORTED, engine_version
 
 SMALLEST_BLOCK = 16
 """Tokens that a block of vLLM's cache holds at least; it keeps one block to itself."""
@@ -22,12 +22,13 @@ OWN = ("model", "tokenizer", "dtype", "max_model_len", "enforce_eager", "enable_
 class VllmTracer:
     """An engine in this process; its workers are in others where it has several."""
 
-    def __init__(self, name: str, dtype: str, length: int, batch_size: int, options: Mapping[str, Any]) -> None:
-        """Start the engine.
+    def __init__(self, asked: CollectOptions) -> None:
+        """Start the engine; the entry point of `collect --engine vllm`.
 
         Raises:
             LynxError: there is no vLLM that the plugin knows, it cannot run the model, or its layers cannot be traced.
         """
+        name, length, batch_size, options = asked.model, asked.length, asked.batch_size, asked.engine_options
         if taken := sorted(set(options) & set(OWN)):
             raise OptionError(f"--engine_options has {taken[0]}, which collect sets itself: leave it out")
         if not (found := engine_version()).startswith(SUPPORTED):
@@ -50,7 +51,7 @@ class VllmTracer:
         try:
             self.engine = LLM(
                 model=path,
-                dtype=pick_dtype(name, dtype, torch.device(current_platform.device_type)),
+                dtype=pick_dtype(name, asked.dtype, torch.device(current_platform.device_type)),
                 max_model_len=length + 1,
                 enforce_eager=True,
                 enable_prefix_caching=False,

@@ -19,11 +19,12 @@ from torch import Tensor
 from ...errors import LynxError, SelectorError
 from ...moe.decision import Groups
 from ...moe.families import MoeLayer
-from ...selector.selector import LynxSelector, Ready, ThresholdPolicy
+from ...selector.layer import Ready
+from ...selector.selector import LynxSelector, ThresholdPolicy
 from . import metrics as metrics
 from .layers import EngineLayer, check_engine, find_layers
-from .plugin import Settings, UnsupportedError, check_version, opted_out, read_settings, recorded, refuse
 from .record import Recording
+from .settings import Settings, UnsupportedError, check_version, opted_out, read_settings, recorded, refuse
 from .wrapping import Wrapping
 
 LOG_EVERY_S = 60.0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plugin import UnsupportedError
+from .settings import UnsupportedError
 
 # Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
 ROUTERS = ("CPURouter", "FusedTopKRouter", "FusedTopKBiasRouter", "GroupedTopKRouter", "CustomRoutingRouter")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LynxError, OptionError
-from ..integrations.vllm.plugin import KEY
+from .vllm.settings import KEY
 
 ACTED, LAYERS = 'lynx_steps_total{outcome="acted"}', "lynx_moe_layers"
 

@@ -1,0 +1,144 @@
+"""A selector's decision as one ONNX graph for all layers."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LynxError
+from ..moe.decision import Groups
+from ..selector.features import feature_parts
+from ..selector.layer import LayerSelector, run_instead
+from ..selector.scorers import Folded, Scorer
+from ..selector.selector import LynxSelector
+from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY
+
+OPSET = 20
+
+# A file of protocol buffers ends there; some room is left for the graph itself.
+LARGEST = 2**31 - 2**24
+
+
+class Answer(NamedTuple):
+    """What the graph answers, as `OnnxDecision`."""
+
+    keep: Tensor
+    costs: Tensor
+    run_indices: Tensor
+    run_weights: Tensor
+
+
+def decide(rule: LayerSelector, folded: Folded, groups: Groups, threshold: Tensor) -> Answer:
+    """Decode's decision but for surrogates and statistics; `rule` gives no more than whether first experts stay.
+
+    `groups` and `threshold` have one leading dimension less than elsewhere: this is one batch.
+    """
+    costs = folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
+    anchor, keep = rule.keep(groups, rule.totals(groups, costs), threshold)
+    indices, weights, _ = run_instead(groups, anchor, keep)
+    return Answer(keep, costs, indices, weights)
+
+
+class Graph(nn.Module):
+    """All layers' folded scorers, stacked, and the threshold rule: what is exported.
+
+    Inputs: `layer` () int64; `logits` (tokens, experts) before the activation, `indices` and `weights` (tokens, top_k)
+    as the router chose them, `active` (tokens,), `threshold` () in nats, and for a scorer that looks at it `hidden`
+    (tokens, hidden). Outputs: `keep` (experts,), `costs` (tokens, top_k) in nats, and `run_indices`, `run_weights`
+    (tokens, top_k), in which an assignment that is left out points at the dearest expert with weight 0. Surrogates are
+    not part of it.
+    """
+
+    def __init__(self, selector: LynxSelector) -> None:
+        super().__init__()
+        folded = [own.scorer.fold(own.sensitivity) for own in selector.layers]  # type: ignore[union-attr,operator]
+        for name, tensors in zip(Folded._fields, zip(*folded, strict=True), strict=True):
+            self.register_buffer(name, torch.stack(tensors))
+        # In a list, so that its parameters are not taken for the graph's.
+        self.rule: list[LayerSelector] = [selector.layers[0]]  # type: ignore[list-item]
+
+    @property
+    def uses_hidden(self) -> bool:
+        return self.get_buffer("projection").shape[-1] > 0
+
+    def forward(
+        self,
+        layer: Tensor,
+        logits: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        active: Tensor,
+        threshold: Tensor,
+        hidden: Tensor | None = None,
+    ) -> Answer:
+        folded = Folded(*(getattr(self, name)[layer] for name in Folded._fields))
+        # Where there is no hidden state, it is not looked at.
+        groups = Groups(logits if hidden is None else hidden, logits, indices, weights, active)
+        return decide(self.rule[0], folded, groups, threshold)
+
+
+def to_bytes(selector: LynxSelector) -> bytes:
+    """The content of an .onnx file, which holds everything: weights, and the configuration as metadata.
+
+    Raises:
+        LynxError: it would be larger than one file can be.
+    """
+    import onnx
+
+    graph = Graph(selector).eval()
+    size = sum(buffer.numel() * buffer.element_size() for buffer in graph.buffers())
+    if size > LARGEST:
+        raise LynxError(f"the scorers take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train smaller scorers")
+    batch = random_batch(selector, 0, 5, torch.Generator().manual_seed(0))
+    example = {"layer": torch.tensor(0), **batch._asdict(), "threshold": torch.tensor(1.0)}
+    names = ["layer", "logits", "indices", "weights", "active", "threshold", *["hidden"] * graph.uses_hidden]
+    tokens = {0: torch.export.Dim("tokens", min=1)}
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            tuple(example[name] for name in names),
+            dynamo=True,
+            dynamic_shapes=tuple(None if example[name].ndim == 0 else tokens for name in names),
+            opset_version=OPSET,
+            input_names=names,
+            output_names=OUTPUTS,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    values = {VERSION_KEY: FORMAT_VERSION, CONFIG_KEY: replace(selector.config, calibration={}).to_json()}
+    onnx.helper.set_model_props(proto, values)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's notes on packages that are not there and on its own internals."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def random_batch(selector: LynxSelector, layer: int, tokens: int, generator: torch.Generator) -> Groups:
+    """A random decode batch, without leading dimension, of a router that takes the softmax.
+
+    Hidden states are spread as the scorer has seen them; about one token in five is not active.
+    """
+    config, scorer = selector.config, cast(Scorer, selector.layers[layer].scorer)
+    hidden = torch.randn(tokens, config.hidden_size, generator=generator) * scorer.hidden_spread + scorer.hidden_mean
+    logits = 2 * torch.randn(tokens, config.num_experts, generator=generator)
+    weights, indices = logits.softmax(-1).topk(config.top_k)
+    active = torch.rand(tokens, generator=generator) < 0.8
+    active[0] = True
+    return Groups(hidden, logits, indices, weights, active)

@@ -1,0 +1,105 @@
+"""Upper confidence bounds of a mean, and the thresholds that stay below a budget by them."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+BOUND = "one-sided Student t with Hall's skewness correction, fixed-sequence testing (Learn then Test)"
+
+# Thresholds tested for a budget, as the shares of it that the pilot groups lose at them.
+FRACTIONS = (0.5, 0.7, 0.8, 0.87, 0.94, 1.0)
+
+# (threshold, loss), both rising.
+Curve = list[tuple[float, float]]
+
+# Upper confidence bound of a mean: of values `(n,)`, at a confidence.
+Bound = Callable[[Tensor, float], float]
+
+
+def upper_bound(values: Tensor, confidence: float) -> float:
+    """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
+
+    Student's t with the correction of Hall (1983) for the skewness that losses have.
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    mean, spread = float(values.mean()), float(values.std())
+    if spread == 0.0:
+        return mean
+    third = float((values - mean).pow(3).mean())
+    quantile = student_quantile(confidence, n - 1)
+    return mean + quantile * spread / math.sqrt(n) + third * (2 * quantile**2 + 1) / (6 * n * spread**2)
+
+
+@functools.cache
+def student_quantile(probability: float, freedom: int) -> float:
+    """Of Student's t with `freedom` degrees; the same one is asked for many times."""
+    from scipy.stats import t
+
+    return float(t.ppf(probability, freedom))
+
+
+def rising(taus: list[float], losses: list[float]) -> Curve:
+    """The curve through mean losses at rising thresholds, made non-decreasing from 0 on."""
+    return list(zip(taus, itertools.accumulate((max(loss, 0.0) for loss in losses), max), strict=True))
+
+
+def plan(curve: Curve, budgets: list[float]) -> dict[float, list[float]]:
+    """For each budget, rising, the thresholds to test, rising: those at which the pilot loses FRACTIONS of it."""
+    return {b: sorted({threshold_at(curve, f * b) for f in FRACTIONS}) for b in sorted(budgets)}
+
+
+def last_within(
+    taus: list[float],
+    losses: Callable[[float], Tensor],
+    budget: float,
+    confidence: float,
+    bound: Bound = upper_bound,
+) -> tuple[float, float]:
+    """Fixed-sequence testing: the last of the rising thresholds before the first whose bound exceeds the budget.
+
+    Args:
+        losses: the mean losses of the groups `(groups,)` at a threshold.
+
+    Returns:
+        The threshold and its upper bound; zeros when the first one fails already.
+    """
+    found = (0.0, 0.0)
+    for tau in taus:
+        upper = bound(losses(tau), confidence)
+        if not upper <= budget:
+            break
+        found = (tau, upper)
+    return found
+
+
+def threshold_at(curve: Curve, loss: float) -> float:
+    """The threshold at which the pilot loses `loss`, interpolated on logarithms; the curve's ends beyond it."""
+    below = [(tau, value) for tau, value in curve if 0 < value <= loss]
+    above = [(tau, value) for tau, value in curve if value > loss]
+    if not above:
+        return curve[-1][0]
+    if not below:
+        return above[0][0] * min(1.0, loss / above[0][1])
+    (t0, v0), (t1, v1) = below[-1], above[0]
+    share = (math.log(loss) - math.log(v0)) / (math.log(v1) - math.log(v0))
+    return math.exp(math.log(t0) + share * (math.log(t1) - math.log(t0)))
+
+
+def clopper_pearson(count: int, of: int) -> list[float]:
+    """The exact 95% interval of a binomial share."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, of).proportion_ci(0.95, "exact")
+    return [float(low), float(high)]
+
+
+def margin(values: Tensor) -> float:
+    """Half the width of the 95% interval of the mean of independent `values`, by Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values)))

@@ -1,0 +1,63 @@
+"""Experts whose time follows the distinct experts that are loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BY_DISTINCT = "lynx_grouped_mm"
+
+
+def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
+
+    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. Sorted
+    behind the last expert they belong to no group. Arguments as those of an experts module.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    count, top_k = experts.num_experts, indices.shape[-1]
+    expert, order = indices.masked_fill(weights == 0, count).flatten().sort()
+    ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True, out_int32=True)
+
+    def linear(rows: Tensor, name: str) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert.clamp_max(count - 1)] if experts.has_bias else None
+        return _grouped_linear(rows, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear(hidden[order // top_k], "gate_up_proj"))
+    else:
+        inner = experts.act_fn(linear(hidden[order // top_k], "up_proj"))
+    output = linear(inner, "down_proj") * weights.flatten()[order].unsqueeze(-1)
+    # Rows behind the last group are left as they were in memory.
+    output = output.masked_fill_((expert == count).unsqueeze(-1), 0.0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return output[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
+
+
+@contextmanager
+def experts_by_distinct(model: nn.Module) -> Iterator[None]:
+    """While open, experts that would run as `grouped_mm` or `batched_mm` run so that time follows the distinct experts.
+
+    `batched_mm` reads one expert per assignment, so skipping would save nothing; off the CPU `generate()` switches
+    `grouped_mm` to it for decode, but no implementation of another name. Other implementations (`eager`, kernels of
+    other libraries) stay what they are.
+    """
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _grouped_by_distinct)
+    before: dict[str, str | None] = model.get_experts_implementation()  # type: ignore[operator]
+    during = {part: BY_DISTINCT if own in ("grouped_mm", "batched_mm") else own for part, own in before.items()}
+    if during == before:
+        yield
+        return
+    model.set_experts_implementation(during)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)  # type: ignore[operator]

@@ -1,0 +1,129 @@
+"""What one MoE layer needs to decide, as it is learned and as decode runs it."""
+
+import copy
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.decision import Decision, Groups, used_experts
+from ..moe.families import MoeLayer
+from .config import SelectorConfig
+from .features import assignment_features, feature_parts
+from .scorers import SCORERS, Folded
+from .surrogates import Surrogates
+
+
+def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
+
+    Arguments as `LayerSelector.keep` takes and gives them.
+    """
+    kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & groups.active.unsqueeze(-1)
+    return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
+
+
+def sum_in_order(places: Tensor, values: Tensor, count: int) -> Tensor:
+    """Sums `(..., count)` of the values `(..., N)` that go to each place `(..., N)`, always in the same order.
+
+    A GPU's `scatter_add` adds in whatever order it comes to; workers that share a layer's experts must decide alike.
+    """
+    here = places.unsqueeze(-1) == torch.arange(count, device=places.device)
+    return torch.where(here, values.unsqueeze(-1), 0.0).sum(-2)
+
+
+class LayerSelector(nn.Module):
+    """What one MoE layer needs to decide: predicted costs in nats of KL, and the surrogates' answers."""
+
+    sensitivity: Tensor
+
+    def __init__(self, config: SelectorConfig) -> None:
+        super().__init__()
+        self.keep_top1 = config.keep_top1
+        self.scorer = SCORERS[config.scorer](config.num_experts, config.hidden_size)
+        self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
+        self.register_buffer("sensitivity", torch.ones(()))
+
+    def costs(self, groups: Groups) -> Tensor:
+        """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`."""
+        features = assignment_features(groups.logits, groups.indices, groups.weights)
+        return self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
+
+    @staticmethod
+    def totals(groups: Groups, costs: Tensor) -> Tensor:
+        """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
+        counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
+        flat, values, experts = groups.indices.flatten(-2), counted.flatten(-2), groups.logits.shape[-1]
+        if costs.is_cuda:
+            return sum_in_order(flat, values, experts)
+        zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
+        return zeros.scatter_add(-1, flat, values)
+
+    def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
+        anchor = total.argmax(-1, keepdim=True)
+        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
+        if self.keep_top1:
+            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
+            flat = groups.indices.flatten(-2)
+            keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
+        return anchor, keep
+
+    def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
+        """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
+
+        The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
+        """
+        return self.answer(groups, self.rewrite(groups, thresholds, self.costs(groups) if costs is None else costs))
+
+    def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
+        """The decision without what surrogates answer."""
+        anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
+        indices, weights, kept = run_instead(groups, anchor, keep)
+        used = used_experts(groups.indices, groups.active, keep.shape[-1])
+        dropped = kept ^ groups.active.unsqueeze(-1) if self.surrogates.rank else None
+        return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
+
+    def answer(self, groups: Groups, decision: Decision) -> Decision:
+        """With what surrogates answer."""
+        if decision.answered is None:
+            return decision
+        weights = groups.weights * decision.answered
+        return decision._replace(addition=self.surrogates.answer(groups.hidden, groups.indices, weights))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One layer's selector as decode runs it: a copy on the layer's device, surrogates in the experts' precision."""
+
+    selector: LayerSelector
+    folded: Folded
+    sizes: Tensor
+    """Calibrated batch sizes, ascending."""
+    thresholds: Tensor
+    """One more than sizes: the first is for smaller batches."""
+
+    @classmethod
+    def on(cls, layer: MoeLayer, own: LayerSelector, sizes: Tensor, thresholds: Tensor) -> "Ready":
+        own = copy.deepcopy(own).to(layer.device)
+        own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
+        return cls(own, own.scorer.fold(own.sensitivity), sizes.to(layer.device), thresholds.to(layer.device))
+
+    def threshold(self, active: Tensor) -> Tensor:
+        """The threshold `(G,)` for the number of active tokens `(G, T)`."""
+        return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
+
+    def costs(self, groups: Groups) -> Tensor:
+        """As `LayerSelector.costs`, from the folded scorer."""
+        return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
+
+    def rewrite(self, groups: Groups) -> Decision:
+        """As `LayerSelector.rewrite`."""
+        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
+
+    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
+        """As `rewrite`, in Triton kernels."""
+        own = self.selector
+        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
+        return decision if own.surrogates.rank else decision._replace(answered=None)
