@@ -41,7 +41,7 @@ has such a model as its text part, that part is listed; a part without a head of
 | --- | --- | --- | --- | --- |
 {chr(10).join(supported)}
 
-The rule depends on the configuration (groups, normalising, factors); it is found anew in each model.
+The rule depends on the configuration (expert groups, normalising, factors); it is found anew in each model.
 
 ## Refused: {len(refused)} model types
 

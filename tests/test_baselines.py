@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import OptionError
-from lynx_learn.moe.decision import Decision, Groups, Policy, silence, used_experts
+from lynx_learn.moe.decision import Decision, Policy, Routing, silence, used_experts
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
 from lynx_learn.rules.expert_stats import ExpertStats
@@ -36,16 +36,16 @@ def layer_of(rule: ScoringRule, experts: int = 4) -> MoeLayer:
 LAYER = layer_of(RULE)
 
 
-def group(*probabilities: list[float], active: list[bool] | None = None, rule: ScoringRule = RULE) -> Groups:
+def routed(*probabilities: list[float], active: list[bool] | None = None, rule: ScoringRule = RULE) -> Routing:
     logits = torch.tensor(probabilities).log().unsqueeze(0)
     indices, weights = rule.route(logits)
     tokens = len(probabilities)
     running = torch.tensor([active or [True] * tokens])
-    return Groups(torch.zeros(1, tokens, 2), logits, indices, weights, running)
+    return Routing(torch.zeros(1, tokens, 2), logits, indices, weights, running)
 
 
-def side_by_side(*groups: Groups) -> Groups:
-    return Groups(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
+def side_by_side(*batches: Routing) -> Routing:
+    return Routing(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
 def by_token(decision: Decision) -> list[dict[int, float]]:
@@ -83,10 +83,10 @@ def stats_of(
     )
 
 
-def decided(policy: Policy, groups: Groups, rule: ScoringRule = RULE) -> Decision:
+def decided(policy: Policy, routing: Routing, rule: ScoringRule = RULE) -> Decision:
     layer = layer_of(rule)
     policy.bind([layer])
-    return policy.decide(layer, groups)
+    return policy.decide(layer, routing)
 
 
 # Rules that keep a set.
@@ -94,96 +94,96 @@ def decided(policy: Policy, groups: Groups, rule: ScoringRule = RULE) -> Decisio
 
 def test_gate_sum_keeps_the_largest_sums_and_routes_again() -> None:
     # sums: 0.6+0.6, 0.4+0.4, 0.6, 0.4 -> experts 0 and 1
-    decision = XShare(2, warm_up=False).decide(LAYER, group(A, A, C))
+    decision = XShare(2, warm_up=False).decide(LAYER, routed(A, A, C))
     assert by_token(decision) == approximately({0: 0.6, 1: 0.4}, {0: 0.6, 1: 0.4}, {1: 2 / 3, 0: 1 / 3})
 
 
 def test_xshare_keeps_every_first_expert_before_larger_sums() -> None:
     # experts 0 and 2 are somebody's first, so 2 comes before 1 in spite of 0.6 < 0.8
-    decision = XShare(2).decide(LAYER, group(A, A, C))
+    decision = XShare(2).decide(LAYER, routed(A, A, C))
     first = {0: 0.48 / 0.63, 2: 0.15 / 0.63}
     assert by_token(decision) == approximately(first, first, {2: 0.42 / 0.52, 0: 0.10 / 0.52})
     # with three: 0 and 2, then 1 by its sum
-    assert by_token(XShare(3).decide(LAYER, group(A, A, C)))[2] == pytest.approx({2: 0.42 / 0.62, 1: 0.20 / 0.62})
+    assert by_token(XShare(3).decide(LAYER, routed(A, A, C)))[2] == pytest.approx({2: 0.42 / 0.62, 1: 0.20 / 0.62})
 
 
 def test_popularity_counts_assignments_whatever_their_weight() -> None:
     # expert 0 is the second of all three tokens, with hardly any weight; 2 the first of two of them, 1 of one
-    groups = group([0.08, 0.01, 0.90, 0.01], [0.08, 0.01, 0.90, 0.01], [0.08, 0.90, 0.01, 0.01])
-    assert Popularity(2).scores(LAYER, groups).tolist() == [[3, 1, 2, 0]]
-    assert experts_of(Popularity(2).decide(LAYER, groups)) == [0, 2]
-    assert experts_of(XShare(2, warm_up=False).decide(LAYER, groups)) == [1, 2]
+    routing = routed([0.08, 0.01, 0.90, 0.01], [0.08, 0.01, 0.90, 0.01], [0.08, 0.90, 0.01, 0.01])
+    assert Popularity(2).scores(LAYER, routing).tolist() == [[3, 1, 2, 0]]
+    assert experts_of(Popularity(2).decide(LAYER, routing)) == [0, 2]
+    assert experts_of(XShare(2, warm_up=False).decide(LAYER, routing)) == [1, 2]
 
 
 def test_lynx_votes_fall_with_the_distance_to_the_first_expert() -> None:
     # 2 × (logit - best): A 0, -0.8, -2.3, -4.5; C -2.9, -1.5, 0, -0.8; rounded down, and votes are 2^bin
-    groups = group(A, C)
-    assert Lynx(2, alpha=2, beta=5).scores(LAYER, groups).tolist() == [
+    routing = routed(A, C)
+    assert Lynx(2, alpha=2, beta=5).scores(LAYER, routing).tolist() == [
         [1 + 1 / 8, 1 / 2 + 1 / 4, 1 / 8 + 1, 1 / 32 + 1 / 2]
     ]
-    assert Lynx(2, alpha=2, beta=2).scores(LAYER, groups).tolist() == [
+    assert Lynx(2, alpha=2, beta=2).scores(LAYER, routing).tolist() == [
         [1 + 1 / 4, 1 / 2 + 1 / 4, 1 / 4 + 1, 1 / 4 + 1 / 2]
     ]
     # a batch of three divides by three for each bin
-    three = Lynx(2, alpha=2, beta=5).scores(LAYER, group(A, A, C))
+    three = Lynx(2, alpha=2, beta=5).scores(LAYER, routed(A, A, C))
     assert three[0].tolist() == pytest.approx([2 + 1 / 27, 2 / 3 + 1 / 9, 2 / 27 + 1, 2 / 243 + 1 / 3])
 
 
 def test_in_lynx_one_first_expert_outweighs_all_other_votes() -> None:
     # 15 tokens have expert 1 a hair below their first, one token has expert 2 as its first
-    groups = group(*[[0.34, 0.33, 0.01, 0.32]] * 15, [0.05, 0.05, 0.85, 0.05])
-    scores = Lynx(2).scores(LAYER, groups)[0]
+    routing = routed(*[[0.34, 0.33, 0.01, 0.32]] * 15, [0.05, 0.05, 0.85, 0.05])
+    scores = Lynx(2).scores(LAYER, routing)[0]
     assert scores[2] > scores[1] > scores[2] * 0.9
-    assert experts_of(Lynx(2).decide(LAYER, groups)) == [0, 2]
+    assert experts_of(Lynx(2).decide(LAYER, routing)) == [0, 2]
 
 
 def test_lynx_ranks_the_experts_of_a_batch_of_one() -> None:
     for token in (A, C):
-        assert by_token(Lynx(2).decide(LAYER, group(token))) == by_token(XShare(2).decide(LAYER, group(token)))
+        assert by_token(Lynx(2).decide(LAYER, routed(token))) == by_token(XShare(2).decide(LAYER, routed(token)))
 
 
 def test_vote_adds_router_scores_of_each_tokens_best() -> None:
-    assert Vote(2, 2).scores(LAYER, group(A, C))[0].tolist() == pytest.approx([0.48, 0.32, 0.42, 0.28])
-    assert Vote(2, 4).scores(LAYER, group(A, C))[0].tolist() == pytest.approx([0.58, 0.52, 0.57, 0.33])
-    assert Vote(2, 1).scores(LAYER, group(A, C))[0].tolist() == pytest.approx([0.48, 0, 0.42, 0])
-    assert experts_of(Vote(2, 2).decide(LAYER, group(A, C))) == [0, 2]
+    assert Vote(2, 2).scores(LAYER, routed(A, C))[0].tolist() == pytest.approx([0.48, 0.32, 0.42, 0.28])
+    assert Vote(2, 4).scores(LAYER, routed(A, C))[0].tolist() == pytest.approx([0.58, 0.52, 0.57, 0.33])
+    assert Vote(2, 1).scores(LAYER, routed(A, C))[0].tolist() == pytest.approx([0.48, 0, 0.42, 0])
+    assert experts_of(Vote(2, 2).decide(LAYER, routed(A, C))) == [0, 2]
     sigmoid = layer_of(ScoringRule("sigmoid", top_k=2, normalise=True))
     # the sigmoid of log p is p / (1 + p)
-    assert Vote(2, 1).scores(sigmoid, group(A, C))[0].tolist() == pytest.approx([0.48 / 1.48, 0, 0.42 / 1.42, 0])
+    assert Vote(2, 1).scores(sigmoid, routed(A, C))[0].tolist() == pytest.approx([0.48 / 1.48, 0, 0.42 / 1.42, 0])
 
 
 def test_gate_squared_prefers_one_large_weight_to_two_small_ones() -> None:
     # sums 1.2, 0.8, 0.6, 0.4; of squares 0.72, 0.32, 0.36, 0.16
-    assert GateSquared(2).scores(LAYER, group(A, A, C))[0].tolist() == pytest.approx([0.72, 0.32, 0.36, 0.16])
+    assert GateSquared(2).scores(LAYER, routed(A, A, C))[0].tolist() == pytest.approx([0.72, 0.32, 0.36, 0.16])
     first = {0: 0.48 / 0.63, 2: 0.15 / 0.63}
-    assert by_token(GateSquared(2).decide(LAYER, group(A, A, C))) == approximately(
+    assert by_token(GateSquared(2).decide(LAYER, routed(A, A, C))) == approximately(
         first, first, {2: 0.42 / 0.52, 0: 0.10 / 0.52}
     )
     # with a third A: 1.08, 0.48, 0.36, 0.16
-    assert experts_of(GateSquared(2).decide(LAYER, group(A, A, A, C))) == [0, 1]
+    assert experts_of(GateSquared(2).decide(LAYER, routed(A, A, A, C))) == [0, 1]
 
 
 def test_gate_max_takes_the_largest_weight_of_any_token() -> None:
-    assert GateMax(2).scores(LAYER, group(A, A, A, C))[0].tolist() == pytest.approx([0.6, 0.4, 0.6, 0.4])
-    assert experts_of(GateMax(2).decide(LAYER, group(A, A, A, C))) == [0, 2]
+    assert GateMax(2).scores(LAYER, routed(A, A, A, C))[0].tolist() == pytest.approx([0.6, 0.4, 0.6, 0.4])
+    assert experts_of(GateMax(2).decide(LAYER, routed(A, A, A, C))) == [0, 2]
 
 
 def test_dropping_leaves_the_other_weights_as_they_are() -> None:
-    decision = GateSquared(2, "drop").decide(LAYER, group(A, A, C))
+    decision = GateSquared(2, "drop").decide(LAYER, routed(A, A, C))
     assert by_token(decision) == approximately({0: 0.6}, {0: 0.6}, {2: 0.6})
     assert experts_of(decision) == [0, 2]
     # 0 and 1 stay: the last token loses both of its experts, and points at the best of those that stay
-    alone = GateSquared(2, "drop").decide(LAYER, group(A, A, A, C))
+    alone = GateSquared(2, "drop").decide(LAYER, routed(A, A, A, C))
     assert by_token(alone) == approximately(*[{0: 0.6, 1: 0.4}] * 3, {})
     assert alone.indices[0, 3].tolist() == [0, 0]
-    assert by_token(GateMax(2, "drop").decide(LAYER, group(A, A, A, C))) == approximately(*[{0: 0.6}] * 3, {2: 0.6})
+    assert by_token(GateMax(2, "drop").decide(LAYER, routed(A, A, A, C))) == approximately(*[{0: 0.6}] * 3, {2: 0.6})
 
 
 def test_random_is_seeded_keeps_m_and_reaches_every_expert() -> None:
     def draws(seed: int) -> list[tuple[int, ...]]:
         policy = Random(2, seed)
         policy.bind([LAYER])
-        decisions = [policy.decide(LAYER, group(A, A, C)) for _ in range(40)]
+        decisions = [policy.decide(LAYER, routed(A, A, C)) for _ in range(40)]
         assert all(d.weights.sum(-1) == pytest.approx(1.0) for d in decisions)
         return [tuple(sorted(d.indices.unique().tolist())) for d in decisions]
 
@@ -197,15 +197,15 @@ def test_random_is_seeded_keeps_m_and_reaches_every_expert() -> None:
 
 
 def test_top_k_keeps_the_first_by_weight_as_the_model_would() -> None:
-    assert by_token(decided(TopK(1), group(A, C))) == approximately({0: 1.0}, {2: 1.0})
-    assert by_token(decided(TopK(1), group(A, rule=CHOSEN), CHOSEN)) == approximately({0: 1.0})
-    assert by_token(decided(TopK(1), group(A, rule=PLAIN), PLAIN)) == approximately({0: 0.48})
-    assert by_token(decided(TopK(1, scaled=False), group(A, C))) == approximately({0: 0.6}, {2: 0.6})
-    assert by_token(decided(TopK(2), group(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
+    assert by_token(decided(TopK(1), routed(A, C))) == approximately({0: 1.0}, {2: 1.0})
+    assert by_token(decided(TopK(1), routed(A, rule=CHOSEN), CHOSEN)) == approximately({0: 1.0})
+    assert by_token(decided(TopK(1), routed(A, rule=PLAIN), PLAIN)) == approximately({0: 0.48})
+    assert by_token(decided(TopK(1, scaled=False), routed(A, C))) == approximately({0: 0.6}, {2: 0.6})
+    assert by_token(decided(TopK(2), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
 
 
 def test_first_is_by_weight_not_by_place() -> None:
-    a = group(A)
+    a = routed(A)
     turned = a._replace(indices=a.indices.flip(-1), weights=a.weights.flip(-1))
     assert turned.indices.tolist() == [[[1, 0]]]
     for policy in (TopK(1), OEA(1), NAEE(1.0, stats_of(ratios=[0.9])), Contribution(0.5, stats_of())):
@@ -214,41 +214,41 @@ def test_first_is_by_weight_not_by_place() -> None:
 
 def test_what_a_token_leaves_out_points_at_its_own_expert() -> None:
     # so the batch loads nothing for it
-    assert experts_of(decided(TopK(1), group(A, C))) == [0, 2]
-    assert decided(TopK(1), group(A, C)).indices[0, 1].tolist() == [2, 2]
+    assert experts_of(decided(TopK(1), routed(A, C))) == [0, 2]
+    assert decided(TopK(1), routed(A, C)).indices[0, 1].tolist() == [2, 2]
 
 
 def test_naee_drops_the_second_expert_below_the_layers_quantile() -> None:
     unlike = [0.60, 0.30, 0.05, 0.05]  # ratio 0.5; that of A is 0.667
     stats = stats_of(ratios=[0.2, 0.4, 0.6, 0.8, 1.0])
-    median = decided(NAEE(0.5, stats), group(A, unlike))
+    median = decided(NAEE(0.5, stats), routed(A, unlike))
     assert by_token(median) == approximately({0: 0.6, 1: 0.4}, {0: 1.0})
     assert experts_of(median) == [0, 1]
     # between two of the sample: 0.7 is halfway from 0.6 to 0.8
-    assert by_token(decided(NAEE(0.625, stats), group(A, unlike))) == approximately({0: 1.0}, {0: 1.0})
-    assert by_token(decided(NAEE(0.0, stats), group(unlike))) == approximately({0: 2 / 3, 1: 1 / 3})
-    assert by_token(decided(NAEE(0.5, stats), group(unlike, rule=PLAIN), PLAIN)) == approximately({0: 0.6})
+    assert by_token(decided(NAEE(0.625, stats), routed(A, unlike))) == approximately({0: 1.0}, {0: 1.0})
+    assert by_token(decided(NAEE(0.0, stats), routed(unlike))) == approximately({0: 2 / 3, 1: 1 / 3})
+    assert by_token(decided(NAEE(0.5, stats), routed(unlike, rule=PLAIN), PLAIN)) == approximately({0: 0.6})
     # a ratio that is beta itself is enough
-    assert by_token(decided(NAEE(1.0, stats), group([0.4, 0.4, 0.1, 0.1]))) == approximately({0: 0.5, 1: 0.5})
+    assert by_token(decided(NAEE(1.0, stats), routed([0.4, 0.4, 0.1, 0.1]))) == approximately({0: 0.5, 1: 0.5})
 
 
 def test_contribution_counts_the_size_of_the_experts_output() -> None:
     stats = stats_of(norms=[1.0, 1.0, 3.0, 1.0])
     # A: 0.6 and 0.4 of 1; C: 0.6 × 3 and 0.4 of 2.2, so that its first brings 82%
-    assert by_token(decided(Contribution(0.2, stats), group(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6})
-    assert by_token(decided(Contribution(0.15, stats), group(C))) == approximately({2: 0.6, 3: 0.4})
-    assert by_token(decided(Contribution(0.45, stats), group(A))) == approximately({0: 0.6})
+    assert by_token(decided(Contribution(0.2, stats), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6})
+    assert by_token(decided(Contribution(0.15, stats), routed(C))) == approximately({2: 0.6, 3: 0.4})
+    assert by_token(decided(Contribution(0.45, stats), routed(A))) == approximately({0: 0.6})
     # 3 then 2 by weight, 0.6 × 1 and 0.4 × 3 by contribution: the second is the one that stays
-    assert by_token(decided(Contribution(0.35, stats), group([0.10, 0.20, 0.28, 0.42]))) == approximately({2: 0.4})
+    assert by_token(decided(Contribution(0.35, stats), routed([0.10, 0.20, 0.28, 0.42]))) == approximately({2: 0.4})
     # exactly the mass that is asked for is enough
-    assert len(experts_of(decided(Contribution(0.5, stats_of()), group([0.4, 0.4, 0.1, 0.1])))) == 1
+    assert len(experts_of(decided(Contribution(0.5, stats_of()), routed([0.4, 0.4, 0.1, 0.1])))) == 1
 
 
 def test_contribution_finds_its_way_back_to_the_place_of_each_expert() -> None:
     # weights 0.5, 0.3, 0.2 of experts 1, 2, 3, and contributions 0.5, 0.9, 0.8 of 2.2: the last two are enough
     rule = replace(RULE, top_k=3)
     stats = stats_of(norms=[1.0, 1.0, 3.0, 4.0])
-    decision = decided(Contribution(0.25, stats), group([0.0, 0.5, 0.3, 0.2], rule=rule), rule)
+    decision = decided(Contribution(0.25, stats), routed([0.0, 0.5, 0.3, 0.2], rule=rule), rule)
     assert by_token(decision) == approximately({2: 0.3, 3: 0.2})
 
 
@@ -257,41 +257,41 @@ def test_contribution_finds_its_way_back_to_the_place_of_each_expert() -> None:
 
 def test_oea_takes_the_best_of_what_others_load() -> None:
     # firsts are 0 and 2, so A takes 2 and C takes 0 as their second
-    decision = decided(OEA(1), group(A, A, C))
+    decision = decided(OEA(1), routed(A, A, C))
     first = {0: 0.48 / 0.63, 2: 0.15 / 0.63}
     assert by_token(decision) == approximately(first, first, {2: 0.42 / 0.52, 0: 0.10 / 0.52})
     # 1 is another token's first and comes before 2
     other = [0.10, 0.70, 0.15, 0.05]
-    assert by_token(decided(OEA(1), group(A, C, other)))[0] == pytest.approx({0: 0.6, 1: 0.4}, abs=1e-6)
+    assert by_token(decided(OEA(1), routed(A, C, other)))[0] == pytest.approx({0: 0.6, 1: 0.4}, abs=1e-6)
 
 
 def test_oea_keeps_original_scores_and_fewer_where_fewer_are_loaded() -> None:
-    assert by_token(decided(OEA(1), group(A, C, rule=PLAIN), PLAIN)) == approximately(
+    assert by_token(decided(OEA(1), routed(A, C, rule=PLAIN), PLAIN)) == approximately(
         {0: 0.48, 2: 0.15}, {2: 0.42, 0: 0.1}
     )
-    assert by_token(decided(OEA(1), group(A, rule=PLAIN), PLAIN)) == approximately({0: 0.48})
+    assert by_token(decided(OEA(1), routed(A, rule=PLAIN), PLAIN)) == approximately({0: 0.48})
     scaled = replace(RULE, scale=2.5)
-    assert by_token(decided(OEA(1), group(A, rule=scaled), scaled)) == approximately({0: 2.5})
-    assert experts_of(decided(OEA(1), group(A))) == [0]
+    assert by_token(decided(OEA(1), routed(A, rule=scaled), scaled)) == approximately({0: 2.5})
+    assert experts_of(decided(OEA(1), routed(A))) == [0]
 
 
 def test_sere_sends_to_the_most_similar_of_the_first() -> None:
     alike = [[1.0, 0.2, 0.0, 0.4], [0.2, 1.0, 0.7, 0.9], [0.0, 0.7, 1.0, 0.3], [0.4, 0.9, 0.3, 1.0]]
     stats = stats_of(similarities=alike)
     # 1 goes to 2 (0.7), not to 3 (0.9), which is nobody's first; 3 has 0.4 at best and stays
-    assert by_token(decided(SERE(1, 0.5, stats), group(A, C))) == approximately({0: 0.6, 2: 0.4}, {2: 0.6, 3: 0.4})
-    assert by_token(decided(SERE(1, 0.4, stats), group(A, C))) == approximately({0: 0.6, 2: 0.4}, {2: 0.6, 0: 0.4})
-    assert experts_of(decided(SERE(1, 0.4, stats), group(A, C))) == [0, 2]
+    assert by_token(decided(SERE(1, 0.5, stats), routed(A, C))) == approximately({0: 0.6, 2: 0.4}, {2: 0.6, 3: 0.4})
+    assert by_token(decided(SERE(1, 0.4, stats), routed(A, C))) == approximately({0: 0.6, 2: 0.4}, {2: 0.6, 0: 0.4})
+    assert experts_of(decided(SERE(1, 0.4, stats), routed(A, C))) == [0, 2]
     # nothing else is loaded: both assignments meet at one expert
-    meeting = decided(SERE(1, 0.0, stats), group(A))
+    meeting = decided(SERE(1, 0.0, stats), routed(A))
     assert meeting.indices.tolist() == [[[0, 0]]]
     assert by_token(meeting) == approximately({0: 1.0})
-    assert by_token(decided(SERE(2, 0.0, stats), group(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
+    assert by_token(decided(SERE(2, 0.0, stats), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
     # what is somebody's first stays, even with a twin
     twins = stats_of(
         similarities=[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
     )
-    assert by_token(decided(SERE(1, 0.5, twins), group(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
+    assert by_token(decided(SERE(1, 0.5, twins), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
 
 
 SIFT_DISTANCES = [[0.0, 0.5, 1.0, 2.0], [0.5, 0.0, 0.9, 0.1], [1.0, 0.9, 0.0, 0.8], [2.0, 0.1, 0.8, 0.0]]
@@ -301,24 +301,26 @@ def test_siftmoe_skips_what_an_expert_kept_before_stands_in_for() -> None:
     # Largest weights 0.6, 0.4, 0.65, 0.35. In the order 2, 0, 1, 3: 2 stays; 0 stays, as 0.6 × 1.0 > 0.25; 1 goes, as 0 is
     # at 0.4 × 0.5; 3 stays, as 2 is at 0.35 × 0.8: it is near 1, but that is gone. The nearest to 1 that stays is 3.
     last, stats = [0.10, 0.20, 0.455, 0.245], stats_of(distances=SIFT_DISTANCES)
-    assert by_token(decided(SiftMoE(0.25, stats), group(A, last))) == approximately(
+    assert by_token(decided(SiftMoE(0.25, stats), routed(A, last))) == approximately(
         {0: 0.6, 3: 0.4}, {2: 0.65, 3: 0.35}
     )
     # at 0.5, 3 goes too
-    wider = decided(SiftMoE(0.5, stats), group(A, last))
+    wider = decided(SiftMoE(0.5, stats), routed(A, last))
     assert by_token(wider) == approximately({0: 1.0}, {2: 1.0})
     # bounds are shares of the layer's mean output norm
     double = stats_of(norms=[1.0, 3.0, 2.0, 2.0], distances=SIFT_DISTANCES)
-    assert by_token(decided(SiftMoE(0.25, double), group(A, last))) == by_token(wider)
-    assert by_token(decided(SiftMoE(0.0, stats), group(A, last))) == approximately({0: 0.6, 1: 0.4}, {2: 0.65, 3: 0.35})
-    assert experts_of(decided(SiftMoE(9.0, stats), group(A, last))) == [2]
+    assert by_token(decided(SiftMoE(0.25, double), routed(A, last))) == by_token(wider)
+    assert by_token(decided(SiftMoE(0.0, stats), routed(A, last))) == approximately(
+        {0: 0.6, 1: 0.4}, {2: 0.65, 3: 0.35}
+    )
+    assert experts_of(decided(SiftMoE(9.0, stats), routed(A, last))) == [2]
 
 
 def test_siftmoe_follows_a_chain_to_its_end() -> None:
     # 0, 1, 2, 3 by largest weight, each near the next alone: 1 goes to 0, so 2 stays, so 3 goes to 2
     chain = [[0.0, 0.1, 1.0, 1.0], [0.1, 0.0, 0.12, 1.0], [1.0, 0.12, 0.0, 0.1], [1.0, 1.0, 0.1, 0.0]]
-    groups = group([0.45, 0.40, 0.10, 0.05], [0.20, 0.20, 0.35, 0.25], rule=PLAIN)
-    decision = decided(SiftMoE(0.2, stats_of(distances=chain)), groups, PLAIN)
+    routing = routed([0.45, 0.40, 0.10, 0.05], [0.20, 0.20, 0.35, 0.25], rule=PLAIN)
+    decision = decided(SiftMoE(0.2, stats_of(distances=chain)), routing, PLAIN)
     assert by_token(decision) == approximately({0: 0.85}, {2: 0.60})
 
 
@@ -330,12 +332,12 @@ def test_siftmoe_follows_its_order_one_expert_after_the_other(seed: int, thresho
     layer, points = layer_of(replace(RULE, top_k=3), 8), torch.rand(8, 1, generator=generator)
     distances = (points[:, None] - points[None]).norm(dim=-1)
     stats = ExpertStats(torch.ones(1, 8), distances[None], torch.zeros(1, 8, 8), torch.ones(1, 1))
-    groups = random_groups(layer, 1, tokens, seed)
+    routing = random_routing(layer, 1, tokens, seed)
     policy = SiftMoE(threshold, stats)
     policy.bind([layer])
-    decision = policy.decide(layer, groups)
+    decision = policy.decide(layer, routing)
     largest = torch.zeros(8)
-    for e, w in zip(groups.indices.flatten().tolist(), groups.weights.flatten(), strict=True):
+    for e, w in zip(routing.indices.flatten().tolist(), routing.weights.flatten(), strict=True):
         largest[e] = max(largest[e], w)
     bounds = largest[:, None] * distances
     kept: list[int] = []
@@ -343,9 +345,9 @@ def test_siftmoe_follows_its_order_one_expert_after_the_other(seed: int, thresho
         if largest[e] > 0 and all(bounds[e, j] >= threshold for j in kept):
             kept.append(e)
     nearest = [e if e in kept else min(kept, key=lambda j, e=e: float(distances[e, j])) for e in range(8)]  # type: ignore[misc]
-    wanted = [nearest[e] for e in groups.indices.flatten().tolist()]
+    wanted = [nearest[e] for e in routing.indices.flatten().tolist()]
     assert decision.indices.flatten().tolist() == wanted
-    assert torch.equal(decision.weights, groups.weights)
+    assert torch.equal(decision.weights, routing.weights)
 
 
 # What every rule keeps to.
@@ -355,7 +357,7 @@ ROUTERS = {
     "not_normalised": PLAIN,
     "topk_softmax": CHOSEN,
     "grouped": ScoringRule(
-        "sigmoid", 2, normalise=True, scale=2.5, bias=torch.linspace(-0.1, 0.1, EXPERTS), groups=2, top_groups=1
+        "sigmoid", 2, normalise=True, scale=2.5, bias=torch.linspace(-0.1, 0.1, EXPERTS), expert_groups=2, open_groups=1
     ),
 }
 
@@ -391,12 +393,14 @@ RULES: dict[str, Callable[[ExpertStats], Policy]] = {
 }
 
 
-def random_groups(layer: MoeLayer, batches: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> Groups:
+def random_routing(
+    layer: MoeLayer, batches: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     logits = (1.5 * torch.randn(batches, tokens, layer.num_experts, generator=generator)).to(dtype)
     indices, weights = layer.rule.route(logits)
     active = torch.ones(batches, tokens, dtype=torch.bool)
-    return Groups(torch.zeros(batches, tokens, 2), logits, indices, weights.to(dtype), active)
+    return Routing(torch.zeros(batches, tokens, 2), logits, indices, weights.to(dtype), active)
 
 
 def same(left: Decision, right: Decision) -> bool:
@@ -414,10 +418,10 @@ def test_decisions_are_usable_and_load_no_more(rule_name: str, router: str) -> N
     policy = RULES[rule_name](some_stats())
     policy.bind([layer])
     for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
-        groups = random_groups(layer, 20, 6, seed, dtype)
-        decision = policy.decide(layer, groups)
-        assert decision.indices.shape == decision.weights.shape == groups.indices.shape
-        assert decision.indices.dtype == groups.indices.dtype
+        routing = random_routing(layer, 20, 6, seed, dtype)
+        decision = policy.decide(layer, routing)
+        assert decision.indices.shape == decision.weights.shape == routing.indices.shape
+        assert decision.indices.dtype == routing.indices.dtype
         assert decision.weights.dtype == dtype
         assert int(decision.indices.min()) >= 0
         assert int(decision.indices.max()) < EXPERTS
@@ -425,17 +429,17 @@ def test_decisions_are_usable_and_load_no_more(rule_name: str, router: str) -> N
         assert (decision.weights >= 0).all()
         every = decision.weights.sum(-1)
         assert (every > 0).all() or "drop" in rule_name
-        before += int(used_experts(groups.indices, groups.active, EXPERTS).sum())
-        after += int(used_experts(decision.indices, groups.active, EXPERTS).sum())
+        before += int(used_experts(routing.indices, routing.active, EXPERTS).sum())
+        after += int(used_experts(decision.indices, routing.active, EXPERTS).sum())
     assert after < 0.95 * before
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_tokens_that_are_not_active_do_not_vote(rule_name: str, router: str) -> None:
     layer = layer_of(ROUTERS[router], EXPERTS)
-    alone = random_groups(layer, 30, 3, seed=1)
-    others = random_groups(layer, 30, 6, seed=2)
-    crowd = Groups(*(torch.cat(parts, 1) for parts in zip(alone, others, strict=True)))
+    alone = random_routing(layer, 30, 3, seed=1)
+    others = random_routing(layer, 30, 6, seed=2)
+    crowd = Routing(*(torch.cat(parts, 1) for parts in zip(alone, others, strict=True)))
     crowd = crowd._replace(active=torch.arange(9).expand(30, 9) < 3)
     policy = RULES[rule_name](some_stats())
     policy.bind([layer])
@@ -448,10 +452,10 @@ def test_tokens_that_are_not_active_do_not_vote(rule_name: str, router: str) -> 
 def test_a_batch_without_active_tokens_is_decided_without_harm(rule_name: str) -> None:
     for router in ROUTERS.values():
         layer = layer_of(router, EXPERTS)
-        groups = random_groups(layer, 2, 3, seed=3)
+        routing = random_routing(layer, 2, 3, seed=3)
         policy = RULES[rule_name](some_stats())
         policy.bind([layer])
-        decision = policy.decide(layer, groups._replace(active=torch.zeros(2, 3, dtype=torch.bool)))
+        decision = policy.decide(layer, routing._replace(active=torch.zeros(2, 3, dtype=torch.bool)))
         assert int(decision.indices.min()) >= 0
         assert int(decision.indices.max()) < EXPERTS
         assert torch.isfinite(decision.weights).all()
@@ -459,14 +463,14 @@ def test_a_batch_without_active_tokens_is_decided_without_harm(rule_name: str) -
 
 def test_batches_side_by_side_are_decided_apart(rule_name: str) -> None:
     layer = layer_of(RULE, EXPERTS)
-    groups = [random_groups(layer, 1, 5, seed) for seed in range(8)]
+    batches = [random_routing(layer, 1, 5, seed) for seed in range(8)]
     policy = RULES[rule_name](some_stats())
     policy.bind([layer])
-    together = policy.decide(layer, side_by_side(*groups))
+    together = policy.decide(layer, side_by_side(*batches))
     if rule_name == "random":
         assert len({tuple(row.unique().tolist()) for row in together.indices}) > 1
         return
-    for i, own in enumerate(groups):
+    for i, own in enumerate(batches):
         part = Decision(together.indices[i : i + 1], together.weights[i : i + 1])
         assert same(part, policy.decide(layer, own))
 
@@ -474,11 +478,11 @@ def test_batches_side_by_side_are_decided_apart(rule_name: str) -> None:
 def test_nothing_waits_for_values(rule_name: str) -> None:
     """Tensors without values: reading one, or a shape that depends on one, raises."""
     layer = layer_of(RULE, EXPERTS)
-    real = random_groups(layer, 1, 5, seed=0)
+    real = random_routing(layer, 1, 5, seed=0)
     policy = RULES[rule_name](some_stats())
     policy.bind([layer])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        decision = policy.decide(layer, Groups(*(mode.from_tensor(part) for part in real)))
+        decision = policy.decide(layer, Routing(*(mode.from_tensor(part) for part in real)))
     assert decision.indices.shape == real.indices.shape
 
 

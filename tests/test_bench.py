@@ -18,7 +18,7 @@ from lynx_learn.decode.shapes import SHAPES, shaped_model
 from lynx_learn.decode.tally import Stats
 from lynx_learn.decode.timing import Steps, paired_ratio, take_turns
 from lynx_learn.errors import LynxError, OptionError
-from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.rules.keep_sets import XShare
 
@@ -43,11 +43,11 @@ class Failing(XShare):
 
     calls = 0
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         self.calls += layer.index == 0
         if self.calls == 3:
             raise RuntimeError("no more")
-        return super().decide(layer, groups)
+        return super().decide(layer, routing)
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -198,8 +198,8 @@ def test_a_model_and_its_calibrated_selector(tmp_path: Path) -> None:
 def test_fewer_experts_are_loaded_and_nothing_else_changes() -> None:
     layer = find_moe_layers(tiny_model("qwen3_moe"))[0]
     indices, weights = torch.tensor([[[1, 6], [3, 4]]]), torch.rand(1, 2, 2)
-    groups = Groups(torch.randn(1, 2, 32), torch.randn(1, 2, 8), indices, weights, torch.ones(1, 2, dtype=torch.bool))
-    decision = bench_module.Fewer(3).decide(layer, groups)
+    routing = Routing(torch.randn(1, 2, 32), torch.randn(1, 2, 8), indices, weights, torch.ones(1, 2, dtype=torch.bool))
+    decision = bench_module.Fewer(3).decide(layer, routing)
     assert decision.indices.tolist() == [[[1, 0], [0, 1]]]
     assert decision.weights is weights
     assert decision.loads is not None

@@ -27,7 +27,7 @@ from lynx_learn.measure.calibrate import (
     certify,
     pilot_curve,
 )
-from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
 from lynx_learn.selector.config import SelectorConfig
@@ -198,10 +198,10 @@ class SeeingPolicy:
     def bind(self, layers: list[MoeLayer]) -> None:
         self.inner.bind(layers)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         if layer.index == 0:
-            self.seen.add(groups.hidden.numpy().tobytes())
-        return self.inner.decide(layer, groups)
+            self.seen.add(routing.hidden.numpy().tobytes())
+        return self.inner.decide(layer, routing)
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return self.inner.surrogate_bytes(layer, skipped, batches)

@@ -23,7 +23,7 @@ from lynx_learn.graph.export import ExportOptions, export
 from lynx_learn.graph.graph import random_batch, to_bytes
 from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
 from lynx_learn.graph.times import time_layers
-from lynx_learn.moe.decision import Groups
+from lynx_learn.moe.decision import Routing
 from lynx_learn.selector.config import SelectorConfig
 from lynx_learn.selector.layer import LayerSelector
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
@@ -71,17 +71,19 @@ def own(kind: Kind, layer: int) -> LayerSelector:
     return selector_of(kind).layers[layer]  # type: ignore[return-value]
 
 
-def batch(kind: Kind, layer: int, tokens: int, seed: int = 0) -> Groups:
+def batch(kind: Kind, layer: int, tokens: int, seed: int = 0) -> Routing:
     return random_batch(selector_of(kind), layer, tokens, torch.Generator().manual_seed(seed))
 
 
-def in_front(groups: Groups) -> Groups:
+def in_front(routing: Routing) -> Routing:
     """With the leading dimension that selectors expect."""
-    return Groups(*(part.unsqueeze(0) for part in groups))
+    return Routing(*(part.unsqueeze(0) for part in routing))
 
 
-def ask(runner: OnnxSelector, layer: int, groups: Groups, threshold: float) -> Any:
-    return runner.run(layer, groups.logits, groups.indices, groups.weights, threshold, groups.hidden, groups.active)
+def ask(runner: OnnxSelector, layer: int, routing: Routing, threshold: float) -> Any:
+    return runner.run(
+        layer, routing.logits, routing.indices, routing.weights, threshold, routing.hidden, routing.active
+    )
 
 
 # Parity.
@@ -91,12 +93,12 @@ def ask(runner: OnnxSelector, layer: int, groups: Groups, threshold: float) -> A
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 def test_every_layer_decides_as_pytorch(kind: Kind, tokens: int) -> None:
     for layer in range(LAYERS):
-        groups = batch(kind, layer, tokens, seed=tokens)
-        part, one = own(kind, layer), in_front(groups)
+        routing = batch(kind, layer, tokens, seed=tokens)
+        part, one = own(kind, layer), in_front(routing)
         costs = part.costs(one)
         totals = part.totals(one, costs)
         for threshold in (0.0, middle(totals), math.inf):
-            answer = ask(runner_of(kind), layer, groups, threshold)
+            answer = ask(runner_of(kind), layer, routing, threshold)
             torch.testing.assert_close(torch.from_numpy(answer.costs), costs[0], rtol=1e-4, atol=1e-9)
             keep = part.keep(one, totals, torch.tensor([threshold]))[1][0]
             decision = part.decide(one, torch.tensor([threshold]), costs)
@@ -118,50 +120,50 @@ def test_thresholds_between_two_totals_are_decided_alike_bit_by_bit() -> None:
 
 
 def test_layers_differ_and_are_chosen_by_their_index() -> None:
-    groups = batch(MLP, 0, 9)
-    costs = [ask(runner_of(MLP), layer, groups, 1.0).costs for layer in range(LAYERS)]
+    routing = batch(MLP, 0, 9)
+    costs = [ask(runner_of(MLP), layer, routing, 1.0).costs for layer in range(LAYERS)]
     assert all(np.abs(costs[a] / costs[b] - 1).max() > 0.1 for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
 def test_with_an_infinite_threshold_the_dearest_stays_and_first_experts_if_wanted(kind: Kind) -> None:
-    groups = batch(kind, 1, 3)
-    groups = groups._replace(active=torch.tensor([True, False, True]))
-    answer = ask(runner_of(kind), 1, groups, math.inf)
-    total = own(kind, 1).totals(in_front(groups), own(kind, 1).costs(in_front(groups)))[0]
+    routing = batch(kind, 1, 3)
+    routing = routing._replace(active=torch.tensor([True, False, True]))
+    answer = ask(runner_of(kind), 1, routing, math.inf)
+    total = own(kind, 1).totals(in_front(routing), own(kind, 1).costs(in_front(routing)))[0]
     wanted = {int(total.argmax())}
     if kind[1]:
-        wanted |= set(groups.indices[groups.active, groups.weights[groups.active].argmax(-1)].tolist())
+        wanted |= set(routing.indices[routing.active, routing.weights[routing.active].argmax(-1)].tolist())
     assert set(np.flatnonzero(answer.keep).tolist()) == wanted
     assert not answer.run_weights[1].any()
     assert set(answer.run_indices.flatten().tolist()) <= wanted
 
 
 def test_tokens_that_are_not_active_count_for_nothing() -> None:
-    groups = batch(MLP, 2, 24, seed=5)
-    live = groups.active
+    routing = batch(MLP, 2, 24, seed=5)
+    live = routing.active
     assert 0 < int(live.sum()) < 24
-    costs = own(MLP, 2).costs(in_front(groups))
-    tau = middle(own(MLP, 2).totals(in_front(groups), costs))
-    answer = ask(runner_of(MLP), 2, groups, tau)
-    alone = ask(runner_of(MLP), 2, Groups(*(part[live] for part in groups)), tau)
+    costs = own(MLP, 2).costs(in_front(routing))
+    tau = middle(own(MLP, 2).totals(in_front(routing), costs))
+    answer = ask(runner_of(MLP), 2, routing, tau)
+    alone = ask(runner_of(MLP), 2, Routing(*(part[live] for part in routing)), tau)
     assert np.array_equal(answer.keep, alone.keep)
     assert np.array_equal(answer.run_weights[live.numpy()], alone.run_weights)
-    everyone = groups._replace(active=torch.ones(24, dtype=torch.bool))
+    everyone = routing._replace(active=torch.ones(24, dtype=torch.bool))
     assert not np.array_equal(answer.keep, ask(runner_of(MLP), 2, everyone, tau).keep)
-    default = runner_of(MLP).run(2, groups.logits, groups.indices, groups.weights, tau, groups.hidden)
+    default = runner_of(MLP).run(2, routing.logits, routing.indices, routing.weights, tau, routing.hidden)
     assert np.array_equal(default.keep, ask(runner_of(MLP), 2, everyone, tau).keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_are_converted(dtype: torch.dtype) -> None:
-    groups = batch(MLP, 0, 5)
-    low = Groups(*(part.to(dtype) if part.is_floating_point() else part for part in groups))
-    plain = Groups(*(part.float() if part.is_floating_point() else part for part in low))
+    routing = batch(MLP, 0, 5)
+    low = Routing(*(part.to(dtype) if part.is_floating_point() else part for part in routing))
+    plain = Routing(*(part.float() if part.is_floating_point() else part for part in low))
     arrays = [None if part is None else part.numpy() for part in plain]
     hidden, logits, indices, weights, active = arrays
     answers = [
-        ask(runner_of(MLP), 0, low._replace(indices=groups.indices.int()), 1.0),
+        ask(runner_of(MLP), 0, low._replace(indices=routing.indices.int()), 1.0),
         ask(runner_of(MLP), 0, plain, 1.0),
         runner_of(MLP).run(0, logits, indices, weights, 1.0, hidden, active),
     ]

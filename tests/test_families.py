@@ -53,9 +53,9 @@ def test_finds_every_moe_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*FAMILIES, "deepseek_v3 with all groups open"])
+@pytest.mark.parametrize("name", [*FAMILIES, "deepseek_v3 with all expert groups open"])
 def test_rule_reproduces_the_router(name: str, dtype: torch.dtype) -> None:
-    model = tiny_model(name) if name in FAMILIES else tiny_deepseek(top_groups=2)
+    model = tiny_model(name) if name in FAMILIES else tiny_deepseek(open_groups=2)
     if dtype == torch.bfloat16:
         model.bfloat16()
     for layer in find_moe_layers(model):
@@ -85,12 +85,14 @@ def reference_route(rule: ScoringRule, logits: list[float], allowed: list[bool])
     choice = {e: logits[e] for e in present} if by_logit else dict(score)
     if rule.bias is not None:
         choice = {e: choice[e] + float(rule.bias[e]) for e in present}
-    size = len(logits) // rule.groups
-    members = {g: [e for e in present if e // size == g] for g in range(rule.groups)}
+    size = len(logits) // rule.expert_groups
+    members = {g: [e for e in present if e // size == g] for g in range(rule.expert_groups)}
     strength = {
-        g: sum(sorted((choice[e] for e in m), reverse=True)[: rule.group_best]) for g, m in members.items() if m
+        g: sum(sorted((choice[e] for e in m), reverse=True)[: rule.strength_of]) for g, m in members.items() if m
     }
-    opened = sorted(strength, key=lambda g: -strength[g])[: rule.top_groups] if rule.groups > 1 else list(strength)
+    opened = (
+        sorted(strength, key=lambda g: -strength[g])[: rule.open_groups] if rule.expert_groups > 1 else list(strength)
+    )
     chosen = sorted((e for g in opened for e in members[g]), key=lambda e: -choice[e])[: rule.top_k]
     if rule.activation == "topk_softmax":
         total = sum(math.exp(logits[e]) for e in chosen)
@@ -114,7 +116,7 @@ def reference_route(rule: ScoringRule, logits: list[float], allowed: list[bool])
     normalise=st.booleans(),
     scale=st.sampled_from([1.0, 2.5]),
     biased=st.booleans(),
-    groups=st.sampled_from([(1, 1, 2), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1)]),
+    expert_groups=st.sampled_from([(1, 1, 2), (2, 1, 2), (2, 2, 2), (4, 1, 2), (4, 2, 2), (2, 1, 1), (4, 2, 1)]),
     scaled=st.booleans(),
     nearness=st.sampled_from([0.01, 0.3]),
     top_k=st.integers(1, 4),
@@ -126,7 +128,7 @@ def test_route_among_allowed_equals_reference(
     normalise: bool,
     scale: float,
     biased: bool,
-    groups: tuple[int, int, int],
+    expert_groups: tuple[int, int, int],
     scaled: bool,
     nearness: float,
     top_k: int,
@@ -140,8 +142,8 @@ def test_route_among_allowed_equals_reference(
     if activation in ("topk_softmax", "sparsemixer"):
         bias = None
     if activation == "sparsemixer":
-        groups = (1, 1, 2)
-    rule = ScoringRule(activation, top_k, normalise, scale, bias, *groups, own, nearness)
+        expert_groups = (1, 1, 2)
+    rule = ScoringRule(activation, top_k, normalise, scale, bias, *expert_groups, own, nearness)
     indices, weights = rule.route(logits, torch.tensor(allowed))
     assert indices.shape == weights.shape == (5, top_k)
     assert all(allowed[e] for e in indices.flatten().tolist()), "a forbidden expert would be loaded"

@@ -32,7 +32,7 @@ from lynx_learn.errors import LynxError, OptionError, SelectorError, TraceError
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.sensitivity import measure_sensitivities
 from lynx_learn.fit.train import TrainOptions, _shard_costs, train
-from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
 from lynx_learn.selector.layer import LayerSelector
@@ -276,8 +276,8 @@ def test_the_saved_selector_predicts_as_reported(scorer: str, tmp_path: Path) ->
             torch.cat([shard[key] for shard in shards]).unsqueeze(0)
             for key in ("hidden", "logits", "indices", "weights")
         )
-        groups = Groups(hidden, logits, indices, weights, torch.ones(hidden.shape[:2], dtype=torch.bool))
-        assert quality(own.costs(groups)[0], true) == pytest.approx(figures[scorer], rel=1e-2)
+        routing = Routing(hidden, logits, indices, weights, torch.ones(hidden.shape[:2], dtype=torch.bool))
+        assert quality(own.costs(routing)[0], true) == pytest.approx(figures[scorer], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -337,11 +337,11 @@ class Predicted:
     def bind(self, layers: list[MoeLayer]) -> None:
         self.inner.bind(layers)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        decision = self.inner.decide(layer, groups)
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        decision = self.inner.decide(layer, routing)
         own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        self.cost += float(own.costs(groups)[decision.weights == 0].sum())
-        self.decided += groups.active.numel()
+        self.cost += float(own.costs(routing)[decision.weights == 0].sum())
+        self.decided += routing.active.numel()
         return decision
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:

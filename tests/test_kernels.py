@@ -20,12 +20,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_selector import COSTS, INDICES, WEIGHTS, random_groups, same
+from test_selector import COSTS, INDICES, WEIGHTS, random_routing, same
 from tiny import random_selector, randomise, tiny_model
 from torch import Tensor
 
 from lynx_learn.errors import OptionError
-from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.config import SelectorConfig
 from lynx_learn.selector.layer import LayerSelector, Ready
@@ -96,7 +96,7 @@ def ready_for(
     return Ready(own, own.scorer.fold(own.sensitivity), sizes, thresholds)
 
 
-def groups_of(
+def routing_of(
     tokens: int,
     experts: int,
     top_k: int,
@@ -106,7 +106,7 @@ def groups_of(
     seed: int = 0,
     coarse: bool = False,
     unlike: bool = False,
-) -> Groups:
+) -> Routing:
     """A random decode batch.
 
     Args:
@@ -130,17 +130,17 @@ def groups_of(
         weights = (4 * weights).ceil() / 4
     states = torch.randn(1, tokens, hidden, generator=generator)
     live = torch.rand(1, tokens, generator=generator) < active
-    return Groups(states.to(dtypes[0]), logits, indices, weights.to(dtypes[2]), live)
+    return Routing(states.to(dtypes[0]), logits, indices, weights.to(dtypes[2]), live)
 
 
-def check_rows(rows: Tensor, ready: Ready, groups: Groups) -> None:
+def check_rows(rows: Tensor, ready: Ready, routing: Routing) -> None:
     """Costs by expert as the PyTorch form has them."""
-    costs = torch.where(groups.active[0].unsqueeze(-1), ready.costs(groups)[0], 0.0)
-    wanted = torch.zeros(rows.shape, device=rows.device).scatter(1, groups.indices[0], costs)
+    costs = torch.where(routing.active[0].unsqueeze(-1), ready.costs(routing)[0], 0.0)
+    wanted = torch.zeros(rows.shape, device=rows.device).scatter(1, routing.indices[0], costs)
     torch.testing.assert_close(rows.abs(), wanted, rtol=1e-4, atol=0.0, equal_nan=True)
-    weights = groups.weights[0]
+    weights = routing.weights[0]
     first = (weights == weights.amax(-1, keepdim=True)) & ready.selector.keep_top1 & (costs > 0)
-    assert torch.equal((rows < 0).gather(1, groups.indices[0]), first)
+    assert torch.equal((rows < 0).gather(1, routing.indices[0]), first)
 
 
 def check_rewritten(done: Decision, wanted: Decision) -> None:
@@ -152,10 +152,10 @@ def check_rewritten(done: Decision, wanted: Decision) -> None:
         torch.testing.assert_close(got, other, rtol=0, atol=0, equal_nan=True)
 
 
-def check_loads_are_consistent(done: Decision, groups: Groups) -> None:
+def check_loads_are_consistent(done: Decision, routing: Routing) -> None:
     before, after = done.loads
-    live = groups.active[0]
-    assert before[0].nonzero().flatten().tolist() == groups.indices[0, live].unique().tolist()
+    live = routing.active[0]
+    assert before[0].nonzero().flatten().tolist() == routing.indices[0, live].unique().tolist()
     assert after[0].nonzero().flatten().tolist() == done.indices[0, live].unique().tolist()
 
 
@@ -178,27 +178,27 @@ def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
     dtypes = draw(st.tuples(*[st.sampled_from(DTYPES)] * 3))
     seed, coarse, unlike = draw(st.integers(0, 99)), draw(st.booleans()), draw(st.booleans())
     active = draw(st.sampled_from([0.0, 0.7, 0.7, 1.0]))
-    groups = groups_of(tokens, experts, top_k, hidden, dtypes, active, seed, coarse, unlike)
-    spoilt = draw(st.sampled_from([None, None, groups.hidden, groups.logits]))
+    routing = routing_of(tokens, experts, top_k, hidden, dtypes, active, seed, coarse, unlike)
+    spoilt = draw(st.sampled_from([None, None, routing.hidden, routing.logits]))
     if spoilt is not None:
         spoilt[0, draw(st.integers(0, tokens - 1)), 0] = math.nan
     scorer, keep_top1 = draw(st.sampled_from(["formula", "linear", "mlp"])), draw(st.booleans())
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1, seed=seed)
-    total = ready.selector.totals(groups, ready.costs(groups))[0]
+    total = ready.selector.totals(routing, ready.costs(routing))[0]
     # A middle threshold lies between the totals of two experts; those of other batch sizes decide otherwise.
     middle = float(total[total > 0].nanmedian()) * 1.01 if (total > 0).any() else 1.0
     threshold = draw(st.sampled_from([0.0, middle, middle, math.inf]))
     sizes = sorted(draw(st.sets(st.integers(1, tokens + 1), max_size=3)))
-    below = sum(size <= int(groups.active.sum()) for size in sizes)
+    below = sum(size <= int(routing.active.sum()) for size in sizes)
     others = [draw(st.sampled_from([0.0, math.inf])) for _ in range(len(sizes) + 1)]
     others[below] = threshold
     ready = Ready(ready.selector, ready.folded, torch.tensor(sizes, dtype=torch.int64), torch.tensor(others))
-    rows = interpreter("costs_by_expert", ready.folded, groups, keep_top1)
-    check_rows(rows, ready, groups)
-    done = interpreter("rewrite_by", rows, groups, ready.sizes, ready.thresholds, keep_top1)
-    check_loads_are_consistent(done, groups)
+    rows = interpreter("costs_by_expert", ready.folded, routing, keep_top1)
+    check_rows(rows, ready, routing)
+    done = interpreter("rewrite_by", rows, routing, ready.sizes, ready.thresholds, keep_top1)
+    check_loads_are_consistent(done, routing)
     assume(total.isnan().any() or not is_close_call(total, threshold))
-    check_rewritten(done, ready.rewrite(groups))
+    check_rewritten(done, ready.rewrite(routing))
 
 
 LARGE = {
@@ -212,16 +212,16 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE)
 def test_large_batches(interpreter: Run, case: str) -> None:
     tokens, experts, top_k, hidden, scorer, dtype, keep_top1 = LARGE[case]
-    groups = groups_of(tokens, experts, top_k, hidden, (dtype,) * 3)
+    routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1)
-    total = ready.selector.totals(groups, ready.costs(groups))[0]
+    total = ready.selector.totals(routing, ready.costs(routing))[0]
     ordered = total[total > 0].sort().values
     gaps = ordered[1:] / ordered[:-1]
     cut = len(gaps) // 4 + int(gaps[len(gaps) // 4 : -1].argmax())
     assert gaps[cut] > 1.001, "no threshold that rounding does not touch"
     ready.thresholds[0] = ordered[cut : cut + 2].mean()
-    done = interpreter("rewrite", ready.folded, groups, ready.sizes, ready.thresholds, keep_top1)
-    check_rewritten(done, ready.rewrite(groups))
+    done = interpreter("rewrite", ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+    check_rewritten(done, ready.rewrite(routing))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
 
@@ -229,14 +229,14 @@ def test_large_batches(interpreter: Run, case: str) -> None:
 def test_totals_of_many_tokens(interpreter: Run, tokens: int, experts: int, top_k: int) -> None:
     """Costs that float32 adds up exactly, so that nothing is a close call."""
     generator = torch.Generator().manual_seed(0)
-    groups = groups_of(tokens, experts, top_k, 1)
-    costs = torch.randint(1, 64, groups.indices.shape, generator=generator).float()
-    live = groups.active.unsqueeze(-1)
-    rows = torch.zeros(tokens, experts).scatter(1, groups.indices[0], torch.where(live, costs, 0.0)[0])
+    routing = routing_of(tokens, experts, top_k, 1)
+    costs = torch.randint(1, 64, routing.indices.shape, generator=generator).float()
+    live = routing.active.unsqueeze(-1)
+    rows = torch.zeros(tokens, experts).scatter(1, routing.indices[0], torch.where(live, costs, 0.0)[0])
     ready = ready_for(experts, top_k, 1)
-    threshold = ready.selector.totals(groups, costs).median().unsqueeze(0)
-    done = interpreter("rewrite_by", rows, groups, ready.sizes, threshold, False)
-    check_rewritten(done, ready.selector.rewrite(groups, threshold, costs))
+    threshold = ready.selector.totals(routing, costs).median().unsqueeze(0)
+    done = interpreter("rewrite_by", rows, routing, ready.sizes, threshold, False)
+    check_rewritten(done, ready.selector.rewrite(routing, threshold, costs))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
 
@@ -262,14 +262,14 @@ def test_the_rule_on_costs_by_hand(interpreter: Run, case: str, active: tuple[bo
     for place, value in changes.items():
         costs[0][place] = value
     live = torch.tensor([active])
-    groups = Groups(torch.ones(1, 3, 2), torch.zeros(1, 3, 4), INDICES, WEIGHTS, live)
+    routing = Routing(torch.ones(1, 3, 2), torch.zeros(1, 3, 4), INDICES, WEIGHTS, live)
     signed = torch.where(WEIGHTS.amax(-1, keepdim=True) > WEIGHTS, costs, -costs) if keep_top1 else costs
     rows = torch.zeros(3, 4).scatter(1, INDICES[0], torch.where(live.unsqueeze(-1), signed, 0.0)[0])
     ready = ready_for(4, 2, 2, keep_top1=keep_top1)
     limits = torch.tensor([threshold])
-    done = interpreter("rewrite_by", rows, groups, ready.sizes, limits, keep_top1)
-    check_rewritten(done, ready.selector.rewrite(groups, limits, costs))
-    check_loads_are_consistent(done, groups)
+    done = interpreter("rewrite_by", rows, routing, ready.sizes, limits, keep_top1)
+    check_rewritten(done, ready.selector.rewrite(routing, limits, costs))
+    check_loads_are_consistent(done, routing)
 
 
 def decide_twice(
@@ -280,20 +280,20 @@ def decide_twice(
 
     model = tiny_model("qwen3_moe").to(dtype)
     layers = find_moe_layers(model)
-    groups = random_groups(layers[0], batches)
-    groups = groups._replace(hidden=groups.hidden.to(dtype))
+    routing = random_routing(layers[0], batches)
+    routing = routing._replace(hidden=routing.hidden.to(dtype))
     if not contiguous:
-        groups = groups._replace(
-            logits=groups.logits.mT.contiguous().mT,
-            hidden=groups.hidden.repeat(1, 1, 2)[..., : groups.hidden.shape[-1]],
+        routing = routing._replace(
+            logits=routing.logits.mT.contiguous().mT,
+            hidden=routing.hidden.repeat(1, 1, 2)[..., : routing.hidden.shape[-1]],
         )
     decisions = []
     with mock.patch.object(kernels, "rewrite", wraps=kernels.rewrite) as used:
         for kernel in ("torch", "triton"):
             policy = ThresholdPolicy(random_selector(model, rank, scorer), {1: 2.0, 6: 0.0}, "", kernel)
             policy.bind(layers)
-            decisions.append(policy.decide(layers[0], groups))
-    skips = bool((decisions[0].weights != groups.weights)[groups.active].any())
+            decisions.append(policy.decide(layers[0], routing))
+    skips = bool((decisions[0].weights != routing.weights)[routing.active].any())
     return same(*decisions), skips, used.call_count
 
 
@@ -311,21 +311,21 @@ def test_many_batches_at_once_stay_with_pytorch(interpreter: Run) -> None:
 
 
 def test_what_is_not_supported_is_refused(interpreter: Run) -> None:
-    ready, groups = ready_for(8, 2, 4), groups_of(3, 8, 2, 4)
+    ready, routing = ready_for(8, 2, 4), routing_of(3, 8, 2, 4)
 
-    def can(ready: Ready, groups: Groups) -> bool:
-        return interpreter("supported", ready.folded, groups)
+    def can(ready: Ready, routing: Routing) -> bool:
+        return interpreter("supported", ready.folded, routing)
 
-    assert can(ready, groups)
-    assert can(ready_for(512, 16, 4), groups_of(512, 512, 16, 4))
-    assert not can(ready, groups_of(513, 8, 2, 4))
-    assert not can(ready_for(513, 2, 4), groups_of(3, 513, 2, 4))
-    assert not can(ready_for(20, 17, 4), groups_of(3, 20, 17, 4))
-    assert not can(ready, groups._replace(weights=groups.weights.double()))
-    assert not can(ready, groups._replace(indices=groups.indices.int()))
-    assert not can(ready, Groups(*(torch.cat([part, part]) for part in groups)))
+    assert can(ready, routing)
+    assert can(ready_for(512, 16, 4), routing_of(512, 512, 16, 4))
+    assert not can(ready, routing_of(513, 8, 2, 4))
+    assert not can(ready_for(513, 2, 4), routing_of(3, 513, 2, 4))
+    assert not can(ready_for(20, 17, 4), routing_of(3, 20, 17, 4))
+    assert not can(ready, routing._replace(weights=routing.weights.double()))
+    assert not can(ready, routing._replace(indices=routing.indices.int()))
+    assert not can(ready, Routing(*(torch.cat([part, part]) for part in routing)))
     half = ready.folded._replace(outer=ready.folded.outer.half())
-    assert not interpreter("supported", half, groups)
+    assert not interpreter("supported", half, routing)
 
 
 def test_weights_that_want_a_gradient_stay_with_pytorch(interpreter: Run) -> None:
@@ -335,11 +335,11 @@ def test_weights_that_want_a_gradient_stay_with_pytorch(interpreter: Run) -> Non
 def supported_with_gradient() -> tuple[bool, bool]:
     from lynx_learn.selector import kernels
 
-    ready, groups = ready_for(8, 2, 4), groups_of(3, 8, 2, 4)
-    groups.weights.requires_grad_()
+    ready, routing = ready_for(8, 2, 4), routing_of(3, 8, 2, 4)
+    routing.weights.requires_grad_()
     with torch.enable_grad():
-        wanted = kernels.supported(ready.folded, groups)
-    return wanted, kernels.supported(ready.folded, groups)
+        wanted = kernels.supported(ready.folded, routing)
+    return wanted, kernels.supported(ready.folded, routing)
 
 
 def test_on_a_cpu_the_kernels_are_not_used() -> None:
@@ -361,14 +361,14 @@ def verdicts() -> list[tuple[bool, int]]:
 
     times, seen, taken = {"fused": 1.0, "plain": 2.0}, [], []
 
-    def milliseconds(form: Callable[[Groups], str], groups: Groups) -> float:
-        taken.append(form(groups))
+    def milliseconds(form: Callable[[Routing], str], routing: Routing) -> float:
+        taken.append(form(routing))
         return times[taken[-1]]
 
     def ask(tokens: int, capturing: bool = False) -> None:
-        folded, groups = ready_for(8, 2, 4).folded, groups_of(tokens, 8, 2, 4)
+        folded, routing = ready_for(8, 2, 4).folded, routing_of(tokens, 8, 2, 4)
         with mock.patch("torch.cuda.is_current_stream_capturing", return_value=capturing):
-            verdict = kernels.is_faster(folded, groups, lambda groups: "fused", lambda groups: "plain")
+            verdict = kernels.is_faster(folded, routing, lambda routing: "fused", lambda routing: "plain")
         seen.append((verdict, len(taken)))
 
     with (
@@ -426,11 +426,11 @@ def compile_for_hopper(
             return launch
 
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1, {1: 1.0, 4: 2.0})
-    groups = groups_of(tokens, experts, top_k, hidden, (dtype,) * 3)
+    routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     with ExitStack() as stack:
         for name in ("_costs_by_expert", "_rewrite"):
             stack.enter_context(mock.patch.object(kernels, name, Compile(getattr(kernels, name))))
-        kernels.rewrite(ready.folded, groups, ready.sizes, ready.thresholds, keep_top1)
+        kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
     return done
 
 
@@ -452,8 +452,8 @@ def test_the_kernels_compile_without_a_device(compiler: Run, sizes: tuple[Any, .
         assert shared <= 48 * 1024  # what every device gives without asking
 
 
-def on(device: str, groups: Groups) -> Groups:
-    return Groups(*(part.to(device) for part in groups))
+def on(device: str, routing: Routing) -> Routing:
+    return Routing(*(part.to(device) for part in routing))
 
 
 @pytest.mark.gpu
@@ -465,23 +465,23 @@ def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_
 
     for scorer, keep_top1 in (("mlp", False), ("linear", True), ("formula", False)):
         ready = ready_for(experts, top_k, 2048, scorer, keep_top1, device="cuda")
-        groups = on("cuda", groups_of(tokens, experts, top_k, 2048, (dtype,) * 3, active=0.9))
-        rows = kernels.costs_by_expert(ready.folded, groups, keep_top1)
+        routing = on("cuda", routing_of(tokens, experts, top_k, 2048, (dtype,) * 3, active=0.9))
+        rows = kernels.costs_by_expert(ready.folded, routing, keep_top1)
         # float32 products may be rounded to fewer bits on such a device.
         with mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", False):
-            check_rows(rows, ready, groups)
-        costs = rows.abs().gather(1, groups.indices[0]).unsqueeze(0)
-        total = ready.selector.totals(groups, costs)[0]
+            check_rows(rows, ready, routing)
+        costs = rows.abs().gather(1, routing.indices[0]).unsqueeze(0)
+        total = ready.selector.totals(routing, costs)[0]
         wanted = total[total > 0].median() * 1.0003
         if is_close_call(total, float(wanted)):
             wanted = torch.tensor(math.inf, device="cuda")
         ready.thresholds[0] = wanted
-        done = kernels.rewrite(ready.folded, groups, ready.sizes, ready.thresholds, keep_top1)
-        check_rewritten(done, ready.selector.rewrite(groups, ready.thresholds, costs))
+        done = kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+        check_rewritten(done, ready.selector.rewrite(routing, ready.thresholds, costs))
         for _ in range(20):
-            again = kernels.rewrite(ready.folded, groups, ready.sizes, ready.thresholds, keep_top1)
+            again = kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
             check_rewritten(again, done)
-            assert torch.equal(kernels.costs_by_expert(ready.folded, groups, keep_top1), rows)
+            assert torch.equal(kernels.costs_by_expert(ready.folded, routing, keep_top1), rows)
 
 
 @pytest.mark.gpu
@@ -492,8 +492,8 @@ def test_a_captured_policy_decides_for_new_inputs(kernel: str) -> None:
     layers = find_moe_layers(model)
     policy = ThresholdPolicy(random_selector(model), {1: 2.0, 4: 4.0}, "", kernel)
     policy.bind(layers)
-    batches = [on("cuda", random_groups(layers[0], 1, 12, seed)) for seed in range(5)]
-    held = Groups(*(part.clone() for part in batches[0]))
+    batches = [on("cuda", random_routing(layers[0], 1, 12, seed)) for seed in range(5)]
+    held = Routing(*(part.clone() for part in batches[0]))
     with torch.no_grad():
         policy.decide(layers[0], held)
         torch.cuda.synchronize()

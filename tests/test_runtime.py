@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, StaticCache
 from lynx_learn.decode.runtime import act, skip_experts
 from lynx_learn.decode.tally import Tally
 from lynx_learn.errors import ModelError, OptionError, SelectorError
-from lynx_learn.moe.decision import Groups, Policy
+from lynx_learn.moe.decision import Policy, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.rules.keep_sets import XShare
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
@@ -315,7 +315,7 @@ def test_nothing_waits_for_the_device(name: str, rows: int, kind: str) -> None:
         for layer in layers:
             hidden, logits = torch.randn(1, rows, layer.hidden_size).bfloat16(), torch.randn(1, rows, EXPERTS)
             active = torch.randn(1, rows) > 0
-            done = act(policy, layer, Groups(hidden, logits, *layer.rule.route(logits), active), tally)
+            done = act(policy, layer, Routing(hidden, logits, *layer.rule.route(logits), active), tally)
             assert done.indices.shape == done.weights.shape == (1, rows, TOP_K)
 
 

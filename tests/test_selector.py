@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import LynxError, OptionError, SelectorError
-from lynx_learn.moe.decision import Decision, Groups
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.selector import selector as selector_module
 from lynx_learn.selector.config import FORMAT_VERSION
@@ -31,12 +31,12 @@ def own(selector: LynxSelector, layer: int = 0) -> LayerSelector:
     return selector.layers[layer]  # type: ignore[return-value]
 
 
-def random_groups(layer: MoeLayer, batches: int = 3, tokens: int = 6, seed: int = 0) -> Groups:
+def random_routing(layer: MoeLayer, batches: int = 3, tokens: int = 6, seed: int = 0) -> Routing:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batches, tokens, HIDDEN, generator=generator)
     logits = 2 * torch.randn(batches, tokens, layer.num_experts, generator=generator)
     active = torch.rand(batches, tokens, generator=generator) < 0.8
-    return Groups(hidden, logits, *layer.rule.route(logits), active)
+    return Routing(hidden, logits, *layer.rule.route(logits), active)
 
 
 def same(a: Decision, b: Decision) -> bool:
@@ -55,8 +55,8 @@ def hand_decision(threshold: float, keep_top1: bool = False, rank: int = 0, cost
     selector = LynxSelector(replace(config, num_experts=4, hidden_size=2))
     randomise(selector)
     active = torch.ones(1, 3, dtype=torch.bool)
-    groups = Groups(torch.ones(1, 3, 2), torch.zeros(1, 3, 4), INDICES, WEIGHTS, active)
-    return own(selector).decide(groups, torch.tensor([threshold]), costs)
+    routing = Routing(torch.ones(1, 3, 2), torch.zeros(1, 3, 4), INDICES, WEIGHTS, active)
+    return own(selector).decide(routing, torch.tensor([threshold]), costs)
 
 
 def test_experts_below_the_threshold_together_are_left_out() -> None:
@@ -99,42 +99,42 @@ def test_a_cost_that_is_no_number_keeps_its_expert() -> None:
 def test_surrogates_answer_with_the_original_weight(batches: int, tokens: int, rank: int) -> None:
     selector = random_selector(tiny_model("mixtral"), rank=rank)
     layer = find_moe_layers(tiny_model("mixtral"))[0]
-    groups = random_groups(layer, batches, tokens)
+    routing = random_routing(layer, batches, tokens)
     part = own(selector).surrogates
-    decision = own(selector).decide(groups, torch.full((batches,), 2.0))
+    decision = own(selector).decide(routing, torch.full((batches,), 2.0))
     assert decision.addition is not None
     assert decision.answered is not None
-    wanted = torch.zeros_like(groups.hidden)
+    wanted = torch.zeros_like(routing.hidden)
     for g, t, k in decision.answered.nonzero().tolist():
-        expert, weight = int(groups.indices[g, t, k]), groups.weights[g, t, k]
+        expert, weight = int(routing.indices[g, t, k]), routing.weights[g, t, k]
         assert decision.weights[g, t, k] == 0
-        if groups.active[g, t]:
+        if routing.active[g, t]:
             wanted[g, t] += weight * (
-                part.up[expert].T @ (part.down[expert] @ groups.hidden[g, t]) + part.constant[expert]
+                part.up[expert].T @ (part.down[expert] @ routing.hidden[g, t]) + part.constant[expert]
             )
     torch.testing.assert_close(decision.addition, wanted, rtol=1e-4, atol=1e-4)
-    kept = ~decision.answered & groups.active.unsqueeze(-1)
-    assert torch.equal(decision.indices[kept], groups.indices[kept])
-    assert torch.equal(decision.weights[kept], groups.weights[kept])
-    assert 0.05 < decision.answered[groups.active].float().mean() < 0.9
+    kept = ~decision.answered & routing.active.unsqueeze(-1)
+    assert torch.equal(decision.indices[kept], routing.indices[kept])
+    assert torch.equal(decision.weights[kept], routing.weights[kept])
+    assert 0.05 < decision.answered[routing.active].float().mean() < 0.9
 
 
 def test_costs_are_scores_times_sensitivity_and_what_does_not_run_adds_none() -> None:
     model = tiny_model("olmoe")
     selector = random_selector(model)
-    groups = random_groups(find_moe_layers(model)[0])
+    routing = random_routing(find_moe_layers(model)[0])
     part = own(selector)
     with torch.no_grad():
-        features = assignment_features(groups.logits, groups.indices, groups.weights)
-        logarithms = part.scorer(features, groups.indices, groups.hidden)
+        features = assignment_features(routing.logits, routing.indices, routing.weights)
+        logarithms = part.scorer(features, routing.indices, routing.hidden)
     wanted = logarithms.exp() * part.sensitivity
-    torch.testing.assert_close(part.costs(groups), wanted)
-    assert not groups.active.all()
+    torch.testing.assert_close(part.costs(routing), wanted)
+    assert not routing.active.all()
     assert part.sensitivity != 1
-    total = torch.zeros(len(groups.active), EXPERTS)
-    for g, t in groups.active.nonzero().tolist():
-        total[g].index_add_(0, groups.indices[g, t], wanted[g, t])
-    torch.testing.assert_close(part.totals(groups, wanted), total)
+    total = torch.zeros(len(routing.active), EXPERTS)
+    for g, t in routing.active.nonzero().tolist():
+        total[g].index_add_(0, routing.indices[g, t], wanted[g, t])
+    torch.testing.assert_close(part.totals(routing, wanted), total)
 
 
 @pytest.mark.parametrize("scorer", ["formula", "linear", "mlp"])
@@ -145,9 +145,9 @@ def test_decode_runs_the_same_costs_folded(scorer: str) -> None:
     policy = selector.at_threshold(1.0)
     policy.bind(layers)
     for layer in layers:
-        groups = random_groups(layer, batches=3, tokens=40)
+        routing = random_routing(layer, batches=3, tokens=40)
         part: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
-        torch.testing.assert_close(policy.ready[layer.index].costs(groups), part.costs(groups), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(policy.ready[layer.index].costs(routing), part.costs(routing), rtol=1e-4, atol=1e-6)
 
 
 def test_a_policy_leaves_the_selector_as_it_is() -> None:
@@ -166,13 +166,13 @@ def test_threshold_is_that_of_the_largest_size_not_above_the_active_tokens() -> 
     layer = find_moe_layers(model)[0]
     policy.bind(find_moe_layers(model))
     for count, threshold in {1: 0.0, 3: 0.0, 4: 3.0, 7: 3.0, 8: 6.0, 12: 6.0}.items():
-        groups = random_groups(layer, batches=1, tokens=12)
-        groups = groups._replace(active=(torch.arange(12) < count).unsqueeze(0))
-        decision = policy.decide(layer, groups)
+        routing = random_routing(layer, batches=1, tokens=12)
+        routing = routing._replace(active=(torch.arange(12) < count).unsqueeze(0))
+        decision = policy.decide(layer, routing)
         for tau in (0.0, 3.0, 6.0):
-            assert same(decision, own(selector).decide(groups, torch.tensor([tau]))) == (tau == threshold), count
-        live = groups.active
-        assert torch.equal(decision.indices[live], groups.indices[live]) == (threshold == 0)
+            assert same(decision, own(selector).decide(routing, torch.tensor([tau]))) == (tau == threshold), count
+        live = routing.active
+        assert torch.equal(decision.indices[live], routing.indices[live]) == (threshold == 0)
     assert policy.skips
     assert not selector.at_threshold(0.0).skips
 
@@ -223,10 +223,10 @@ def test_saved_and_loaded_decides_the_same(scorer: str, rank: int, tmp_path: Pat
         decisions = []
         for policy in (saved.policy(0.01), loaded.policy(0.01), saved.with_config(keep_top1=rank > 0).policy(0.01)):
             policy.bind(layers)
-            decisions.append(policy.decide(layer, random_groups(layer, tokens=9, seed=layer.index)))
+            decisions.append(policy.decide(layer, random_routing(layer, tokens=9, seed=layer.index)))
         assert same(decisions[0], decisions[1])
         assert same(decisions[0], decisions[2])
-        assert not torch.equal(decisions[0].weights, random_groups(layer, tokens=9, seed=layer.index).weights)
+        assert not torch.equal(decisions[0].weights, random_routing(layer, tokens=9, seed=layer.index).weights)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -358,14 +358,16 @@ def test_deciding_is_one_graph_for_any_values(
     policy.bind(find_moe_layers(model))
     policy.ready[0].selector.surrogates.form = "grouped" if rank == 8 else "dense"  # those of other devices than a CPU
     torch.compiler.reset()
-    traced = torch.compile(lambda groups: policy.decide(layer, groups), fullgraph=True, backend="eager", dynamic=False)
+    traced = torch.compile(
+        lambda routing: policy.decide(layer, routing), fullgraph=True, backend="eager", dynamic=False
+    )
     for seed in range(3):
-        groups = random_groups(layer, batches, tokens, seed)
-        groups = groups._replace(hidden=groups.hidden.to(layer.dtype))
+        routing = random_routing(layer, batches, tokens, seed)
+        routing = routing._replace(hidden=routing.hidden.to(layer.dtype))
         if seed == 2:
-            groups = groups._replace(active=torch.zeros_like(groups.active))
+            routing = routing._replace(active=torch.zeros_like(routing.active))
         with torch.no_grad(), torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
-            assert same(traced(groups), policy.decide(layer, groups))
+            assert same(traced(routing), policy.decide(layer, routing))
 
 
 def test_sums_in_order_are_those_of_scatter_add() -> None:

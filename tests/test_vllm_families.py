@@ -96,7 +96,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "deepseek_v2": lambda: build(
         "DeepseekV2", **SIZES | WIDTHS | LATENT, n_group=1, topk_group=1, topk_method="greedy"
     ),
-    "deepseek_v2 by groups": lambda: build(
+    "deepseek_v2 by expert groups": lambda: build(
         "DeepseekV2", **SIZES | WIDTHS | LATENT | GROUPS, topk_method="group_limited_greedy"
     ),
     "deepseek_v3": lambda: build(

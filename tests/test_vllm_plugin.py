@@ -24,7 +24,7 @@ from lynx_learn.integrations.vllm import metrics as vllm_metrics
 from lynx_learn.integrations.vllm.engine import Acting, Step
 from lynx_learn.integrations.vllm.layers import EngineLayer
 from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError, check_version, opted_out, read_settings
-from lynx_learn.moe.decision import Groups
+from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.selector import ThresholdPolicy
 
@@ -298,9 +298,9 @@ def test_a_decode_step_runs_the_policys_decision(scale: float, rank: int, monkey
     ran = run_layer(found, hidden, logits)
     real = slice(0, REAL)
     parts = (hidden[real], logits[real], indices[real], weights[real] * scale)
-    groups = Groups(*(part.unsqueeze(0) for part in parts), active=torch.ones(1, REAL, dtype=torch.bool))
+    routing = Routing(*(part.unsqueeze(0) for part in parts), active=torch.ones(1, REAL, dtype=torch.bool))
     ready = found.ready[0]
-    wanted = ready.selector.decide(groups, ready.threshold(groups.active), ready.costs(groups))
+    wanted = ready.selector.decide(routing, ready.threshold(routing.active), ready.costs(routing))
     assert wanted.addition is not None
     assert wanted.loads is not None
     torch.testing.assert_close(ran[0][real] * scale, wanted.weights[0])

@@ -64,14 +64,14 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         "Qwen3Moe", num_experts=EXPERTS, moe_intermediate_size=48, head_dim=16, norm_topk_prob=True
     ),
     "olmoe": lambda: build("Olmoe", num_experts=EXPERTS, intermediate_size=48, norm_topk_prob=False),
-    "deepseek_v3": lambda: tiny_deepseek(top_groups=1),
+    "deepseek_v3": lambda: tiny_deepseek(open_groups=1),
     "gpt_oss": lambda: build("GptOss", num_local_experts=EXPERTS, intermediate_size=48, head_dim=16, sliding_window=32),
     "granitemoe": lambda: build("GraniteMoe", num_local_experts=EXPERTS, intermediate_size=48),
 }
 
 
-def tiny_deepseek(top_groups: int) -> PreTrainedModel:
-    """DeepSeek-V3 with a dense first layer, a shared expert, a choice bias and `top_groups` of 2 expert groups."""
+def tiny_deepseek(open_groups: int) -> PreTrainedModel:
+    """DeepSeek-V3 with a dense first layer, a shared expert, a choice bias and `open_groups` of 2 expert groups."""
     return build(
         "DeepseekV3",
         num_hidden_layers=3,
@@ -80,7 +80,7 @@ def tiny_deepseek(top_groups: int) -> PreTrainedModel:
         moe_intermediate_size=48,
         n_routed_experts=EXPERTS,
         n_group=2,
-        topk_group=top_groups,
+        topk_group=open_groups,
         n_shared_experts=1,
         first_k_dense_replace=1,
         routed_scaling_factor=2.5,

@@ -206,7 +206,7 @@ VISION: dict[str, Any] = {
 # Other ways to configure what the zoo holds, that lead to another rule or another shape.
 VARIANTS: dict[str, Kind] = {
     "cohere2_moe by sigmoid": Kind("Cohere2MoeForCausalLM", {"expert_selection_fn": "sigmoid"}),
-    "deepseek_v2 without groups": Kind("DeepseekV2ForCausalLM", {**MLA, "topk_method": "greedy"}),
+    "deepseek_v2 without expert groups": Kind("DeepseekV2ForCausalLM", {**MLA, "topk_method": "greedy"}),
     "deepseek_v4 without hashed layers": Kind("DeepseekV4ForCausalLM", {"mlp_layer_types": ["moe", "moe"]}),
     "laguna with capped logits": Kind("LagunaForCausalLM", {"moe_router_logit_softcapping": 2.0}),
     "qwen3_vl_moe with its vision tower": Kind("Qwen3VLMoeForConditionalGeneration", {"vision_config": VISION}),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..files import write_atomically
-from ..moe.decision import Decision, Groups, Policy, used_experts
+from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import MoeLayer
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
@@ -126,10 +126,10 @@ class Fewer:
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        indices = groups.indices % self.count
-        used, run = (used_experts(part, groups.active, layer.num_experts) for part in (groups.indices, indices))
-        return Decision(indices, groups.weights, loads=(used, run))
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        indices = routing.indices % self.count
+        used, run = (used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, indices))
+        return Decision(indices, routing.weights, loads=(used, run))
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return 0.0
@@ -142,8 +142,8 @@ class Watched(ThresholdPolicy):
         self.__dict__.update(policy.__dict__)
         self.microseconds: dict[str, list[float]] = {}
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        ready, form = self.ready[layer.index], self.form(self.ready[layer.index], groups)
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        ready, form = self.ready[layer.index], self.form(self.ready[layer.index], routing)
         marks = [clock(layer.device)]
 
         def passed(part: str) -> None:
@@ -151,14 +151,14 @@ class Watched(ThresholdPolicy):
             self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
 
         if form == ready.rewrite:
-            costs = ready.costs(groups)
+            costs = ready.costs(routing)
             passed("scorer")
-            decision = ready.selector.rewrite(groups, ready.threshold(groups.active), costs)
+            decision = ready.selector.rewrite(routing, ready.threshold(routing.active), costs)
             passed("rewrite")
         else:
-            decision = form(groups)
+            decision = form(routing)
             passed("scorer and rewrite")
-        decision = ready.selector.answer(groups, decision)
+        decision = ready.selector.answer(routing, decision)
         passed("surrogates")
         return decision
 

@@ -6,28 +6,27 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ModelError
 from ..moe.calls import DecodeCall, read_call
-from ..moe.decision import Decision, Groups, Policy, silence
+from ..moe.decision import Decision, Policy, Routing, silence
 from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.hooks import Rewrite, Routing, intercept
+from ..moe.hooks import intercept
 from ..moe.loading import fast_dtype
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .tally import Stats, Tally
 
 
-def act(policy: Policy | None, layer: MoeLayer, groups: Groups, tally: Tally) -> Decision:
-    """Let the policy rewrite one layer's groups, and count."""
-    decision = Decision(groups.indices, groups.weights)
+def act(policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally) -> Decision:
+    """Let the policy rewrite one layer's routing, and count."""
+    decision = Decision(routing.indices, routing.weights)
     if policy is not None:
-        decision = policy.decide(layer, groups)
+        decision = policy.decide(layer, routing)
         if decision.loads is None:
-            decision = silence(decision, groups.active, layer.num_experts)
-    tally.add(layer, groups, decision)
+            decision = silence(decision, routing.active, layer.num_experts)
+    tally.add(layer, routing, decision)
     return decision
 
 
@@ -96,17 +95,12 @@ class Skipping:
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = read_call(self.model, args, kwargs)
 
-    def _on_layer(self, layer: MoeLayer, routing: Routing) -> Rewrite | None:
+    def _on_layer(self, layer: MoeLayer, routing: Routing) -> Decision | None:
         if self.call is None:
             return None
-        tokens = routing.hidden.shape[0]
-        active = self.call.active
-        if active is None:
-            active = torch.ones(tokens, dtype=torch.bool, device=routing.hidden.device)
-        hidden, logits, indices, weights = (part.unsqueeze(0) for part in routing)
-        groups = Groups(hidden, logits, indices.long(), weights, active.to(routing.hidden.device).unsqueeze(0))
-        done = act(self.policy, layer, groups, self.tally)
-        return Rewrite(done.indices[0], done.weights[0], None if done.addition is None else done.addition[0])
+        if self.call.active is not None:
+            routing = routing._replace(active=self.call.active.to(routing.hidden.device).unsqueeze(0))
+        return act(self.policy, layer, routing, self.tally)
 
 
 def skip_experts(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..moe.decision import Groups, Policy
+from ..moe.decision import Decision, Policy, Routing
 from ..moe.families import MoeLayer
-from ..moe.hooks import Rewrite, Routing, intercept
+from ..moe.hooks import intercept
 from .runtime import act
 from .tally import Stats, Tally
 
@@ -36,22 +36,19 @@ def simulated_logits(
     sequences, positions = tokens.shape
     tally = Tally(layers, policy)
 
-    def on_layer(layer: MoeLayer, routing: Routing) -> Rewrite | None:
+    def on_layer(layer: MoeLayer, routing: Routing) -> Decision | None:
         def by_position(part: Tensor) -> Tensor:
-            return part.unflatten(0, (sequences, positions)).transpose(0, 1)[prompt:]
+            return part[0].unflatten(0, (sequences, positions)).transpose(0, 1)[prompt:]
 
         def put_back(whole: Tensor, part: Tensor) -> Tensor:
-            head = whole.unflatten(0, (sequences, positions))[:, :prompt]
-            return torch.cat([head, part.transpose(0, 1).to(head.dtype)], dim=1).flatten(0, 1)
+            head = whole[0].unflatten(0, (sequences, positions))[:, :prompt]
+            return torch.cat([head, part.transpose(0, 1).to(head.dtype)], dim=1).flatten(0, 1).unsqueeze(0)
 
-        hidden, logits, indices, weights = (by_position(part) for part in routing)
-        active = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        groups = Groups(hidden, logits, indices.long(), weights, active)
-        done = act(policy, layer, groups, tally)
+        done = act(policy, layer, Routing(*map(by_position, routing)), tally)
         if policy is None:
             return None
         added = None if done.addition is None else put_back(torch.zeros_like(routing.hidden), done.addition)
-        return Rewrite(put_back(routing.indices, done.indices), put_back(routing.weights, done.weights), added)
+        return Decision(put_back(routing.indices, done.indices), put_back(routing.weights, done.weights), added)
 
     with intercept(model, layers, on_layer):
         logits = model(input_ids=tokens, use_cache=False).logits

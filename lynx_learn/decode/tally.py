@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..moe.decision import Decision, Groups, Policy, used_experts
+from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import MoeLayer
 
 
@@ -22,14 +22,14 @@ class Tally:
         # Batches that loaded each expert, as routed and as run.
         self.loads = {la.index: torch.zeros(2, la.num_experts, dtype=torch.int64, device=la.device) for la in layers}
 
-    def add(self, layer: MoeLayer, groups: Groups, decision: Decision) -> None:
+    def add(self, layer: MoeLayer, routing: Routing, decision: Decision) -> None:
         """Count one layer's decode batches, as routed and as run."""
         index = layer.index
         loads = decision.loads or tuple(
-            used_experts(part, groups.active, layer.num_experts) for part in (groups.indices, decision.indices)
+            used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, decision.indices)
         )
-        self.batches[index] += len(groups.active)
-        self.tokens[index] += groups.active.sum()
+        self.batches[index] += len(routing.active)
+        self.tokens[index] += routing.active.sum()
         self.loads[index] += torch.stack(loads).sum(1)
         if decision.answered is not None:
             self.answered[index] += decision.answered.sum()

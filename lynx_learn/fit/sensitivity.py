@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decode.simulate import compare
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
@@ -28,16 +28,16 @@ class HalfOfOneLayer:
         own = self.selector.layers[self.layer].to(layers[self.layer].device)
         own.surrogates.to(layers[self.layer].dtype)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         if layer.index != self.layer:
-            return Decision(groups.indices, groups.weights)
+            return Decision(routing.indices, routing.weights)
         own: LayerSelector = self.selector.layers[self.layer]  # type: ignore[assignment]
-        costs = own.costs(groups)
-        total = own.totals(groups, costs)
+        costs = own.costs(routing)
+        total = own.totals(routing, costs)
         loaded = torch.where(total > 0, total, torch.full_like(total, float("nan")))
-        decision = own.decide(groups, loaded.nanmedian(-1).values, costs)
+        decision = own.decide(routing, loaded.nanmedian(-1).values, costs)
         self.cost += float(costs[decision.weights == 0].sum())
-        self.tokens += groups.active.numel()
+        self.tokens += routing.active.numel()
         return decision
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:

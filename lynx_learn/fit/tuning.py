@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from ..decode.simulate import compare, simulated_logits
 from ..errors import SelectorError
-from ..moe.decision import Decision, Groups, Policy
+from ..moe.decision import Decision, Policy, Routing
 from ..moe.families import MoeLayer
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
@@ -70,21 +70,21 @@ class StraightThrough:
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return 0.0
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        total = own.totals(groups, own.costs(groups))
-        _, hard = own.keep(groups, total, total.new_full(total.shape[:1], self.threshold))
+        total = own.totals(routing, own.costs(routing))
+        _, hard = own.keep(routing, total, total.new_full(total.shape[:1], self.threshold))
         distance = total.clamp_min(1e-30).log() - math.log(self.threshold)
         soft = (distance / SOFTNESS).sigmoid()
         keep = hard + soft - soft.detach()
         self.kept.append((keep * (total > 0)).sum(-1).mean())
-        share = keep.gather(-1, groups.indices.flatten(-2).long()).view_as(groups.weights)
+        share = keep.gather(-1, routing.indices.flatten(-2).long()).view_as(routing.weights)
         # Dropped experts run too, with weight 0: what they would have said is the gradient of keeping them.
         if not own.surrogates.rank:
-            return Decision(groups.indices, groups.weights * share)
-        by_expert = torch.zeros_like(groups.logits, dtype=share.dtype)
-        by_expert = by_expert.scatter_add(-1, groups.indices.long(), groups.weights * (1 - share))
-        return Decision(groups.indices, groups.weights * share, own.surrogates(groups.hidden, by_expert))
+            return Decision(routing.indices, routing.weights * share)
+        by_expert = torch.zeros_like(routing.logits, dtype=share.dtype)
+        by_expert = by_expert.scatter_add(-1, routing.indices.long(), routing.weights * (1 - share))
+        return Decision(routing.indices, routing.weights * share, own.surrogates(routing.hidden, by_expert))
 
 
 def tune(
@@ -106,8 +106,7 @@ def tune(
     spans = {size: _thresholds(model, layers, selector, _batch(rows, size, rng)) for size in sizes}
     before = _measure(model, layers, selector, check, spans, options.seed)
     selector.float()  # measuring has put the surrogates into the model's precision
-    groups = _parameters(selector, options.rate)
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    optimiser = torch.optim.Adam(_parameters(selector, options.rate), betas=(0.9, 0.98))
     shape = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, options.steps))
     try:
         for _ in track(range(options.steps), "tune", options.steps):
@@ -139,8 +138,8 @@ def _parameters(selector: LynxSelector, rate: float) -> list[dict[str, Any]]:
         surrogates += own.surrogates.parameters() if own.surrogates.rank else []  # type: ignore[union-attr]
         scorers += own.scorer.parameters()  # type: ignore[union-attr]
     _require_gradients([*surrogates, *scorers], True)
-    groups = [{"params": surrogates, "lr": rate}, {"params": scorers, "lr": SCORER_RATE * rate}]
-    return [group for group in groups if group["params"]]
+    parts = [{"params": surrogates, "lr": rate}, {"params": scorers, "lr": SCORER_RATE * rate}]
+    return [part for part in parts if part["params"]]
 
 
 def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LynxError
-from ..moe.decision import Groups
+from ..moe.decision import Routing
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
 from .graph import Answer, random_batch
@@ -54,30 +54,30 @@ def check(selector: LynxSelector, runner: OnnxSelector, sizes: tuple[int, ...] =
     found = []
     for layer, own in enumerate(selector.layers):
         for tokens in sizes:
-            groups = random_batch(selector, layer, tokens, generator)
-            found.append(compare(own, runner, layer, groups))  # type: ignore[arg-type]
+            routing = random_batch(selector, layer, tokens, generator)
+            found.append(compare(own, runner, layer, routing))  # type: ignore[arg-type]
     absolute, relative, bits, differing = zip(*found, strict=True)
     return Parity(len(selector.layers), sizes, max(absolute), max(relative), sum(bits), sum(differing))
 
 
 @torch.no_grad()
 def compare(
-    own: LayerSelector, runner: OnnxSelector, layer: int, groups: Groups, threshold: float | None = None
+    own: LayerSelector, runner: OnnxSelector, layer: int, routing: Routing, threshold: float | None = None
 ) -> tuple[float, float, int, int]:
     """Of one batch: the largest absolute and relative difference of costs, keep bits, and those that differ.
 
-    `groups` without leading dimension; the threshold is by default `middle`.
+    `routing` without its leading dimension; the threshold is by default `middle`.
 
     Raises:
         LynxError: the two differ by more than rounding.
     """
-    one = Groups(*(part.unsqueeze(0) for part in groups))
+    one = Routing(*(part.unsqueeze(0) for part in routing))
     costs = own.costs(one)
     total = own.totals(one, costs)
     tau = middle(total) if threshold is None else threshold
     keep = own.keep(one, total, torch.tensor([tau]))[1].squeeze(0)
     costs, total = costs.squeeze(0), total.squeeze(0)
-    answer = runner.run(layer, groups.logits, groups.indices, groups.weights, tau, groups.hidden, groups.active)
+    answer = runner.run(layer, routing.logits, routing.indices, routing.weights, tau, routing.hidden, routing.active)
     got = Answer(*(torch.from_numpy(part) for part in answer))
 
     difference = torch.where(got.costs == costs, 0.0, (got.costs - costs).abs())
@@ -86,21 +86,21 @@ def compare(
     # Rounding may carry a total over the threshold, or make another expert the dearest one, which stays.
     dearest = float(total.max())
     unsure = _close(total, tau) | _close(total, dearest)
-    kept = got.keep[groups.indices] & groups.active.unsqueeze(-1)
+    kept = got.keep[routing.indices] & routing.active.unsqueeze(-1)
     stand_in = got.run_indices[~kept]
     faults = {
         "costs": not relative <= TOLERANCE,
         "keep bits": bool((differing & ~unsure).any()),
-        "weights": not torch.equal(got.run_weights, groups.weights.float() * kept),
+        "weights": not torch.equal(got.run_weights, routing.weights.float() * kept),
         "indices": not (
-            torch.equal(got.run_indices[kept], groups.indices[kept])
+            torch.equal(got.run_indices[kept], routing.indices[kept])
             and bool((got.keep[stand_in] & _close(total[stand_in], dearest)).all())
         ),
     }
     if any(faults.values()):
         wrong = ", ".join(name for name, fault in faults.items() if fault)
         raise LynxError(
-            f"onnxruntime does not compute what PyTorch does ({wrong} of layer {layer}, {len(groups.active)} tokens, costs "
+            f"onnxruntime does not compute what PyTorch does ({wrong} of layer {layer}, {len(routing.active)} tokens, costs "
             f"apart by {relative:.1e} relatively): nothing was written; take the versions in constraints.txt"
         )
     return float(difference.max()), relative, differing.numel(), int(differing.sum())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LynxError
-from ..moe.decision import Groups
+from ..moe.decision import Routing
 from ..selector.features import feature_parts
 from ..selector.layer import LayerSelector, run_instead
 from ..selector.scorers import Folded, Scorer
@@ -33,14 +33,16 @@ class Answer(NamedTuple):
     run_weights: Tensor
 
 
-def decide(rule: LayerSelector, folded: Folded, groups: Groups, threshold: Tensor) -> Answer:
+def decide(rule: LayerSelector, folded: Folded, routing: Routing, threshold: Tensor) -> Answer:
     """Decode's decision but for surrogates and statistics; `rule` gives no more than whether first experts stay.
 
-    `groups` and `threshold` have one leading dimension less than elsewhere: this is one batch.
+    `routing` and `threshold` are without their leading dimension: this is one batch.
     """
-    costs = folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
-    anchor, keep = rule.keep(groups, rule.totals(groups, costs), threshold)
-    indices, weights, _ = run_instead(groups, anchor, keep)
+    costs = folded.costs(
+        feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
+    )
+    anchor, keep = rule.keep(routing, rule.totals(routing, costs), threshold)
+    indices, weights, _ = run_instead(routing, anchor, keep)
     return Answer(keep, costs, indices, weights)
 
 
@@ -78,8 +80,8 @@ class Graph(nn.Module):
     ) -> Answer:
         folded = Folded(*(getattr(self, name)[layer] for name in Folded._fields))
         # Where there is no hidden state, it is not looked at.
-        groups = Groups(logits if hidden is None else hidden, logits, indices, weights, active)
-        return decide(self.rule[0], folded, groups, threshold)
+        routing = Routing(logits if hidden is None else hidden, logits, indices, weights, active)
+        return decide(self.rule[0], folded, routing, threshold)
 
 
 def to_bytes(selector: LynxSelector) -> bytes:
@@ -130,7 +132,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def random_batch(selector: LynxSelector, layer: int, tokens: int, generator: torch.Generator) -> Groups:
+def random_batch(selector: LynxSelector, layer: int, tokens: int, generator: torch.Generator) -> Routing:
     """A random decode batch, without leading dimension, of a router that takes the softmax.
 
     Hidden states are spread as the scorer has seen them; about one token in five is not active.
@@ -141,4 +143,4 @@ def random_batch(selector: LynxSelector, layer: int, tokens: int, generator: tor
     weights, indices = logits.softmax(-1).topk(config.top_k)
     active = torch.rand(tokens, generator=generator) < 0.8
     active[0] = True
-    return Groups(hidden, logits, indices, weights, active)
+    return Routing(hidden, logits, indices, weights, active)

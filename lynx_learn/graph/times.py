@@ -35,14 +35,16 @@ def time_layers(
     (`OnnxSelector.run` with tensors).
     """
     generator = torch.Generator().manual_seed(seed)
-    groups = random_batch(selector, 0, tokens, generator)._replace(active=torch.ones(tokens, dtype=torch.bool))
+    routing = random_batch(selector, 0, tokens, generator)._replace(active=torch.ones(tokens, dtype=torch.bool))
     rule: LayerSelector = selector.layers[0]  # type: ignore[assignment]
     folded: list[Folded] = [own.scorer.fold(own.sensitivity) for own in selector.layers]  # type: ignore[union-attr,operator]
-    costs = folded[0].costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
-    tau = middle(rule.totals(groups, costs))
+    costs = folded[0].costs(
+        feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
+    )
+    tau = middle(rule.totals(routing, costs))
     threshold = torch.tensor(tau)
     feeds = {
-        given.name: np.ascontiguousarray(getattr(groups, given.name).numpy())
+        given.name: np.ascontiguousarray(getattr(routing, given.name).numpy())
         for given in runner.session.get_inputs()
         if given.name not in ("layer", "threshold")
     }
@@ -60,11 +62,11 @@ def time_layers(
         runner.session.run_with_iobinding(binding)
 
     def run(layer: int) -> None:
-        runner.run(layer, groups.logits, groups.indices, groups.weights, tau, groups.hidden, groups.active)
+        runner.run(layer, routing.logits, routing.indices, routing.weights, tau, routing.hidden, routing.active)
 
     layers = [{**feeds, "layer": np.asarray(layer)} for layer in range(len(folded))]
     contenders: dict[str, Callable[[int], object]] = {
-        "eager": lambda layer: decide(rule, folded[layer], groups, threshold),
+        "eager": lambda layer: decide(rule, folded[layer], routing, threshold),
         "onnxruntime": lambda layer: runner.session.run(outputs, layers[layer]),
         "bound": bound,
         "runner": run,
@@ -75,8 +77,8 @@ def time_layers(
     try:
         compiled = torch.compile(decide, dynamic=False)
         with quiet():
-            compiled(rule, folded[0], groups, threshold)
-        contenders["compiled"] = lambda layer: compiled(rule, folded[layer], groups, threshold)
+            compiled(rule, folded[0], routing, threshold)
+        contenders["compiled"] = lambda layer: compiled(rule, folded[layer], routing, threshold)
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     times: dict[str, list[float]] = {name: [] for name in contenders}

@@ -8,15 +8,15 @@ from torch import Tensor
 from .families import MoeLayer
 
 
-class Groups(NamedTuple):
-    """One MoE layer's routing of G decode batches of T tokens each (at decode G is 1; a simulation has many)."""
+class Routing(NamedTuple):
+    """What one MoE layer is about to do with G decode batches of T tokens each (at decode G is 1; a simulation has many)."""
 
     hidden: Tensor
-    """(G, T, hidden)."""
+    """(G, T, hidden), entering the block."""
     logits: Tensor
-    """(G, T, experts)."""
+    """(G, T, experts), before the activation."""
     indices: Tensor
-    """(G, T, top_k)."""
+    """(G, T, top_k), int64."""
     weights: Tensor
     """(G, T, top_k)."""
     active: Tensor
@@ -24,7 +24,7 @@ class Groups(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What to run instead.
+    """What it shall do instead.
 
     An assignment that is left out points at an expert that is kept, with weight 0: no expert is loaded for it, and no
     experts implementation needs to know of it.
@@ -56,7 +56,7 @@ class Policy(Protocol):
     def bind(self, layers: list[MoeLayer]) -> None:
         """Check that it fits these layers and move what it holds to their devices."""
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         """Rewrite one layer's assignments."""
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:

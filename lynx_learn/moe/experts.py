@@ -14,7 +14,7 @@ def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights:
     """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
 
     What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. Sorted
-    behind the last expert they belong to no group. Arguments as those of an experts module.
+    behind the last expert they belong to none. Arguments as those of an experts module.
     """
     from transformers.integrations.moe import _grouped_linear
 
@@ -31,7 +31,7 @@ def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights:
     else:
         inner = experts.act_fn(linear(hidden[order // top_k], "up_proj"))
     output = linear(inner, "down_proj") * weights.flatten()[order].unsqueeze(-1)
-    # Rows behind the last group are left as they were in memory.
+    # Rows behind the last expert are left as they were in memory.
     output = output.masked_fill_((expert == count).unsqueeze(-1), 0.0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return output[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)

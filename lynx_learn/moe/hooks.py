@@ -2,37 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .decision import Decision, Routing
 from .families import MoeLayer
 
-
-class Routing(NamedTuple):
-    """What one MoE block is about to do with N tokens."""
-
-    hidden: Tensor
-    """(N, hidden), entering the block."""
-    logits: Tensor
-    """(N, experts), before the activation."""
-    indices: Tensor
-    """(N, top_k)."""
-    weights: Tensor
-    """(N, top_k)."""
-
-
-class Rewrite(NamedTuple):
-    """What it shall do instead."""
-
-    indices: Tensor
-    weights: Tensor
-    addition: Tensor | None
-    """(N, hidden), added to the routed experts' output."""
-
-
 OnCall = Callable[[tuple[Any, ...], dict[str, Any]], None]
-OnLayer = Callable[[MoeLayer, Routing], Rewrite | None]
+OnLayer = Callable[[MoeLayer, Routing], Decision | None]
 
 
 @contextmanager
@@ -41,6 +20,7 @@ def intercept(
 ) -> Iterator[None]:
     """While open, `on_call` sees each call of the model and `on_layer` each MoE block's routing, and may rewrite it.
 
+    The tokens of a call, of whatever sequences and positions, come as one batch in which all are active.
     When a call has ended, also by an exception, `on_call` sees an empty one.
     Every hook is removed when the context ends, also by an exception.
     """
@@ -77,15 +57,17 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
         hidden, indices, weights = values[:3]
         logits = held.pop("logits")
         assert logits is not None
-        rewrite = on_layer(layer, Routing(hidden, logits, indices, weights))
-        held["addition"] = rewrite.addition if rewrite is not None else None
-        if rewrite is None:
+        active = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        parts = (hidden, logits, indices.long(), weights, active)
+        decision = on_layer(layer, Routing(*(part.unsqueeze(0) for part in parts)))
+        held["addition"] = None if decision is None else decision.addition
+        if decision is None:
             return None
-        return (hidden, rewrite.indices.to(indices.dtype), rewrite.weights.to(weights.dtype)), {}
+        return (hidden, decision.indices[0].to(indices.dtype), decision.weights[0].to(weights.dtype)), {}
 
     def after_experts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         addition = held.pop("addition", None)
-        return None if addition is None else output + addition.to(output.dtype)
+        return None if addition is None else output + addition[0].to(output.dtype)
 
     return [
         layer.router.register_forward_hook(after_router),

@@ -25,8 +25,9 @@ class ScoringRule:
         normalise: divide the chosen weights by their sum.
         scale: factor on the weights.
         bias: added to the scores for the choice alone (DeepSeek-V3, arXiv 2412.19437), `(experts,)`.
-        groups, top_groups: the choice is limited to the `top_groups` best groups of experts.
-        group_best: how many best scores of a group add up to its strength: 2 (DeepSeek-V3), 1 (DeepSeek-V2).
+        expert_groups, open_groups: the experts are split into groups, and the choice is limited to the
+            `open_groups` strongest of them.
+        strength_of: how many best scores of an expert group add up to its strength: 2 (DeepSeek-V3), 1 (DeepSeek-V2).
         expert_scale: factor on the weights by expert, after normalising, `(experts,)`.
         nearness: of `sparsemixer`: how far below the best, relatively, a logit still counts as close.
     """
@@ -36,9 +37,9 @@ class ScoringRule:
     normalise: bool = False
     scale: float = 1.0
     bias: Tensor | None = None
-    groups: int = 1
-    top_groups: int = 1
-    group_best: int = 2
+    expert_groups: int = 1
+    open_groups: int = 1
+    strength_of: int = 2
     expert_scale: Tensor | None = None
     nearness: float = 0.0
 
@@ -64,8 +65,8 @@ class ScoringRule:
             choice = choice + self.bias.to(choice)
         if allowed is not None:
             choice = choice.masked_fill(~allowed, float("-inf"))
-        if self.groups > 1:
-            choice = choice.masked_fill(~self._open_groups(choice), float("-inf"))
+        if self.expert_groups > 1:
+            choice = choice.masked_fill(~self._in_open_groups(choice), float("-inf"))
         values, indices = choice.topk(self.top_k, dim=-1)
         weights = values.softmax(-1) if self.activation == "topk_softmax" else self.chosen(logits, indices)
         if allowed is not None:
@@ -94,14 +95,14 @@ class ScoringRule:
         """Whether the weights of each token have a fixed sum, before any factor by expert."""
         return self.normalise or self.activation == "topk_softmax"
 
-    def _open_groups(self, choice: Tensor) -> Tensor:
-        grouped = choice.unflatten(-1, (self.groups, -1))
-        best = grouped.topk(min(self.group_best, grouped.shape[-1]), dim=-1).values
-        # An absent second adds nothing, so a group with one expert left can open, and one with none cannot be best.
+    def _in_open_groups(self, choice: Tensor) -> Tensor:
+        grouped = choice.unflatten(-1, (self.expert_groups, -1))
+        best = grouped.topk(min(self.strength_of, grouped.shape[-1]), dim=-1).values
+        # An absent second adds nothing, so an expert group with one left can open, and one with none cannot be best.
         strength = best[..., 0] + best[..., 1:].masked_fill(best[..., 1:] == float("-inf"), 0.0).sum(-1)
-        opened = strength.topk(self.top_groups, dim=-1).indices
-        open_groups = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, opened, True)
-        return open_groups.unsqueeze(-1).expand_as(grouped).flatten(-2)
+        opened = strength.topk(self.open_groups, dim=-1).indices
+        is_open = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=choice.device).scatter(-1, opened, True)
+        return is_open.unsqueeze(-1).expand_as(grouped).flatten(-2)
 
     def _mixed(self, logits: Tensor, indices: Tensor) -> Tensor:
         """Weight of each chosen expert among those that are left and close to it; absent experts are never left."""
@@ -115,12 +116,12 @@ class ScoringRule:
         return torch.cat(weights, dim=-1)
 
     def describe(self) -> str:
-        """One phrase for people, e.g. `sigmoid, choice bias, 2 of 4 groups, normalised, scaled by 2.5`."""
+        """One phrase for people, e.g. `sigmoid, choice bias, 2 of 4 expert groups, normalised, scaled by 2.5`."""
         named = {"topk_softmax": "softmax of the top-k", "sqrt_softplus": "root of softplus"}
         parts = [named.get(self.activation, self.activation)]
         parts += ["choice bias"] if self.bias is not None else []
-        by = " by their best" if self.group_best == 1 else ""
-        parts += [f"{self.top_groups} of {self.groups} groups{by}"] if self.groups > 1 else []
+        by = " by their best" if self.strength_of == 1 else ""
+        parts += [f"{self.open_groups} of {self.expert_groups} expert groups{by}"] if self.expert_groups > 1 else []
         parts += ["normalised"] if self.normalise else []
         parts += ["scaled by expert"] if self.expert_scale is not None else []
         parts += [f"scaled by {self.scale:g}"] if self.scale != 1.0 else []
@@ -132,8 +133,8 @@ def matching_rule(
 ) -> ScoringRule | None:
     """The rule by which the logits `(tokens, experts)` give these indices and weights `(tokens, top_k)`, if any does.
 
-    Biases, factors and group limits are taken from attributes of the router or its block; whether and how they are
-    used is found by trying.
+    Biases, factors and limits to expert groups are taken from attributes of the router or its block; whether and how
+    they are used is found by trying.
     """
     wanted = _dense(indices, weights, logits.shape[1])
     for rule in _candidate_rules(block, router, logits.shape[1], indices.shape[1]):
@@ -157,11 +158,11 @@ def _candidate_rules(block: nn.Module, router: nn.Module, experts: int, top_k: i
     numbers = {name: value for name, value in vars(router).items() if isinstance(value, int | float)}
     scales = [float(value) for name, value in numbers.items() if "scal" in name and value]
     jitter = next((float(value) for name, value in numbers.items() if "router_jitter" in name), None)
-    groups = int(next((numbers[name] for name in ("num_group", "n_group") if numbers.get(name)), 1))
+    split = int(next((numbers[name] for name in ("num_group", "n_group") if numbers.get(name)), 1))
     limits: list[dict[str, Any]] = [{}]
-    if groups > 1 and experts % groups == 0:
-        top_groups = min(int(numbers.get("topk_group") or 1), groups)
-        limits = [{"groups": groups, "top_groups": top_groups, "group_best": best} for best in (2, 1)] + limits
+    if split > 1 and experts % split == 0:
+        opened = min(int(numbers.get("topk_group") or 1), split)
+        limits = [{"expert_groups": split, "open_groups": opened, "strength_of": best} for best in (2, 1)] + limits
     activations: tuple[Activation, ...] = ("softmax", "sigmoid", "topk_softmax", "sqrt_softplus")
     for bias, limit, scale, own in itertools.product(biases, limits, dict.fromkeys([*scales, 1.0]), by_expert):
         for activation, normalise in itertools.product(activations, (True, False)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from .rule import (
     Rule,
@@ -45,18 +45,18 @@ class KeepSet(Rule):
                     f"{self.name} keeps {self.experts} experts, layer {layer.name} allows {layer.top_k} to {layer.num_experts}"
                 )
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
         """Scores `(G, experts)`; the best are kept."""
         raise NotImplementedError
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        kept = self.scores(layer, groups).topk(self.experts, dim=-1).indices
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        kept = self.scores(layer, routing).topk(self.experts, dim=-1).indices
         allowed = torch.zeros(*kept.shape[:-1], layer.num_experts, dtype=torch.bool, device=kept.device)
         allowed = allowed.scatter(-1, kept, True)
         if self.then == "drop":
-            return leave_out(groups, at_assignments(groups, allowed), kept[..., :1].unsqueeze(-1))
-        indices, weights = layer.rule.route(groups.logits, allowed.unsqueeze(-2).expand_as(groups.logits))
-        return Decision(indices, weights.to(groups.weights.dtype))
+            return leave_out(routing, at_assignments(routing, allowed), kept[..., :1].unsqueeze(-1))
+        indices, weights = layer.rule.route(routing.logits, allowed.unsqueeze(-2).expand_as(routing.logits))
+        return Decision(indices, weights.to(routing.weights.dtype))
 
 
 @dataclass
@@ -73,9 +73,9 @@ class Random(KeepSet):
             layer.index: torch.Generator(layer.device).manual_seed(self.seed + layer.index) for layer in layers
         }
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        shape = (groups.logits.shape[0], layer.num_experts)
-        return torch.rand(shape, generator=self.generators[layer.index], device=groups.logits.device)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        shape = (routing.logits.shape[0], layer.num_experts)
+        return torch.rand(shape, generator=self.generators[layer.index], device=routing.logits.device)
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Popularity(KeepSet):
     experts: int
     name = "popularity"
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        return sum_by_expert(groups, torch.ones_like(groups.weights), layer.num_experts)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        return sum_by_expert(routing, torch.ones_like(routing.weights), layer.num_experts)
 
 
 @dataclass
@@ -113,11 +113,11 @@ class Lynx(KeepSet):
     def setting(self) -> str:
         return f"M={self.experts} alpha={self.alpha:g} beta={self.beta}"
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        below = groups.logits.float() - groups.logits.float().amax(-1, keepdim=True)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        below = routing.logits.float() - routing.logits.float().amax(-1, keepdim=True)
         bins = (self.alpha * below).floor().clamp(-self.beta, 0)
-        count = groups.active.sum(-1).clamp_min(2).float()[:, None, None]
-        return (count**bins * groups.active.unsqueeze(-1)).sum(-2)
+        count = routing.active.sum(-1).clamp_min(2).float()[:, None, None]
+        return (count**bins * routing.active.unsqueeze(-1)).sum(-2)
 
 
 @dataclass
@@ -134,10 +134,10 @@ class XShare(KeepSet):
     def name(self) -> str:  # type: ignore[override]
         return "xshare" if self.warm_up else "gate_sum"
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        total = sum_by_expert(groups, groups.weights, layer.num_experts)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        total = sum_by_expert(routing, routing.weights, layer.num_experts)
         if self.warm_up:
-            total = total + first_experts(groups, 1, layer.num_experts) * (total.amax(-1, keepdim=True) + 1.0)
+            total = total + first_experts(routing, 1, layer.num_experts) * (total.amax(-1, keepdim=True) + 1.0)
         return total
 
 
@@ -165,9 +165,9 @@ class Vote(KeepSet):
                     f"vote counts {self.voted} experts of each token, layer {layer.name} allows 1 to {layer.num_experts}"
                 )
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        best, experts = layer.rule.scores(groups.logits).topk(self.voted, dim=-1)
-        return sum_by_expert(groups._replace(indices=experts), best, layer.num_experts)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        best, experts = layer.rule.scores(routing.logits).topk(self.voted, dim=-1)
+        return sum_by_expert(routing._replace(indices=experts), best, layer.num_experts)
 
 
 @dataclass
@@ -178,8 +178,8 @@ class GateSquared(KeepSet):
     then: Then = "reroute"
     name = "gate_sq"
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        return sum_by_expert(groups, groups.weights.float().square(), layer.num_experts)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        return sum_by_expert(routing, routing.weights.float().square(), layer.num_experts)
 
 
 @dataclass
@@ -190,5 +190,5 @@ class GateMax(KeepSet):
     then: Then = "reroute"
     name = "gate_max"
 
-    def scores(self, layer: MoeLayer, groups: Groups) -> Tensor:
-        return largest_weights(groups, layer.num_experts)
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        return largest_weights(routing, layer.num_experts)

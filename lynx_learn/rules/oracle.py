@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector, ThresholdPolicy
@@ -20,19 +20,19 @@ class Oracle(ThresholdPolicy):
     def __init__(self, selector: LynxSelector, threshold: float) -> None:
         super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         ready = self.ready[layer.index]
-        costs = true_costs(layer, ready.selector, groups) * ready.selector.sensitivity
-        return ready.selector.decide(groups, ready.threshold(groups.active), costs)
+        costs = true_costs(layer, ready.selector, routing) * ready.selector.sensitivity
+        return ready.selector.decide(routing, ready.threshold(routing.active), costs)
 
 
 @torch.no_grad()
-def true_costs(layer: MoeLayer, own: LayerSelector, groups: Groups) -> Tensor:
+def true_costs(layer: MoeLayer, own: LayerSelector, routing: Routing) -> Tensor:
     """weight² × ‖E_e(x) − f_e(x)‖² of each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
-    hidden = groups.hidden.flatten(0, 1)
-    indices, weights = groups.indices.flatten(0, 1), groups.weights.flatten(0, 1).float()
+    hidden = routing.hidden.flatten(0, 1)
+    indices, weights = routing.indices.flatten(0, 1), routing.weights.flatten(0, 1).float()
     stand_in, costs = own.surrogates, torch.zeros_like(weights)
-    live = groups.active.flatten().unsqueeze(-1)
+    live = routing.active.flatten().unsqueeze(-1)
     for expert in range(layer.num_experts):
         token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
         if len(token):
@@ -40,4 +40,4 @@ def true_costs(layer: MoeLayer, own: LayerSelector, groups: Groups) -> Tensor:
             down, up, constant = (part[expert].float() for part in (stand_in.down, stand_in.up, stand_in.constant))
             error = layer.expert_output(expert, x).float() - (x.float() @ down.T @ up + constant)
             costs[token, slot] = weights[token, slot].square() * error.square().sum(-1)
-    return costs.view_as(groups.weights)
+    return costs.view_as(routing.weights)

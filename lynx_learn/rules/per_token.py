@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import OptionError
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from .expert_stats import ExpertStats
 from .rule import (
@@ -36,9 +36,9 @@ class TopK(Rule):
     def bind(self, layers: list[MoeLayer]) -> None:
         check_count(self.name, self.count, layers)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        decision = leave_out_of_token(groups, ranks(groups.weights) < self.count)
-        return restore_sum(layer, groups, decision) if self.scaled else decision
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        decision = leave_out_of_token(routing, ranks(routing.weights) < self.count)
+        return restore_sum(layer, routing, decision) if self.scaled else decision
 
 
 @dataclass
@@ -72,10 +72,10 @@ class NAEE(Rule):
         betas = torch.quantile(self.stats.ratios, self.quantile, dim=1)
         self.betas = {layer.index: betas[layer.index].to(layer.device) for layer in layers}
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        weights = groups.weights.float()
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        weights = routing.weights.float()
         enough = weights >= self.betas[layer.index] * weights.amax(-1, keepdim=True)  # the first is: beta is 1 at most
-        return restore_sum(layer, groups, leave_out_of_token(groups, enough))
+        return restore_sum(layer, routing, leave_out_of_token(routing, enough))
 
 
 @dataclass
@@ -97,10 +97,10 @@ class Contribution(Rule):
         self.stats.check(layers)
         self.norms = {layer.index: self.stats.norms[layer.index].to(layer.device) for layer in layers}
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        parts = groups.weights.float() * self.norms[layer.index][groups.indices.long()]
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        parts = routing.weights.float() * self.norms[layer.index][routing.indices.long()]
         ordered, order = parts.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         needed = before < (1.0 - self.tau) * ordered.sum(-1, keepdim=True)
         needed = needed | (torch.arange(layer.top_k, device=parts.device) == 0)  # also of a token without any weight
-        return leave_out_of_token(groups, needed.gather(-1, order.argsort(-1)))
+        return leave_out_of_token(routing, needed.gather(-1, order.argsort(-1)))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from .expert_stats import ExpertStats
 from .rule import (
@@ -38,13 +38,13 @@ class OEA(Rule):
     def bind(self, layers: list[MoeLayer]) -> None:
         check_count(self.name, self.count, layers)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        loaded = first_experts(groups, self.count, layer.num_experts).unsqueeze(-2)
-        indices, routed = layer.rule.route(groups.logits, loaded.expand_as(groups.logits))
-        weights = layer.rule.chosen(groups.logits, indices) * (routed > 0)
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        loaded = first_experts(routing, self.count, layer.num_experts).unsqueeze(-2)
+        indices, routed = layer.rule.route(routing.logits, loaded.expand_as(routing.logits))
+        weights = layer.rule.chosen(routing.logits, indices) * (routed > 0)
         if layer.rule.normalises:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Decision(indices, layer.rule.scaled(indices, weights).to(groups.weights.dtype))
+        return Decision(indices, layer.rule.scaled(indices, weights).to(routing.weights.dtype))
 
 
 @dataclass
@@ -69,10 +69,10 @@ class SERE(Rule):
         self.stats.check(layers)
         self.similarities = {layer.index: self.stats.similarities[layer.index].to(layer.device) for layer in layers}
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
-        kept = first_experts(groups, self.count, layer.num_experts)
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        kept = first_experts(routing, self.count, layer.num_experts)
         best, nearest = self.similarities[layer.index].masked_fill(~kept.unsqueeze(-2), float("-inf")).max(-1)
-        return send(groups, ~kept & (best >= self.rho), nearest)
+        return send(routing, ~kept & (best >= self.rho), nearest)
 
 
 @dataclass
@@ -103,9 +103,9 @@ class SiftMoE(Rule):
         bounds = self.stats.distances / self.stats.norms.mean(-1)[:, None, None].clamp_min(1e-20)
         self.bounds = {layer.index: bounds[layer.index].to(layer.device) for layer in layers}
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         bounds = self.bounds[layer.index]
-        largest = largest_weights(groups, layer.num_experts)
+        largest = largest_weights(routing, layer.num_experts)
         place = ranks(largest)
         earlier = place.unsqueeze(-2) < place.unsqueeze(-1)
         stands_in = earlier & (largest.unsqueeze(-1) * bounds < self.threshold)  # (G, e, j): j for e
@@ -113,4 +113,4 @@ class SiftMoE(Rule):
         for _ in range(SIFT_ROUNDS):
             kept = ~(stands_in & kept.unsqueeze(-2)).any(-1)
         nearest = bounds.masked_fill(~kept.unsqueeze(-2), float("inf")).argmin(-1)
-        return send(groups, ~kept, nearest)
+        return send(routing, ~kept, nearest)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from .features import SMALLEST_WEIGHT, TOKEN_PARTS
 from .scorers import LOWEST_LOG_COST, Folded
 
@@ -215,35 +215,35 @@ def _padded(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def supported(folded: Folded, groups: Groups) -> bool:
+def supported(folded: Folded, routing: Routing) -> bool:
     """Whether the kernels can decide for this batch: one decode batch, in sizes and types they were written for."""
-    batches, tokens, experts = groups.logits.shape
+    batches, tokens, experts = routing.logits.shape
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
     return (
         batches == 1
         and 1 <= tokens <= MOST_TOKENS
         and 2 <= experts <= MOST_EXPERTS
-        and 1 <= groups.indices.shape[-1] <= min(MOST_TOP_K, experts)
+        and 1 <= routing.indices.shape[-1] <= min(MOST_TOP_K, experts)
         and width <= MOST_WIDTH
         and projected <= MOST_PROJECTED
-        and all(part.dtype in FLOATS for part in (groups.hidden, groups.logits, groups.weights))
+        and all(part.dtype in FLOATS for part in (routing.hidden, routing.logits, routing.weights))
         and all(part.dtype == torch.float32 for part in folded)
-        and groups.indices.dtype == torch.int64
+        and routing.indices.dtype == torch.int64
         # A gradient would not find its way back.
-        and not (torch.is_grad_enabled() and groups.weights.requires_grad)
+        and not (torch.is_grad_enabled() and routing.weights.requires_grad)
     )
 
 
-def costs_by_expert(folded: Folded, groups: Groups, keep_top1: bool) -> Tensor:
+def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool) -> Tensor:
     """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`."""
-    _, tokens, experts = groups.logits.shape
-    top_k, hidden = groups.indices.shape[-1], groups.hidden.shape[-1]
+    _, tokens, experts = routing.logits.shape
+    top_k, hidden = routing.indices.shape[-1], routing.hidden.shape[-1]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
-    rows = torch.empty(tokens, experts, dtype=torch.float32, device=groups.logits.device)
+    rows = torch.empty(tokens, experts, dtype=torch.float32, device=routing.logits.device)
     projected_padded = _padded(projected)
     experts_padded, top_k_padded = _padded(experts), _padded(top_k)
     _costs_by_expert[(tokens,)](
-        *(part.contiguous() for part in (*groups, *folded)),
+        *(part.contiguous() for part in (*routing, *folded)),
         rows,
         EXPERTS=experts,
         TOP_K=top_k,
@@ -262,11 +262,11 @@ def costs_by_expert(folded: Folded, groups: Groups, keep_top1: bool) -> Tensor:
     return rows
 
 
-def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite_by(rows: Tensor, routing: Routing, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
-    _, tokens, experts = groups.logits.shape
-    top_k = groups.indices.shape[-1]
-    indices, weights, active = (part.contiguous() for part in groups[2:])
+    _, tokens, experts = routing.logits.shape
+    top_k = routing.indices.shape[-1]
+    indices, weights, active = (part.contiguous() for part in (routing.indices, routing.weights, routing.active))
     new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
     dropped = torch.empty_like(indices, dtype=torch.bool)
     loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
@@ -297,30 +297,30 @@ def rewrite_by(rows: Tensor, groups: Groups, sizes: Tensor, thresholds: Tensor, 
     return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
 
 
-def rewrite(folded: Folded, groups: Groups, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite(folded: Folded, routing: Routing, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
     """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
 
     Args:
         folded: the layer's scorer.
-        groups: one decode batch.
+        routing: one decode batch.
         sizes: calibrated batch sizes, ascending.
         thresholds: one more than sizes: the first is for smaller batches.
         keep_top1: whether each token's first expert stays.
     """
-    device = groups.logits.device
+    device = routing.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return rewrite_by(costs_by_expert(folded, groups, keep_top1), groups, sizes, thresholds, keep_top1)
+        return rewrite_by(costs_by_expert(folded, routing, keep_top1), routing, sizes, thresholds, keep_top1)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
-Form = Callable[[Groups], object]
+Form = Callable[[Routing], object]
 
 
-def is_faster(folded: Folded, groups: Groups, fused: Form, plain: Form) -> bool:
-    """Whether `fused` takes less time than `plain` for `groups`, on the CUDA device where these are.
+def is_faster(folded: Folded, routing: Routing, fused: Form, plain: Form) -> bool:
+    """Whether `fused` takes less time than `plain` for `routing`, on the CUDA device where these are.
 
     Both are run and timed the first time that a layer of this shape meets a batch of this size, up to a power of two;
     that waits for the device. Nothing is timed while a CUDA graph is captured or torch compiles: what was never timed
@@ -328,14 +328,14 @@ def is_faster(folded: Folded, groups: Groups, fused: Form, plain: Form) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    shapes = (groups.indices.shape[-1], *(part.shape for part in folded), *(part.dtype for part in groups))
-    key = (groups.logits.device, _padded(groups.logits.shape[-2]), *shapes)
+    shapes = (routing.indices.shape[-1], *(part.shape for part in folded), *(part.dtype for part in routing))
+    key = (routing.logits.device, _padded(routing.logits.shape[-2]), *shapes)
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():
             return True
         try:
-            with torch.cuda.device(groups.logits.device):
-                _verdicts[key] = milliseconds(fused, groups) < milliseconds(plain, groups)
+            with torch.cuda.device(routing.logits.device):
+                _verdicts[key] = milliseconds(fused, routing) < milliseconds(plain, routing)
         except Exception as error:
             # A model must run on a machine where only the kernels do not.
             reason = (str(error).strip().splitlines() or [""])[0]
@@ -344,14 +344,14 @@ def is_faster(folded: Folded, groups: Groups, fused: Form, plain: Form) -> bool:
     return _verdicts[key]
 
 
-def milliseconds(form: Form, groups: Groups, repeats: int = 10) -> float:
+def milliseconds(form: Form, routing: Routing, repeats: int = 10) -> float:
     """The shortest of some runs on the current CUDA device, launches included, after as many that only warm up."""
     shortest = float("inf")
     for repeat in range(2 * repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        form(groups)
+        form(routing)
         end.record()
         end.synchronize()
         if repeat >= repeats:

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..moe.decision import Decision, Groups, used_experts
+from ..moe.decision import Decision, Routing, used_experts
 from ..moe.families import MoeLayer
 from .config import SelectorConfig
 from .features import assignment_features, feature_parts
@@ -15,13 +15,13 @@ from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
 
-def run_instead(groups: Groups, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run_instead(routing: Routing, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
 
     Arguments as `LayerSelector.keep` takes and gives them.
     """
-    kept = keep.gather(-1, groups.indices.flatten(-2)).view_as(groups.indices) & groups.active.unsqueeze(-1)
-    return torch.where(kept, groups.indices, anchor.unsqueeze(-1)), groups.weights * kept, kept
+    kept = keep.gather(-1, routing.indices.flatten(-2)).view_as(routing.indices) & routing.active.unsqueeze(-1)
+    return torch.where(kept, routing.indices, anchor.unsqueeze(-1)), routing.weights * kept, kept
 
 
 def sum_in_order(places: Tensor, values: Tensor, count: int) -> Tensor:
@@ -45,52 +45,52 @@ class LayerSelector(nn.Module):
         self.surrogates = Surrogates(config.num_experts, config.hidden_size, config.rank)
         self.register_buffer("sensitivity", torch.ones(()))
 
-    def costs(self, groups: Groups) -> Tensor:
+    def costs(self, routing: Routing) -> Tensor:
         """Predicted cost in nats of leaving out each assignment `(G, T, top_k)`."""
-        features = assignment_features(groups.logits, groups.indices, groups.weights)
-        return self.scorer(features, groups.indices, groups.hidden).exp() * self.sensitivity
+        features = assignment_features(routing.logits, routing.indices, routing.weights)
+        return self.scorer(features, routing.indices, routing.hidden).exp() * self.sensitivity
 
     @staticmethod
-    def totals(groups: Groups, costs: Tensor) -> Tensor:
+    def totals(routing: Routing, costs: Tensor) -> Tensor:
         """Cost of leaving out each expert `(G, experts)`: the sum over the active tokens' assignments."""
-        counted = torch.where(groups.active.unsqueeze(-1), costs, 0.0)
-        flat, values, experts = groups.indices.flatten(-2), counted.flatten(-2), groups.logits.shape[-1]
+        counted = torch.where(routing.active.unsqueeze(-1), costs, 0.0)
+        flat, values, experts = routing.indices.flatten(-2), counted.flatten(-2), routing.logits.shape[-1]
         if costs.is_cuda:
             return sum_in_order(flat, values, experts)
         zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
         return zeros.scatter_add(-1, flat, values)
 
-    def keep(self, groups: Groups, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(self, routing: Routing, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
         anchor = total.argmax(-1, keepdim=True)
         keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
         if self.keep_top1:
-            first = (groups.weights == groups.weights.amax(-1, keepdim=True)) & groups.active.unsqueeze(-1)
-            flat = groups.indices.flatten(-2)
+            first = (routing.weights == routing.weights.amax(-1, keepdim=True)) & routing.active.unsqueeze(-1)
+            flat = routing.indices.flatten(-2)
             keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
         return anchor, keep
 
-    def decide(self, groups: Groups, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
+    def decide(self, routing: Routing, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
         """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
 
         The expert with the largest cost stays, so that what is left out has a loaded expert to point at.
         """
-        return self.answer(groups, self.rewrite(groups, thresholds, self.costs(groups) if costs is None else costs))
+        return self.answer(routing, self.rewrite(routing, thresholds, self.costs(routing) if costs is None else costs))
 
-    def rewrite(self, groups: Groups, thresholds: Tensor, costs: Tensor) -> Decision:
+    def rewrite(self, routing: Routing, thresholds: Tensor, costs: Tensor) -> Decision:
         """The decision without what surrogates answer."""
-        anchor, keep = self.keep(groups, self.totals(groups, costs), thresholds)
-        indices, weights, kept = run_instead(groups, anchor, keep)
-        used = used_experts(groups.indices, groups.active, keep.shape[-1])
-        dropped = kept ^ groups.active.unsqueeze(-1) if self.surrogates.rank else None
+        anchor, keep = self.keep(routing, self.totals(routing, costs), thresholds)
+        indices, weights, kept = run_instead(routing, anchor, keep)
+        used = used_experts(routing.indices, routing.active, keep.shape[-1])
+        dropped = kept ^ routing.active.unsqueeze(-1) if self.surrogates.rank else None
         return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
 
-    def answer(self, groups: Groups, decision: Decision) -> Decision:
+    def answer(self, routing: Routing, decision: Decision) -> Decision:
         """With what surrogates answer."""
         if decision.answered is None:
             return decision
-        weights = groups.weights * decision.answered
-        return decision._replace(addition=self.surrogates.answer(groups.hidden, groups.indices, weights))
+        weights = routing.weights * decision.answered
+        return decision._replace(addition=self.surrogates.answer(routing.hidden, routing.indices, weights))
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,18 @@ class Ready:
         """The threshold `(G,)` for the number of active tokens `(G, T)`."""
         return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
 
-    def costs(self, groups: Groups) -> Tensor:
+    def costs(self, routing: Routing) -> Tensor:
         """As `LayerSelector.costs`, from the folded scorer."""
-        return self.folded.costs(feature_parts(*groups[1:4]), groups.indices, groups.hidden)
+        return self.folded.costs(
+            feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
+        )
 
-    def rewrite(self, groups: Groups) -> Decision:
+    def rewrite(self, routing: Routing) -> Decision:
         """As `LayerSelector.rewrite`."""
-        return self.selector.rewrite(groups, self.threshold(groups.active), self.costs(groups))
+        return self.selector.rewrite(routing, self.threshold(routing.active), self.costs(routing))
 
-    def rewrite_in_kernels(self, kernels: ModuleType, groups: Groups) -> Decision:
+    def rewrite_in_kernels(self, kernels: ModuleType, routing: Routing) -> Decision:
         """As `rewrite`, in Triton kernels."""
         own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, groups, self.sizes, self.thresholds, own.keep_top1)
+        decision: Decision = kernels.rewrite(self.folded, routing, self.sizes, self.thresholds, own.keep_top1)
         return decision if own.surrogates.rank else decision._replace(answered=None)

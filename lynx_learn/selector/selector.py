@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import OptionError, SelectorError
-from ..moe.decision import Decision, Groups
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer, router_fingerprint
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig
 from .layer import LayerSelector, Ready
@@ -193,19 +193,19 @@ class ThresholdPolicy:
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
             self.kernels = _kernels(on_cuda)
 
-    def decide(self, layer: MoeLayer, groups: Groups) -> Decision:
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         ready = self.ready[layer.index]
-        return ready.selector.answer(groups, self.form(ready, groups)(groups))
+        return ready.selector.answer(routing, self.form(ready, routing)(routing))
 
-    def form(self, ready: Ready, groups: Groups) -> Callable[[Groups], Decision]:
+    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing], Decision]:
         """What computes the decision for a batch, but for the surrogates' answers."""
-        if self.kernels is None or not self.kernels.supported(ready.folded, groups):
+        if self.kernels is None or not self.kernels.supported(ready.folded, routing):
             return ready.rewrite
         fused = partial(ready.rewrite_in_kernels, self.kernels)
         if self.kernel == "triton":
             return fused
-        cuda = groups.logits.is_cuda
-        return fused if cuda and self.kernels.is_faster(ready.folded, groups, fused, ready.rewrite) else ready.rewrite
+        cuda = routing.logits.is_cuda
+        return fused if cuda and self.kernels.is_faster(ready.folded, routing, fused, ready.rewrite) else ready.rewrite
 
     def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)

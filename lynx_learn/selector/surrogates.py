@@ -98,7 +98,7 @@ class Surrogates(nn.Module):
         ends = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32))[:-1].cumsum(0).int()
         live = (expert < experts).unsqueeze(-1)
         nothing = torch.zeros((), dtype=x.dtype, device=x.device)
-        # Rows behind the last group are left as they were in memory.
+        # Rows behind the last expert are left as they were in memory.
         codes = functional.grouped_mm(x[order // top_k], self.down.transpose(-2, -1), offs=ends)
         output = functional.grouped_mm(torch.where(live, codes, nothing), self.up, offs=ends)
         output = torch.where(live, output + self.constant[expert.clamp_max(experts - 1)], nothing)

@@ -36,7 +36,7 @@ LEGEND = {
     },
 }
 SINGLE = "batches of one source"
-STYLES = {method: style for group in LEGEND.values() for method, style in group.items()}
+STYLES = {method: style for methods in LEGEND.values() for method, style in methods.items()}
 # The losses that are shown reach beyond the levels by this factor.
 ROOM = 2.0
 SETTINGS: dict[Any, Any] = {
@@ -179,8 +179,10 @@ def _draw_legend(figure: Any, report: dict[str, Any]) -> None:
 
     measured = {point["method"] for point in report["points"]}
     entries = []
-    for heading, group in LEGEND.items():
-        own = [Line2D([], [], label=style[0], **_look(method)) for method, style in group.items() if method in measured]
+    for heading, methods in LEGEND.items():
+        own = [
+            Line2D([], [], label=style[0], **_look(method)) for method, style in methods.items() if method in measured
+        ]
         entries += [_heading(heading), *own] if own else []
     if {point["batches"] for point in report["points"]} == {"mixed", "single"}:
         entries += [

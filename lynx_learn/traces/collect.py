@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, TraceError
+from ..moe.decision import Routing
 from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
-from ..moe.hooks import Routing, intercept
+from ..moe.hooks import intercept
 from ..moe.loading import load_model
 from ..show.progress import track
 from . import corpus as corpora
@@ -258,10 +259,10 @@ def record(model: nn.Module, layers: list[MoeLayer], rows: Tensor) -> list[dict[
 
     def on_layer(layer: MoeLayer, routing: Routing) -> None:
         kept[layer.index] = {
-            "hidden": routing.hidden.to("cpu", layer.dtype),
-            "logits": routing.logits.to("cpu", torch.float32),
-            "indices": routing.indices.to("cpu", torch.int16),
-            "weights": routing.weights.to("cpu", torch.float32),
+            "hidden": routing.hidden[0].to("cpu", layer.dtype),
+            "logits": routing.logits[0].to("cpu", torch.float32),
+            "indices": routing.indices[0].to("cpu", torch.int16),
+            "weights": routing.weights[0].to("cpu", torch.float32),
         }
 
     known = inspect.signature(model.forward).parameters

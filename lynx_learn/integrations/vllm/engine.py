@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LynxError, SelectorError
-from ...moe.decision import Groups
+from ...moe.decision import Routing
 from ...moe.families import MoeLayer
 from ...selector.layer import Ready
 from ...selector.selector import LynxSelector, ThresholdPolicy
@@ -324,18 +324,18 @@ class _LayerHook:
         if self.acting.masks is None:
             self.acting.masks = step.masks(len(ids), ids.device)
         active, kept = self.acting.masks
-        groups = Groups(
+        routing = Routing(
             hidden_states[:, : self.layer.hidden_size].unsqueeze(0),
             router_logits.unsqueeze(0),
             ids.long().clamp_min(0).unsqueeze(0),  # rows of padding may name no expert
             (weights * self.scale).unsqueeze(0),
             active.unsqueeze(0),
         )
-        costs, votes = self.ready.costs(groups), groups.active
+        costs, votes = self.ready.costs(routing), routing.active
         if kept is not None:
             costs = costs.masked_fill(kept[:, None], torch.inf)
             votes = votes & ~kept
-        decision = self.ready.selector.decide(groups, self.ready.threshold(votes), costs)
+        decision = self.ready.selector.decide(routing, self.ready.threshold(votes), costs)
         assert decision.loads is not None
         before, after = decision.loads
         answered = decision.answered.sum() if decision.answered is not None else torch.zeros_like(before.sum())

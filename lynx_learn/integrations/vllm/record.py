@@ -30,7 +30,7 @@ class Recording(Wrapping):
 
     @classmethod
     def on(cls, worker: Any, layers: list[EngineLayer]) -> "Recording":
-        """Attach to a worker, which then answers `lynx_describe` and `lynx_take`; those of a group see the same, so one keeps it."""
+        """Attach to a worker, which then answers `lynx_describe` and `lynx_take`; workers that share a model see the same, so one keeps it."""
         recording = cls(worker.model_runner, layers)
         first = not worker.rank
         worker.lynx_describe = recording.describe if first else lambda: None
