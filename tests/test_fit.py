@@ -31,10 +31,11 @@ from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import LynxError, OptionError, SelectorError, TraceError
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.sensitivity import measure_sensitivities
-from lynx_learn.fit.train import TrainOptions, _shard_costs, train
+from lynx_learn.fit.train import TrainOptions, shard_routing, train
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
+from lynx_learn.rules.oracle import true_costs
 from lynx_learn.selector.layer import LayerSelector
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
@@ -210,7 +211,7 @@ def test_costs_are_those_of_a_loop(family: str, expert: Callable[[Any, int, Tens
     surrogates: Surrogates = selector.layers[1].surrogates  # type: ignore[assignment]
     if not rank:
         surrogates.constant.zero_()
-    costs, squares = _shard_costs(layers[1], surrogates, shard)
+    costs, squares = (part[0] for part in true_costs(layers[1], surrogates, shard_routing(shard)))
     wanted, energy = loop_costs(layers[1], surrogates, shard, expert)
     torch.testing.assert_close(costs, wanted, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(squares, energy, rtol=1e-4, atol=1e-6)

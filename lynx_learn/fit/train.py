@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, SelectorError, TraceError
+from ..moe.decision import Routing
 from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
 from ..moe.loading import load_model
+from ..rules.oracle import true_costs
 from ..selector.config import RUN, SelectorConfig
 from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
@@ -227,7 +229,7 @@ def _assignments(
     for shard in trace.layer_shards(layer.index):
         tokens = shard["indices"].shape[0]
         own = tenth[start : start + tokens]
-        costs, squares = _shard_costs(layer, surrogates, shard)
+        costs, squares = (part[0] for part in true_costs(layer, surrogates, shard_routing(shard)))
         features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
         energy += squares[own == HELD_OUT].sum()
         chosen = torch.rand(tokens, generator=thinning) < keep
@@ -249,22 +251,11 @@ def _assignments(
     return joined[0], joined[1], energy
 
 
-def _shard_costs(layer: MoeLayer, surrogates: Surrogates, shard: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """True costs `(tokens, top_k)`, weight² × the squared error of the surrogate, and the same without surrogates."""
-    costs, squares = torch.zeros_like(shard["weights"]).flatten(), torch.zeros_like(shard["weights"]).flatten()
-    top_k = shard["indices"].shape[1]
-    for expert in range(layer.num_experts):
-        rows = (shard["indices"].flatten() == expert).nonzero().squeeze(1)
-        if not len(rows):
-            continue
-        x = shard["hidden"][rows // top_k].to(layer.device, layer.dtype)
-        y = layer.expert_output(expert, x).float().cpu()
-        x = x.float().cpu()
-        stand_in = (x @ surrogates.down[expert].T) @ surrogates.up[expert] + surrogates.constant[expert]
-        weight = shard["weights"].flatten()[rows].square()
-        costs[rows] = weight * (y - stand_in).square().sum(1)
-        squares[rows] = weight * y.square().sum(1)
-    return costs.view_as(shard["weights"]), squares.view_as(shard["weights"])
+def shard_routing(shard: dict[str, Tensor]) -> Routing:
+    """A shard of a trace as one batch in which all tokens are active."""
+    active = torch.ones(len(shard["hidden"]), dtype=torch.bool)
+    parts = (shard["hidden"], shard["logits"], shard["indices"], shard["weights"], active)
+    return Routing(*(part.unsqueeze(0) for part in parts))
 
 
 def trace_groups(

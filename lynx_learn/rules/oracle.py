@@ -1,12 +1,12 @@
-"""The oracle: a selector's surrogates and thresholds with the true cost of every assignment. For measuring alone."""
+"""The true cost of leaving out an assignment, and the oracle that knows it. For learning and measuring only."""
 
 import torch
 from torch import Tensor
 
 from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
-from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector, ThresholdPolicy
+from ..selector.surrogates import Surrogates
 
 
 class Oracle(ThresholdPolicy):
@@ -22,22 +22,29 @@ class Oracle(ThresholdPolicy):
 
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         ready = self.ready[layer.index]
-        costs = true_costs(layer, ready.selector, routing) * ready.selector.sensitivity
+        costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
         return ready.selector.decide(routing, ready.threshold(routing.active), costs)
 
 
 @torch.no_grad()
-def true_costs(layer: MoeLayer, own: LayerSelector, routing: Routing) -> Tensor:
-    """weight² × ‖E_e(x) − f_e(x)‖² of each assignment `(G, T, top_k)`; 0 for tokens that are not active."""
+def true_costs(layer: MoeLayer, surrogates: Surrogates, routing: Routing) -> tuple[Tensor, Tensor]:
+    """weight² × ‖E_e(x) − f_e(x)‖² of each assignment, and the same without surrogates, weight² × ‖E_e(x)‖².
+
+    Both are `(G, T, top_k)` in float32, 0 for tokens that are not active. The routing may be on another device than the
+    layer: inputs are brought there expert by expert.
+    """
     hidden = routing.hidden.flatten(0, 1)
     indices, weights = routing.indices.flatten(0, 1), routing.weights.flatten(0, 1).float()
-    stand_in, costs = own.surrogates, torch.zeros_like(weights)
+    costs, squares = torch.zeros_like(weights), torch.zeros_like(weights)
     live = routing.active.flatten().unsqueeze(-1)
     for expert in range(layer.num_experts):
         token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
-        if len(token):
-            x = hidden[token]
-            down, up, constant = (part[expert].float() for part in (stand_in.down, stand_in.up, stand_in.constant))
-            error = layer.expert_output(expert, x).float() - (x.float() @ down.T @ up + constant)
-            costs[token, slot] = weights[token, slot].square() * error.square().sum(-1)
-    return costs.view_as(routing.weights)
+        if not len(token):
+            continue
+        x = hidden[token].to(layer.device, layer.dtype)
+        output = layer.expert_output(expert, x).float()
+        error = output - surrogates.output(expert, x)
+        weight = weights[token, slot].square()
+        costs[token, slot] = weight * error.square().sum(-1).to(weight.device)
+        squares[token, slot] = weight * output.square().sum(-1).to(weight.device)
+    return costs.view_as(routing.weights), squares.view_as(routing.weights)

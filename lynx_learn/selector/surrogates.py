@@ -68,6 +68,11 @@ class Surrogates(nn.Module):
         """Bytes that decode batches read which left out `skipped` experts in all."""
         return self.bytes_each * (float(self.down.shape[0] * batches) if self.form == "dense" else skipped)
 
+    def output(self, expert: int, hidden: Tensor) -> Tensor:
+        """One surrogate's output `(tokens, hidden)` in float32, from `hidden` `(tokens, hidden)`, on its device."""
+        down, up, constant = (part[expert].to(hidden.device).float() for part in (self.down, self.up, self.constant))
+        return hidden.float() @ down.T @ up + constant
+
     def answer(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the surrogates' outputs `(..., hidden)`, from assignments.
 
