@@ -302,7 +302,7 @@ def test_other_metrics_stand_beside_kl(metric: str, selector: Path) -> None:
     assert second.calibration["kl"] == first.calibration["kl"]
     assert second.thresholds[metric]["0.2"]["2"] > 0
     loaded = LynxSelector.from_pretrained(selector)
-    assert loaded.policy(0.2, metric).thresholds[-1] == pytest.approx(second.thresholds[metric]["0.2"]["2"])
+    assert loaded.policy(0.2, metric).thresholds[2] == pytest.approx(second.thresholds[metric]["0.2"]["2"])
     card = (selector / "README.md").read_text()
     assert "Metric `kl`" in card
     assert f"Metric `{metric}`" in card

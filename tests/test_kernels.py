@@ -27,7 +27,7 @@ from torch import Tensor
 from lynx_learn.errors import OptionError
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.config import SelectorConfig, by_active
 from lynx_learn.selector.layer import LayerSelector, Ready
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
@@ -89,11 +89,8 @@ def ready_for(
     randomise(selector, seed)
     own: LayerSelector = selector.layers[0]  # type: ignore[assignment]
     own.scorer.log_residual -= 2 * math.log(1 / top_k)
-    table = table or {}
     own.to(device)
-    sizes = torch.tensor(sorted(table), dtype=torch.int64, device=device)
-    thresholds = torch.tensor([0.0, *(table[size] for size in sorted(table))], device=device)
-    return Ready(own, own.scorer.fold(own.sensitivity), sizes, thresholds)
+    return Ready(own, own.scorer.fold(own.sensitivity), torch.tensor(by_active(table or {}), device=device))
 
 
 def routing_of(
@@ -185,17 +182,15 @@ def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
     scorer, keep_top1 = draw(st.sampled_from(["formula", "linear", "mlp"])), draw(st.booleans())
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1, seed=seed)
     total = ready.selector.totals(routing, ready.costs(routing))[0]
-    # A middle threshold lies between the totals of two experts; those of other batch sizes decide otherwise.
+    # A middle threshold lies between the totals of two experts; those of other numbers of tokens decide otherwise.
     middle = float(total[total > 0].nanmedian()) * 1.01 if (total > 0).any() else 1.0
     threshold = draw(st.sampled_from([0.0, middle, middle, math.inf]))
-    sizes = sorted(draw(st.sets(st.integers(1, tokens + 1), max_size=3)))
-    below = sum(size <= int(routing.active.sum()) for size in sizes)
-    others = [draw(st.sampled_from([0.0, math.inf])) for _ in range(len(sizes) + 1)]
-    others[below] = threshold
-    ready = Ready(ready.selector, ready.folded, torch.tensor(sizes, dtype=torch.int64), torch.tensor(others))
+    table = draw(st.lists(st.sampled_from([0.0, math.inf]), min_size=1, max_size=tokens + 2))
+    table[min(int(routing.active.sum()), len(table) - 1)] = threshold
+    ready = Ready(ready.selector, ready.folded, torch.tensor(table))
     rows = interpreter("costs_by_expert", ready.folded, routing, keep_top1)
     check_rows(rows, ready, routing)
-    done = interpreter("rewrite_by", rows, routing, ready.sizes, ready.thresholds, keep_top1)
+    done = interpreter("rewrite_by", rows, routing, ready.thresholds, keep_top1)
     check_loads_are_consistent(done, routing)
     assume(total.isnan().any() or not is_close_call(total, threshold))
     check_rewritten(done, ready.rewrite(routing))
@@ -220,7 +215,7 @@ def test_large_batches(interpreter: Run, case: str) -> None:
     cut = len(gaps) // 4 + int(gaps[len(gaps) // 4 : -1].argmax())
     assert gaps[cut] > 1.001, "no threshold that rounding does not touch"
     ready.thresholds[0] = ordered[cut : cut + 2].mean()
-    done = interpreter("rewrite", ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1)
     check_rewritten(done, ready.rewrite(routing))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
@@ -235,7 +230,7 @@ def test_totals_of_many_tokens(interpreter: Run, tokens: int, experts: int, top_
     rows = torch.zeros(tokens, experts).scatter(1, routing.indices[0], torch.where(live, costs, 0.0)[0])
     ready = ready_for(experts, top_k, 1)
     threshold = ready.selector.totals(routing, costs).median().unsqueeze(0)
-    done = interpreter("rewrite_by", rows, routing, ready.sizes, threshold, False)
+    done = interpreter("rewrite_by", rows, routing, threshold, False)
     check_rewritten(done, ready.selector.rewrite(routing, threshold, costs))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
@@ -267,7 +262,7 @@ def test_the_rule_on_costs_by_hand(interpreter: Run, case: str, active: tuple[bo
     rows = torch.zeros(3, 4).scatter(1, INDICES[0], torch.where(live.unsqueeze(-1), signed, 0.0)[0])
     ready = ready_for(4, 2, 2, keep_top1=keep_top1)
     limits = torch.tensor([threshold])
-    done = interpreter("rewrite_by", rows, routing, ready.sizes, limits, keep_top1)
+    done = interpreter("rewrite_by", rows, routing, limits, keep_top1)
     check_rewritten(done, ready.selector.rewrite(routing, limits, costs))
     check_loads_are_consistent(done, routing)
 
@@ -430,7 +425,7 @@ def compile_for_hopper(
     with ExitStack() as stack:
         for name in ("_costs_by_expert", "_rewrite"):
             stack.enter_context(mock.patch.object(kernels, name, Compile(getattr(kernels, name))))
-        kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+        kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
     return done
 
 
@@ -476,10 +471,10 @@ def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_
         if is_close_call(total, float(wanted)):
             wanted = torch.tensor(math.inf, device="cuda")
         ready.thresholds[0] = wanted
-        done = kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+        done = kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
         check_rewritten(done, ready.selector.rewrite(routing, ready.thresholds, costs))
         for _ in range(20):
-            again = kernels.rewrite(ready.folded, routing, ready.sizes, ready.thresholds, keep_top1)
+            again = kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
             check_rewritten(again, done)
             assert torch.equal(kernels.costs_by_expert(ready.folded, routing, keep_top1), rows)
 

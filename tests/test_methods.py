@@ -130,7 +130,7 @@ def test_learned_curves_sweep_the_threshold(method: str) -> None:
     assert len(curve) == 14
     assert {policy.name for policy in curve} == {method}
     assert len({policy.setting for policy in curve}) == 14
-    thresholds = [float(policy.thresholds[-1]) for policy in curve if isinstance(policy, ThresholdPolicy)]
+    thresholds = [policy.thresholds[1] for policy in curve if isinstance(policy, ThresholdPolicy)]
     assert thresholds == sorted(thresholds)
     assert thresholds[9] == pytest.approx(0.01 * 16**0.5)
     assert thresholds[1] == pytest.approx(2 * thresholds[0])
@@ -144,7 +144,7 @@ def test_thresholds_grow_with_the_root_of_the_batch_size() -> None:
     small, large = (curves("learned", layers, size, None, selector)[0][0] for size in (4, 64))
     assert isinstance(small, ThresholdPolicy)
     assert isinstance(large, ThresholdPolicy)
-    assert float(large.thresholds[-1]) == pytest.approx(4 * float(small.thresholds[-1]))
+    assert large.thresholds[1] == pytest.approx(4 * small.thresholds[1])
 
 
 # On models.

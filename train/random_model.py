@@ -44,7 +44,7 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
         policy = keeping(model, selector, tokens, options)
     model.save_pretrained(folder / "model")  # type: ignore[operator]
     tokenizer.save_pretrained(folder / "model")
-    threshold = float(policy.thresholds[-1])
+    threshold = max(policy.thresholds.items())[1]
     selector.with_config(thresholds={"kl": {BUDGET: {"1": threshold}}}).save_pretrained(folder / "selector")
     print(f"{folder}/model and {folder}/selector, at budget {BUDGET}: {fraction:.0%} of the distinct experts stay")
 

@@ -287,7 +287,7 @@ def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
     moe = len(watched.ready)
     micro = {name: statistics.median(values[moe * WARM_UP :]) for name, values in watched.microseconds.items()}
     result["microseconds_per_layer"] = {**micro, "all": 1e3 * result["deciding_ms"] / moe}
-    result["moe_layers"], result["threshold"] = moe, [float(t) for t in subject.policy.thresholds[1:]]
+    result["moe_layers"], result["threshold"] = moe, [tau for _, tau in sorted(subject.policy.thresholds.items())]
     if options.generate:
         result["generate"] = _generate(subject, options)
     return result

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..errors import LynxError, OptionError, SelectorError
-from ..selector.config import SelectorConfig
+from ..selector.config import SelectorConfig, by_active
 
 # Version of the graph's inputs and outputs, and the keys of its metadata.
 FORMAT_VERSION = "1"
@@ -122,9 +122,8 @@ class OnnxSelector:
         Raises:
             OptionError: the budget is negative, or the selector was not calibrated for it.
         """
-        table = self.config.calibrated(budget, metric)
-        sizes = [size for size in table if size <= active]
-        return table[max(sizes)] if sizes else 0.0
+        table = by_active(self.config.calibrated(budget, metric))
+        return table[min(active, len(table) - 1)]
 
     def run(
         self,

@@ -1,6 +1,7 @@
 """What a selector directory says of itself, read strictly."""
 
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,17 @@ class SelectorConfig:
         raise OptionError(
             f"the selector is not calibrated for a budget of {budget:g} (calibrated: {', '.join(table)}): calibrate it or take one of these"
         )
+
+
+def by_active(thresholds: dict[int, float]) -> list[float]:
+    """The threshold (nats) for 0, 1, 2, … active tokens; the last one holds for any number beyond, too.
+
+    It is that of the largest calibrated size not above: costs add up over tokens, so a smaller size's threshold is the
+    careful one. Below the smallest size it is 0, which skips nothing.
+    """
+    sizes = sorted(thresholds)
+    places = (bisect_right(sizes, active) for active in range(max(sizes, default=0) + 1))
+    return [thresholds[sizes[place - 1]] if place else 0.0 for place in places]
 
 
 def _unreadable(path: str, error: Exception) -> SelectorError:

@@ -143,25 +143,23 @@ def _costs_by_expert(
     tl.store(rows + token * EXPERTS + expert, tl.where(live, row, 0.0), mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "last"])
 def _rewrite(
     rows,
     indices,
     weights,
     active,
-    sizes,
     thresholds,
     new_indices,
     new_weights,
     dropped,
     loads,
     tokens,
+    last,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    SIZES: tl.constexpr,
     KEEP_TOP1: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
-    SIZES_PADDED: tl.constexpr,
     TOKENS_PADDED: tl.constexpr,
     TOKENS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -180,10 +178,9 @@ def _rewrite(
             lowest = tl.minimum(lowest, part)
     total = tl.sum(sums, 0)
 
-    place, size = tl.arange(0, TOKENS_PADDED), tl.arange(0, SIZES_PADDED)
+    place = tl.arange(0, TOKENS_PADDED)
     count = tl.sum(tl.load(active + place, mask=place < tokens, other=0).to(tl.int32), 0)
-    reached = (tl.load(sizes + size, mask=size < SIZES, other=0) <= count) & (size < SIZES)
-    threshold = tl.load(thresholds + tl.sum(reached.to(tl.int32), 0))
+    threshold = tl.load(thresholds + tl.minimum(count, last))
 
     # The first of the largest totals, where what is no number is larger than any.
     odd = (total != total).to(tl.int32)
@@ -262,7 +259,7 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool) -> Tensor
     return rows
 
 
-def rewrite_by(rows: Tensor, routing: Routing, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite_by(rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bool) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
     _, tokens, experts = routing.logits.shape
     top_k = routing.indices.shape[-1]
@@ -276,19 +273,17 @@ def rewrite_by(rows: Tensor, routing: Routing, sizes: Tensor, thresholds: Tensor
         indices,
         weights,
         active,
-        sizes,
         thresholds,
         new_indices,
         new_weights,
         dropped,
         loads,
         tokens,
+        len(thresholds) - 1,
         EXPERTS=experts,
         TOP_K=top_k,
-        SIZES=len(sizes),
         KEEP_TOP1=keep_top1,
         EXPERTS_PADDED=experts_padded,
-        SIZES_PADDED=_padded(len(sizes)),
         TOKENS_PADDED=tokens_padded,
         TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
         BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
@@ -297,20 +292,19 @@ def rewrite_by(rows: Tensor, routing: Routing, sizes: Tensor, thresholds: Tensor
     return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
 
 
-def rewrite(folded: Folded, routing: Routing, sizes: Tensor, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite(folded: Folded, routing: Routing, thresholds: Tensor, keep_top1: bool) -> Decision:
     """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
 
     Args:
         folded: the layer's scorer.
         routing: one decode batch.
-        sizes: calibrated batch sizes, ascending.
-        thresholds: one more than sizes: the first is for smaller batches.
+        thresholds: by the number of active tokens, the last for any number beyond.
         keep_top1: whether each token's first expert stays.
     """
     device = routing.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return rewrite_by(costs_by_expert(folded, routing, keep_top1), routing, sizes, thresholds, keep_top1)
+        return rewrite_by(costs_by_expert(folded, routing, keep_top1), routing, thresholds, keep_top1)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}

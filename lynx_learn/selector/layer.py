@@ -99,20 +99,18 @@ class Ready:
 
     selector: LayerSelector
     folded: Folded
-    sizes: Tensor
-    """Calibrated batch sizes, ascending."""
     thresholds: Tensor
-    """One more than sizes: the first is for smaller batches."""
+    """By the number of active tokens, as `by_active` gives them."""
 
     @classmethod
-    def on(cls, layer: MoeLayer, own: LayerSelector, sizes: Tensor, thresholds: Tensor) -> "Ready":
+    def on(cls, layer: MoeLayer, own: LayerSelector, thresholds: Tensor) -> "Ready":
         own = copy.deepcopy(own).to(layer.device)
         own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
-        return cls(own, own.scorer.fold(own.sensitivity), sizes.to(layer.device), thresholds.to(layer.device))
+        return cls(own, own.scorer.fold(own.sensitivity), thresholds.to(layer.device))
 
     def threshold(self, active: Tensor) -> Tensor:
         """The threshold `(G,)` for the number of active tokens `(G, T)`."""
-        return self.thresholds[torch.bucketize(active.sum(-1), self.sizes, right=True)]
+        return self.thresholds[active.sum(-1).clamp_max(len(self.thresholds) - 1)]
 
     def costs(self, routing: Routing) -> Tensor:
         """As `LayerSelector.costs`, from the folded scorer."""
@@ -127,5 +125,5 @@ class Ready:
     def rewrite_in_kernels(self, kernels: ModuleType, routing: Routing) -> Decision:
         """As `rewrite`, in Triton kernels."""
         own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, routing, self.sizes, self.thresholds, own.keep_top1)
+        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1)
         return decision if own.surrogates.rank else decision._replace(answered=None)

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import OptionError, SelectorError
 from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer, router_fingerprint
-from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig
+from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
 from .scorers import SCORERS
 
@@ -155,10 +155,9 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 class ThresholdPolicy:
-    """A selector with a threshold per decode batch size.
+    """A selector with a threshold (nats) for each of some decode batch sizes.
 
-    The threshold of a step is that of the largest calibrated size not above its number of active tokens: costs add up
-    over tokens, so a smaller size's threshold is the careful one. Below the smallest size nothing is skipped.
+    The threshold of a step goes by its number of active tokens, see `by_active`.
 
     `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
     triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
@@ -174,20 +173,19 @@ class ThresholdPolicy:
             raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
         self.selector, self.setting, self.kernel = selector, setting, kernel
         self.kernels: ModuleType | None = None
-        sizes = sorted(thresholds)
-        self.sizes = torch.tensor(sizes)
-        self.thresholds = torch.tensor([0.0, *(thresholds[n] for n in sizes)])
+        self.thresholds = thresholds
         self.ready: dict[int, Ready] = {}
 
     @property
     def skips(self) -> bool:
         """Whether any batch size skips at all."""
-        return bool((self.thresholds > 0).any())
+        return any(tau > 0 for tau in self.thresholds.values())
 
     def bind(self, layers: list[MoeLayer]) -> None:
         self.selector.check(layers)
+        thresholds = torch.tensor(by_active(self.thresholds))
         for layer, own in zip(layers, self.selector.layers, strict=True):
-            self.ready[layer.index] = Ready.on(layer, own, self.sizes, self.thresholds)  # type: ignore[arg-type]
+            self.ready[layer.index] = Ready.on(layer, own, thresholds)  # type: ignore[arg-type]
         on_cuda = any(layer.device.type == "cuda" for layer in layers)
         # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):

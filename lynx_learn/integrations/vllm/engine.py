@@ -162,7 +162,7 @@ class Acting(Wrapping):
         # What binding reads of a layer, an EngineLayer has.
         policy.bind(cast(list[MoeLayer], layers))
         self.ready: list[Ready] = [policy.ready[layer.index] for layer in layers]
-        self.smallest = int(policy.sizes[0])
+        self.smallest = min(policy.thresholds)
         self.step: Step | None = None
         self.masks: tuple[Tensor, Tensor | None] | None = None
         self.opted: set[str] = set()
