@@ -25,7 +25,7 @@ class InspectOptions:
 
 def inspect_model(options: InspectOptions) -> dict[str, Any]:
     """Print the MoE layers of a model; raises ModelError, with the reason, when it is not supported."""
-    loaded = load_model(options.model, options.device, options.dtype)
+    loaded = load_model(options.model, options.device, options.dtype, tokenizer=False)
     layers = find_moe_layers(loaded.model)
     if not layers:
         raise ModelError(f"{options.model} has no MoE layer")

@@ -160,9 +160,9 @@ def _closing_table(report: dict[str, Any], times: dict[str, float], options: Qui
 def _continue(loaded: LoadedModel, selector: LynxSelector, budget: float) -> list[str]:
     """One prompt in a batch of 16 continued greedily with and without skipping."""
     rows, _ = corpora.decode_groups(corpora.BUILT_IN, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
-    texts = [PROMPT, *loaded.tokenizer.batch_decode(rows)]
+    texts = [PROMPT, *loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)]
     loaded.tokenizer.padding_side = "left"
-    batch = loaded.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(loaded.input_device)
+    batch = loaded.tokenizer(texts, return_tensors="pt", padding=True).to(loaded.input_device)
     batch.pop("token_type_ids", None)
     length = batch["input_ids"].shape[1]
 

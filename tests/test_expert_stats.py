@@ -38,6 +38,7 @@ def trace_of(model: nn.Module, folder: Path) -> Trace:
         tokens=SHARDS * ROWS * LENGTH,
         length=LENGTH,
         prompt=0,
+        bos="auto",
         sequences_per_shard=ROWS,
         seed=0,
     )

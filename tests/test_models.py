@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, reference_moe, skip_experts
 from lynx_learn.errors import ModelError
@@ -66,6 +66,23 @@ def test_a_folder_without_a_configuration_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded") as error:
         models.load_model(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_tokenizer_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Transformers makes up an empty one where there is none, and takes another model's without a word."""
+    folder = tmp_path / "moe"
+    shutil.copytree(reference_moe(), folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer") as error:
+        models.load_model(str(folder), "cpu")
+    assert "\n" not in str(error.value)
+    assert models.load_model(str(folder), "cpu", tokenizer=False).tokenizer is None
+    other = AutoTokenizer.from_pretrained(reference_moe())
+    other.add_tokens(["a word more"])
+    other.save_pretrained(folder)
+    with pytest.raises(ModelError, match="is another model's: it has tokens up to 4096, the model knows 4096"):
+        models.load_model(str(folder), "cpu")
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, cli, skip_experts
-from lynx_learn.traces.corpus import read_documents
+from lynx_learn.traces.documents import read_documents
 
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = {

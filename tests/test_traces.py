@@ -39,6 +39,7 @@ OPTIONS = TraceOptions(
     tokens=SHARDS * ROWS * LENGTH,
     length=LENGTH,
     prompt=0,
+    bos="auto",
     sequences_per_shard=ROWS,
     seed=0,
 )
@@ -151,7 +152,7 @@ def test_the_announced_size_is_the_size_of_the_tensors(dtype: str, tmp_path: Pat
 def test_the_folder_holds_what_the_format_says(trace: Path) -> None:
     assert files(trace) == sorted(["manifest.json", "options.json", *SHARD_FILES])
     manifest = json.loads((trace / "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert sorted(manifest["sha256"]) == sorted(SHARD_FILES)
     assert {f.name for f in fields(TraceOptions)} <= manifest.keys()
 
@@ -274,13 +275,13 @@ def test_a_manifest_that_is_no_json_is_refused(data: bytes, trace: Path) -> None
     assert "manifest.json is damaged" in refusal(trace)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [1, 3, "2", None])
 def test_another_format_version_is_refused(version: object, trace: Path) -> None:
     manifest = json.loads((trace / "manifest.json").read_text())
     (trace / "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
     message = refusal(trace)
     assert f"format {version}" in message
-    assert "reads 1" in message
+    assert "reads 2" in message
 
 
 def test_an_incomplete_trace_and_no_trace_are_told_apart(trace: Path, tmp_path: Path) -> None:

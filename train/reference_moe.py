@@ -33,7 +33,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.hooks import Routing, intercept
-from lynx_learn.traces.corpus import read_documents
+from lynx_learn.traces.documents import read_documents
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 

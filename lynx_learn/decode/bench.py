@@ -59,6 +59,7 @@ class BenchOptions:
         implementations: how experts run, as transformers names them.
         device: a torch device, or `auto`.
         corpus: text that a --model decodes; a --shape decodes random tokens.
+        bos: as in `collect`.
         prompt: tokens of prefill.
         steps: decode steps that are counted, after a few that are not.
         threads: of torch; on a CPU two stall at random.
@@ -81,6 +82,7 @@ class BenchOptions:
     implementations: list[str] = field(default_factory=lambda: ["grouped_mm"])
     device: str = "auto"
     corpus: str = corpora.BUILT_IN
+    bos: corpora.Bos = "auto"
     prompt: int = 32
     steps: int = 40
     threads: int = 1
@@ -239,7 +241,7 @@ def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: to
         tokens = torch.randint(3, vocabulary, (size, length), generator=generator)
     else:
         tokens, _ = corpora.decode_groups(
-            options.corpus, tokenizer, "test", size, length, 1, options.seed + 1, fewest=1
+            options.corpus, tokenizer, "test", size, length, 1, options.seed + 1, fewest=1, bos=options.bos
         )[0]
     tokens = tokens.to(device)
     selector = (

@@ -96,7 +96,7 @@ def train(options: TrainOptions) -> LynxSelector:
     if out.exists() and any(out.iterdir()):
         raise SelectorError(f"{out} is not empty: choose another --out, or remove it")
     trace = Trace.open(options.trace)
-    loaded = load_model(options.model or trace.options.model, options.device, options.dtype)
+    loaded = load_model(options.model or trace.options.model, options.device, options.dtype, tokenizer=False)
     layers = find_moe_layers(loaded.model)
     if router_fingerprint(layers) != trace.options.router_fingerprint:
         raise TraceError(

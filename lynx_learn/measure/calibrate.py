@@ -50,6 +50,7 @@ class CalibrateOptions:
         groups: groups measured for a batch size, at most; on 4 of them thresholds are chosen, on the others tested.
         tokens: tokens measured for a batch size, at most; but 12 groups are, whatever they hold.
         length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
+        bos: as in `collect`.
         device, dtype: of the model, as in `collect`.
         seed: of the grouping.
     """
@@ -66,6 +67,7 @@ class CalibrateOptions:
     tokens: int = 60_000
     length: int = 128
     prompt: int = 32
+    bos: corpora.Bos = "auto"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 1
@@ -122,6 +124,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
             most,
             options.seed,
             FEWEST_GROUPS + PILOT_GROUPS,
+            bos=options.bos,
         )
         groups = [(tokens.to(loaded.input_device), names) for tokens, names in groups]
         sources.update(name for _, names in groups for name in names)

@@ -83,6 +83,7 @@ class CoverageOptions:
         shift: sources to calibrate on and other ones to test on, such as {"calibrate": ["code"], "test": ["prose"]}.
         card: also put the figures into the selector's card.
         length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
+        bos: as in `collect`.
         device, dtype: of the model, as in `collect`.
         seed: of the grouping and the draws.
     """
@@ -104,6 +105,7 @@ class CoverageOptions:
     card: bool = False
     length: int = 128
     prompt: int = 32
+    bos: corpora.Bos = "auto"
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 3
@@ -331,7 +333,8 @@ def read_groups(
         CorpusError: there is too little text.
     """
     streams = [
-        corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, split) for split in options.split
+        corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, split, options.bos)
+        for split in options.split
     ]
     turns = (row for turn in zip_longest(*streams) for row in turn if row is not None)
     rows = list(islice((row for row in turns if sources is None or row[1] in sources), count * size))

@@ -54,6 +54,7 @@ class EvaluateOptions:
         tokens: decode tokens scored for each point, at least; at least 8 groups of sequences are.
         levels: losses in nats per token at which methods are compared.
         length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
+        bos: as in `collect`.
         card: also put the figures into the selector's card.
         workers: processes on a CPU, each with one thread and a model of its own; 1: this process with all its threads.
         device, dtype: of the model, as in `collect`.
@@ -73,6 +74,7 @@ class EvaluateOptions:
     levels: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
     length: int = 128
     prompt: int = 32
+    bos: corpora.Bos = "auto"
     card: bool = False
     workers: int = 1
     device: str = "auto"
@@ -159,7 +161,16 @@ def read_cell(options: EvaluateOptions, subject: Subject, size: int, batches: co
     most = max(FEWEST_GROUPS, -(-options.tokens // scored))
     tokenizer = subject.loaded.tokenizer
     groups = corpora.decode_groups(
-        options.corpus, tokenizer, options.split, size, options.length, most, options.seed, FEWEST_GROUPS, batches
+        options.corpus,
+        tokenizer,
+        options.split,
+        size,
+        options.length,
+        most,
+        options.seed,
+        FEWEST_GROUPS,
+        batches,
+        options.bos,
     )
     if len(groups) < most:
         text = f"{options.corpus!r} ({options.split} split)"

@@ -104,18 +104,19 @@ def model_path(name: str) -> str:
     return reference_moe() if name == REFERENCE else name
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(name: str, device: str = "auto", dtype: str = "auto", tokenizer: bool = True) -> LoadedModel:
     """Load model and tokenizer; safetensors weights only, no code from the repository.
 
     Args:
         name: folder, Hub id, or `reference-moe` for the one in this package.
         device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
         dtype: one of DTYPES; `auto` as `fast_dtype` of what the checkpoint holds.
+        tokenizer: whether one is needed; without it None takes its place.
 
     Raises:
-        ModelError: the model cannot be loaded; with the reason.
+        ModelError: the model cannot be loaded, or its tokenizer is not one for it; with the reason.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     path = model_path(name)
     placement: dict[str, Any] = {}
@@ -135,14 +136,51 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> LoadedMo
                 f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …), which would be random: its files are "
                 "not whole or not of this kind of model"
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         if not placement:
             model = model.to(target)
     except ModelError:
         raise
     except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
         raise _not_loaded(name, error) from error
-    return LoadedModel(model.eval(), tokenizer, revision_of(path, model.config))
+    encoder = load_tokenizer(name, model.get_input_embeddings().weight.shape[0]) if tokenizer else None
+    return LoadedModel(model.eval(), encoder, revision_of(path, model.config))
+
+
+def load_tokenizer(name: str, rows: int) -> Any:
+    """The tokenizer of the model `name`, whose embedding has `rows` rows.
+
+    Raises:
+        ModelError: there is none, or it is not for this model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the tokenizer of model {name!r} cannot be loaded ({reason}): put it beside the model with tokenizer.save_pretrained"
+        ) from error
+    check_tokenizer(name, tokenizer, rows)
+    return tokenizer
+
+
+def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
+    """Refuse a tokenizer without words, which is what transformers makes up where a folder has none, or with other ones.
+
+    Raises:
+        ModelError: it is not for a model whose embedding has `rows` rows.
+    """
+    known = tokenizer.get_vocab()
+    if len(known) <= len(set(tokenizer.all_special_tokens)):
+        raise ModelError(
+            f"model {name!r} has no tokenizer (one without any word was found): put it beside the model with tokenizer.save_pretrained"
+        )
+    if (highest := max(known.values())) >= rows:
+        raise ModelError(
+            f"the tokenizer of model {name!r} is another model's: it has tokens up to {highest}, the model knows {rows}: "
+            "put the model's own beside it"
+        )
 
 
 def revision_of(path: str, config: Any) -> str:

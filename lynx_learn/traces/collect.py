@@ -33,12 +33,14 @@ class CollectOptions:
     Attributes:
         model: folder or Hub id of a transformers MoE model.
         out: trace directory; an interrupted run goes on there.
-        corpus: `python-stdlib`, a .jsonl, .jsonl.gz or .txt file, a folder of them, or the name of a data set.
+        corpus: `python-stdlib`, a .jsonl or .txt file (also .gz), a folder of them, or a data set as `name`,
+            `name:configuration` or `name:configuration:split`.
         split: part of the corpus to read, by document; calibrate and evaluate read the other parts.
         tokens: tokens to collect.
         mode: `teacher`: the text itself; `generate`: the model's own continuations of prompts from the text.
         length: tokens of a sequence.
         prompt: in mode `generate`, tokens of the prompt.
+        bos: begin every sequence with the BOS token: `auto`: as the tokenizer begins a text; `yes` or `no`.
         batch_size: sequences run together, and stored in one shard.
         engine: `transformers`, or `vllm` where that is installed.
         engine_options: with vLLM, further arguments of its `LLM`, e.g. {"tensor_parallel_size": 2}.
@@ -55,6 +57,7 @@ class CollectOptions:
     mode: Literal["teacher", "generate"] = "teacher"
     length: int = 256
     prompt: int = 32
+    bos: corpora.Bos = "auto"
     batch_size: int = 16
     engine: str = "transformers"
     engine_options: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +136,7 @@ def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
         tokens=options.tokens,
         length=options.length,
         prompt=options.prompt if options.mode == "generate" else 0,
+        bos=options.bos,
         sequences_per_shard=options.batch_size,
         seed=options.seed,
     )
@@ -207,7 +211,13 @@ def check_room(out: Path, options: TraceOptions) -> None:
 
 def _write_shards(writer: TraceWriter, tracer: Tracer) -> None:
     options = writer.options
-    sequences = corpora.read_sequences(options.corpus, tracer.tokenizer, options.length, options.split)  # type: ignore[arg-type]
+    sequences = corpora.read_sequences(
+        options.corpus,
+        tracer.tokenizer,
+        options.length,
+        options.split,  # type: ignore[arg-type]
+        options.bos,  # type: ignore[arg-type]
+    )
     wanted = -(-options.tokens // options.length)
     batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
     sources: list[str] = []

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import TraceError
 from ..files import checksum, digest, write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST, OPTIONS = "manifest.json", "options.json"
 PHASES = ("prompt", "generated", "teacher")
 LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
@@ -58,6 +58,7 @@ class TraceOptions(TracedModel):
     tokens: int
     length: int
     prompt: int
+    bos: str
     sequences_per_shard: int
     seed: int
     format_version: int = FORMAT_VERSION

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...errors import LynxError, ModelError, OptionError, TraceError
 from ...moe.families import moe_blocks
-from ...moe.loading import model_path, pick_dtype, revision_of
+from ...moe.loading import check_tokenizer, model_path, pick_dtype, revision_of
 from ...traces.collect import CollectOptions
 from ...traces.format import TracedModel, TraceOptions
 from .settings import KEY, RECORD, SUPPORTED, engine_version
@@ -67,6 +67,7 @@ class VllmTracer:
                 f"vLLM cannot run {name!r} ({reason}): see --engine_options, or leave --engine out"
             ) from error
         self.tokenizer = self.engine.get_tokenizer()
+        check_tokenizer(name, self.tokenizer, int(config.get_text_config().vocab_size))
         said = self.engine.collective_rpc("lynx_describe")[0]
         self.model = TracedModel(
             model=name,
