@@ -31,7 +31,7 @@ MOST_FILES = 9
 RESERVED = {
     "lightning": {"fit.scorer"},
     "sklearn": {"fit.scorer"},
-    "datasets": {"traces.corpus"},
+    "datasets": {"traces.documents"},
     "rich": {"show.progress", "show.tables"},
     "jsonargparse": {"cli"},
     "matplotlib": {"show.figures"},
