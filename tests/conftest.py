@@ -1,6 +1,7 @@
-"""Order and threads of the test run."""
+"""Order and threads of the test run, and the folder its processes share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,3 +13,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that no process is left with one of them at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> None:
+    from shared import SHARED
+
+    own = tmp_path_factory.getbasetemp()
+    SHARED.root = own if worker_id == "master" else own.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_folders_stay(_shared_folder: None) -> Iterator[None]:
+    """No test writes to what others read."""
+    from shared import SHARED
+
+    yield
+    assert SHARED.changed() == []

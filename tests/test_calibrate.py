@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from flows import (
+    LENGTH,
+    PROMPT,
+    blind,
+    contents,
+    interrupting_forward,
+    one_line,
+    other_revision,
+    reference_flow,
+    tiny_flow,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fit import contents, one_line, other_revision, reference_flow, tiny_flow
 
 from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import CorpusError, OptionError, SelectorError
@@ -35,8 +45,6 @@ from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 from lynx_learn.traces.corpus import decode_groups
 
-PROMPT, LENGTH = 8, 32
-
 
 def choices(selector: Path, **changes: Any) -> CalibrateOptions:
     options = CalibrateOptions(
@@ -56,20 +64,6 @@ def selector(tmp_path: Path) -> Path:
     """A copy of the trained tiny selector that a test may write to."""
     shutil.copytree(tiny_flow().selector, tmp_path / "selector")
     return tmp_path / "selector"
-
-
-def blind(selector: Path) -> Path:
-    """A selector that takes every expert to be free, so that any threshold leaves out all it may."""
-    change_sensitivity(selector, 1e-15)
-    return selector
-
-
-def change_sensitivity(folder: Path, factor: float) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "selector.safetensors")
-    changed = {k: v * factor if k.endswith("sensitivity") else v for k, v in weights.items()}
-    save_file(changed, folder / "selector.safetensors")
 
 
 def cells(selector: LynxSelector, metric: str = "kl") -> dict[str, dict[str, dict[str, Any]]]:
@@ -357,17 +351,6 @@ def test_an_interruption_leaves_the_selector_as_it_was(selector: Path) -> None:
     assert [p.name for p in selector.parent.iterdir()] == ["selector"]
 
 
-def interrupting_forward(rows: int) -> Any:
-    """While open, every model that is given so many sequences is interrupted."""
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    def stop(module: torch.nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], torch.Tensor) and args[0].shape[:1] == (rows,):
-            raise KeyboardInterrupt
-
-    return register_module_forward_pre_hook(stop)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -408,7 +391,7 @@ def test_a_budget_holds_on_other_text_of_the_reference_model(tmp_path: Path) -> 
     found = calibrate(
         CalibrateOptions(str(tmp_path / "selector"), budgets=[0.03], batch_sizes=[4], groups=12, length=48, prompt=16)
     )
-    loaded = load_model(REFERENCE, "cpu")
+    loaded = load_model(REFERENCE, "cpu", "float32")
     groups = decode_groups("python-stdlib", loaded.tokenizer, "test", 4, 48, 8, seed=1)
     result = compare(loaded.model, find_moe_layers(loaded.model), groups, [found.policy(0.03)], 16)[0]
     assert 0.03 / 4 < result.mean("kl") < 0.03 * 1.25

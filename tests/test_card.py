@@ -4,13 +4,14 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_fit import scratch, tiny_flow
+from flows import LENGTH, PROMPT, tiny_flow
+from shared import SHARED
 
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.measure.coverage import CoverageOptions, coverage
@@ -19,37 +20,30 @@ from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.card import render
 
-LENGTH, PROMPT, SIZE, BUDGET = 32, 8, 2, 0.1
+SIZE, BUDGET = 2, 0.1
 TEXT: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "batch_sizes": [SIZE]}
 
 
 @cache
 def measured() -> Path:
     """A selector with thresholds, coverage under a shift, and a test on text of another source; nobody may write to it."""
-    folder = scratch()
+    return SHARED.folder("carded", measure) / "selector"
+
+
+def measure(folder: Path) -> None:
     selector, texts = folder / "selector", str(tiny_flow().texts)
     shutil.copytree(tiny_flow().selector, selector)
     calibrate(CalibrateOptions(str(selector), corpus=texts, budgets=[BUDGET, 1e-9], groups=12, **TEXT))
     few: dict[str, Any] = {"groups": 24, "calibration_groups": 12, "resplits": 20, "bootstraps": 20}
     shift = {"calibrate": ["even"], "test": ["odd"]}
-    coverage(
-        CoverageOptions(
-            str(selector), str(folder / "c"), corpus=texts, budgets=[BUDGET], shift=shift, card=True, **few, **TEXT
-        )
+    options = CoverageOptions(
+        str(selector), str(folder / "c"), corpus=texts, budgets=[BUDGET], shift=shift, **few, **TEXT
     )
-    shutil.copyfile(tiny_flow().texts / "odd.jsonl", folder / "strange.jsonl")
-    evaluate(
-        EvaluateOptions(
-            str(selector),
-            str(folder / "e"),
-            corpus=str(folder / "strange.jsonl"),
-            methods=["learned"],
-            tokens=400,
-            card=True,
-            **TEXT,
-        )
-    )
-    return selector
+    coverage(replace(options, card=True))
+    strange = folder / "strange.jsonl"
+    shutil.copyfile(tiny_flow().texts / "odd.jsonl", strange)
+    text = {"corpus": str(strange), "tokens": 400, **TEXT}
+    evaluate(EvaluateOptions(str(selector), str(folder / "e"), methods=["learned"], card=True, **text))
 
 
 def parts() -> tuple[LynxSelector, dict[str, Any]]:

@@ -22,11 +22,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from flows import LENGTH, VOCABULARY, blind, calibrated, contents, other_revision, save_model, save_tokenizer, tiny_flow
 from safetensors import safe_open
 from safetensors.torch import save
-from test_calibrate import blind
-from test_evaluate import calibrated
-from test_fit import LENGTH, VOCABULARY, contents, other_revision, save_model, save_tokenizer, tiny_flow
 
 from lynx_learn import __version__
 from lynx_learn.cli import COMMANDS, main, parse

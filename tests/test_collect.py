@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from flows import one_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lynx_learn.errors import CorpusError, LynxError, ModelError, OptionError, TraceError
+from lynx_learn.errors import CorpusError, ModelError, OptionError, TraceError
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
 from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.format import Trace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 EOS, LENGTH, LAYERS, EXPERTS, TOP_K = "<end>", 16, 2, 8, 2
 COLLECT = (
     "import json, sys\nfrom lynx_learn.traces.collect import *\ncollect(CollectOptions(**json.loads(sys.argv[1])))"
@@ -113,13 +113,6 @@ def choices(tiny: Tiny, out: Path, **changes: Any) -> CollectOptions:
 def digests(folder: Path) -> dict[str, str]:
     found = (f for f in sorted(folder.rglob("*")) if f.is_file())
     return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in found}
-
-
-def one_line(error: pytest.ExceptionInfo[LynxError]) -> str:
-    message = str(error.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def whole(trace: Trace) -> list[dict[str, Tensor]]:

@@ -6,9 +6,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
+from flows import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import Bytes, Endless, jsonl, one_line
+from texts import Bytes, Endless, jsonl
 
 from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.traces.corpus import LONGEST, decode_groups, read_sequences
@@ -69,7 +70,7 @@ def test_a_file_is_read_as_it_is_needed(tmp_path: Path) -> None:
     assert [next(stream)[1] for _ in range(3)] == ["a"] * 3
     with pytest.raises(CorpusError, match="line 4") as error:
         next(stream)
-    one_line(error.value)
+    one_line(error)
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.jsonl.gz", "blank.txt"])
@@ -78,8 +79,8 @@ def test_a_file_without_text_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     with pytest.raises(CorpusError) as error:
         list(read_sequences(str(tmp_path / name), Bytes(), 4))
-    assert name in one_line(error.value)
-    assert "less than one sequence of 4 tokens" in one_line(error.value)
+    assert name in one_line(error)
+    assert "less than one sequence of 4 tokens" in one_line(error)
 
 
 def test_half_a_character_is_no_reason_to_stop(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_shorter_than_one_sequence(tmp_path: Path) -> None:
     assert [tokens for tokens, _ in read_sequences(corpus, Bytes(), 4)] == [[97, 98, 99, 256]]
     with pytest.raises(CorpusError) as error:
         list(read_sequences(corpus, Bytes(), 5))
-    assert "5 tokens" in one_line(error.value)
+    assert "5 tokens" in one_line(error)
 
 
 def test_groups_that_decode_together_mix_the_sources(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_too_little_text_for_two_groups_is_refused(tmp_path: Path) -> None:
     corpus = jsonl(tmp_path / "a.jsonl", ["1234567"] * 7)
     with pytest.raises(CorpusError, match="holds 7 sequences of 8 tokens, 2 groups of 4 are needed") as error:
         decode_groups(corpus, Bytes(), "all", 4, 8, 10, 0)
-    one_line(error.value)
+    one_line(error)
     assert len(decode_groups(corpus, Bytes(), "all", 4, 8, 10, 0, fewest=1)) == 1
 
 
@@ -192,7 +193,7 @@ def test_text_that_a_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
     corpus = jsonl(tmp_path / "a.jsonl", ["one 2 3 4 five 6"] * 3)
     with pytest.raises(CorpusError, match="source 'a' is unknown words") as error:
         list(read_sequences(corpus, Words(), 5))
-    one_line(error.value)
+    one_line(error)
 
 
 def test_too_little_text_says_how_much_there_is(tmp_path: Path) -> None:

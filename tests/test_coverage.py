@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flows import LENGTH, PROMPT, contents, interrupting_forward, one_line, tiny_flow
 from hypothesis import given
 from hypothesis import strategies as st
-from test_calibrate import interrupting_forward
-from test_fit import contents, one_line, scratch, tiny_flow
+from shared import SHARED
 from torch import Tensor
 
 from lynx_learn.cli import main, parse
@@ -43,7 +43,7 @@ from lynx_learn.moe.loading import load_model
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 
-LENGTH, PROMPT, SIZE, BUDGETS = 32, 8, 2, [0.05, 0.1]
+SIZE, BUDGETS = 2, [0.05, 0.1]
 SHIFT = {"calibrate": ["even"], "test": ["odd"]}
 
 
@@ -299,18 +299,19 @@ def choices(out: Path, **changes: Any) -> CoverageOptions:
 @cache
 def measured() -> Path:
     """The folder of a run with two batch sizes; nobody may write to it."""
-    folder = scratch() / "deep" / "out"
-    coverage(choices(folder, batch_sizes=[4, SIZE]))
-    return folder
+    run = SHARED.folder("covered", lambda folder: coverage(choices(folder / "deep" / "out", batch_sizes=[4, SIZE])))
+    return run / "deep" / "out"
 
 
 @cache
 def shifted() -> Path:
     """The folder of a run with a shift; nobody may write to it."""
-    folder = scratch() / "out"
-    shutil.copytree(measured(), folder)
-    coverage(choices(folder, shift=SHIFT))
-    return folder
+
+    def make(folder: Path) -> None:
+        shutil.copytree(measured(), folder, dirs_exist_ok=True)
+        coverage(choices(folder, shift=SHIFT))
+
+    return SHARED.folder("covered-shifted", make)
 
 
 def report_of(folder: Path) -> dict[str, Any]:

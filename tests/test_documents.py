@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from flows import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import jsonl, one_line
+from texts import jsonl
 
 from lynx_learn.errors import CorpusError
 from lynx_learn.traces.documents import CHAPTER, MOST_SOURCES, Document, Split, in_split, read_documents
@@ -87,15 +88,15 @@ def test_blank_lines_of_a_jsonl_are_passed_over(tmp_path: Path) -> None:
 def test_a_missing_path_is_named(name: str) -> None:
     with pytest.raises(CorpusError, match="does not exist") as error:
         list(read_documents(name))
-    assert name in one_line(error.value)
+    assert name in one_line(error)
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(CorpusError) as error:
         list(read_documents(str(tmp_path)))
-    assert str(tmp_path) in one_line(error.value)
-    assert ".jsonl" in one_line(error.value)
+    assert str(tmp_path) in one_line(error)
+    assert ".jsonl" in one_line(error)
 
 
 LINES = {
@@ -114,7 +115,7 @@ def test_a_line_without_text_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(CorpusError) as error:
         list(read_documents(str(tmp_path / "a.jsonl")))
-    assert "a.jsonl, line 2" in one_line(error.value)
+    assert "a.jsonl, line 2" in one_line(error)
 
 
 def _files_that_cannot_be_read() -> dict[str, tuple[str, bytes]]:
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_named(kind: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError) as error:
         list(read_documents(str(tmp_path / name)))
-    assert name in one_line(error.value)
+    assert name in one_line(error)
 
 
 def test_a_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_a_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(read_documents(good)) == [Document("one", good), Document("two", good)]
     with pytest.raises(CorpusError, match="no text column: its columns are content, id") as error:
         list(read_documents(str(tmp_path / "bad")))
-    one_line(error.value)
+    one_line(error)
 
 
 def test_a_name_that_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_without_the_datasets_library_a_wrong_name_is_still_one_line(monkeypatch
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CorpusError, match="neither a path nor a data set") as error:
         list(read_documents("my-texts"))
-    assert "datasets" in one_line(error.value)
+    assert "datasets" in one_line(error)
 
 
 def test_a_plain_text_is_cut_into_documents_and_loses_nothing(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_what_was_found_instead_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").rename(tmp_path / "a.pdf")
     with pytest.raises(CorpusError, match=r"found: 1 \.pdf\): put text there") as error:
         list(read_documents(str(tmp_path)))
-    one_line(error.value)
+    one_line(error)
 
 
 def save_tables(folder: Path) -> str:
@@ -277,4 +278,4 @@ def test_a_data_set_of_several_configurations(tmp_path: Path, monkeypatch: pytes
     for more, reason in refused.items():
         with pytest.raises(CorpusError, match=reason) as error:
             list(read_documents(name + more))
-        one_line(error.value)
+        one_line(error)

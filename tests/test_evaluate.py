@@ -15,12 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_fit import contents, one_line, other_revision, reference_flow, save_texts, scratch, tiny_flow
+from flows import (
+    EXPERTS,
+    LENGTH,
+    PROMPT,
+    SIZES,
+    calibrated,
+    contents,
+    one_line,
+    other_revision,
+    reference_flow,
+    save_texts,
+    tiny_flow,
+)
+from shared import SHARED
 
 from lynx_learn.decode.simulate import Comparison, compare
 from lynx_learn.errors import CorpusError, OptionError, SelectorError, TraceError
 from lynx_learn.measure.bound import margin
-from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.measure.equal_loss import interpolate
 from lynx_learn.measure.evaluate import FEWEST_GROUPS, EvaluateOptions, evaluate
 from lynx_learn.measure.sweeps import MOST_SETTINGS, SEED_STEP
@@ -34,25 +46,11 @@ from lynx_learn.show.tables import evaluation_table, matched_table, ratios_table
 from lynx_learn.traces.collect import CollectOptions, collect
 from lynx_learn.traces.corpus import Batches, decode_groups
 
-LENGTH, PROMPT, EXPERTS, TOP_K, SEED = 32, 8, 8, 2, 2
+TOP_K, SEED = 2, 2
 SCORED = LENGTH - PROMPT - 1
-SIZES, BUDGETS, LEVELS = [2, 4], [0.02, 0.1], [0.03, 0.1]
+LEVELS = [0.03, 0.1]
 METHODS_HERE = ["learned", "xshare", "random", "gate_sq"]
 CELLS: list[tuple[int, Batches]] = [(2, "mixed"), (4, "mixed"), (4, "single")]
-
-
-@cache
-def calibrated() -> Path:
-    """The tiny selector with thresholds for SIZES and BUDGETS; nobody may write to it."""
-    folder = scratch() / "selector"
-    shutil.copytree(tiny_flow().selector, folder)
-    texts = str(tiny_flow().texts)
-    calibrate(
-        CalibrateOptions(
-            str(folder), corpus=texts, budgets=BUDGETS, batch_sizes=SIZES, groups=12, length=LENGTH, prompt=PROMPT
-        )
-    )
-    return folder
 
 
 def choices(out: Path, **changes: Any) -> EvaluateOptions:
@@ -78,8 +76,9 @@ def little(out: Path, **changes: Any) -> EvaluateOptions:
 
 @cache
 def tiny_run() -> tuple[dict[str, Any], Path]:
-    out = scratch() / "report"
-    return evaluate(choices(out)), out
+    """A report on CELLS, and its folder; nobody may write to it."""
+    out = SHARED.folder("evaluated", lambda folder: evaluate(choices(folder)))
+    return json.loads((out / "report.json").read_text()), out
 
 
 def tiny_report() -> dict[str, Any]:

@@ -5,51 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import EXPERTS, FAMILIES, HIDDEN, build, tiny_model, words
-from torch import Tensor, nn
+from flows import one_line, trace_of
+from tiny import EXPERTS, FAMILIES, HIDDEN, build, tiny_model
+from torch import Tensor
 
 from lynx_learn.errors import OptionError, TraceError
-from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.rules import expert_stats
 from lynx_learn.rules.expert_stats import measure_experts
-from lynx_learn.traces.collect import record
-from lynx_learn.traces.format import Trace, TraceOptions, TraceWriter
-
-SHARDS, ROWS, LENGTH = 3, 2, 16
-
-
-def trace_of(model: nn.Module, folder: Path) -> Trace:
-    """A trace of random words, in several shards; what the tests of rules that need statistics start from."""
-    layers = find_moe_layers(model)
-    options = TraceOptions(
-        model="tiny",
-        revision="local",
-        model_type="tiny",
-        router_fingerprint=router_fingerprint(layers),
-        layers=tuple(layer.name for layer in layers),
-        num_experts=layers[0].num_experts,
-        top_k=layers[0].top_k,
-        hidden_size=layers[0].hidden_size,
-        expert_bytes=layers[0].expert_bytes,
-        dtype="float32",
-        corpus="words",
-        split="fit",
-        mode="teacher",
-        tokens=SHARDS * ROWS * LENGTH,
-        length=LENGTH,
-        prompt=0,
-        bos="auto",
-        sequences_per_shard=ROWS,
-        seed=0,
-    )
-    writer, nothing = TraceWriter(folder, options), torch.zeros(ROWS * LENGTH, dtype=torch.int32)
-    for shard in range(SHARDS):
-        rows = words(ROWS, LENGTH, shard)
-        index = {**dict.fromkeys(("sequence", "position", "phase", "source"), nothing), "tokens": rows.flatten()}
-        with torch.no_grad():
-            writer.write(shard, record(model, layers, rows), {k: v.clone() for k, v in index.items()})
-    writer.finish(SHARDS, ["words"], {"teacher": SHARDS * ROWS * LENGTH})
-    return Trace.open(folder)
+from lynx_learn.traces.format import Trace
 
 
 def everything(trace: Trace, layer: int) -> dict[str, Tensor]:
@@ -151,12 +115,6 @@ def test_a_model_with_one_expert_per_token_has_no_ratios(tmp_path: Path) -> None
     stats = measure_experts(find_moe_layers(model), trace_of(model, tmp_path / "trace"))
     assert stats.ratios.shape == (2, 0)
     assert torch.isfinite(stats.norms).all()
-
-
-def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:

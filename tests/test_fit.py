@@ -1,37 +1,41 @@
-"""Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written.
+"""Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written."""
 
-The saved tiny model, its text, traces and selectors that the tests of calibrate, evaluate and the command line share
-stand here too; each is made once in a session.
-"""
-
-import atexit
-import json
 import math
-import os
-import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import build, random_selector, randomise, tiny_model, words
+from flows import (
+    HIDDEN,
+    LAYERS,
+    LENGTH,
+    RANK,
+    Flow,
+    change_weights,
+    contents,
+    one_line,
+    other_revision,
+    reference_flow,
+    save_model,
+    tiny_flow,
+    train_options,
+)
+from tiny import random_selector, randomise, tiny_model, words
 from torch import Tensor
 from torch.nn import functional
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.decode.simulate import compare
-from lynx_learn.errors import LynxError, OptionError, SelectorError, TraceError
+from lynx_learn.errors import OptionError, SelectorError, TraceError
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.sensitivity import measure_sensitivities
-from lynx_learn.fit.train import TrainOptions, shard_routing, train
+from lynx_learn.fit.train import shard_routing, train
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
@@ -44,119 +48,8 @@ from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.corpus import decode_groups
 from lynx_learn.traces.format import Trace
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-LENGTH, LAYERS, EXPERTS, HIDDEN, RANK = 32, 2, 8, 32, 4
 # What a selector directory holds after training, logs aside.
 FILES = {"config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"}
-SENTENCE = (
-    "the router sends each token to two experts and a batch of requests touches most of them so every expert must be "
-    "read from memory while decode waits for bytes not for sums thus we leave out those whose loss is small"
-)
-VOCABULARY = SENTENCE.split()
-
-
-# What the tests of several modules start from.
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A tokenizer that knows the words above."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<end>", "<unk>", *dict.fromkeys(VOCABULARY)]
-    core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<end>", unk_token="<unk>", padding_side="left"
-    )
-    tokenizer.save_pretrained(folder)
-
-
-def save_model(folder: Path, **changes: Any) -> Path:
-    """A tiny qwen3_moe of random weights with its tokenizer."""
-    shape: dict[str, Any] = {"num_experts": EXPERTS, "moe_intermediate_size": 48, "head_dim": 16}
-    build("Qwen3Moe", norm_topk_prob=True, **{**shape, **changes}).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-def save_texts(folder: Path, documents: int = 400) -> Path:
-    """Two files of random sentences."""
-    folder.mkdir(parents=True)
-    for seed, name in enumerate(("even", "odd")):
-        choose = random.Random(seed)
-        texts = (" ".join(choose.choices(VOCABULARY, k=choose.randint(10, 80))) for _ in range(documents))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return folder
-
-
-def change_weights(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Rewrite the weights of a saved model."""
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {k: change(k, v).contiguous() for k, v in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-
-
-def other_revision(model: Path, folder: Path) -> Path:
-    """The same model after a step of further training, which changed a router a little."""
-    shutil.copytree(model, folder)
-    change_weights(folder, lambda name, value: value * 1.02 if name.endswith("layers.1.mlp.gate.weight") else value)
-    return folder
-
-
-class Flow(NamedTuple):
-    """Folders; nobody may write to them."""
-
-    model: Path
-    texts: Path
-    trace: Path
-    selector: Path
-
-
-def scratch() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="lynx-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-@cache
-def tiny_flow() -> Flow:
-    """Tiny model, text, a trace of 4096 tokens, and a selector without thresholds."""
-    folder = scratch()
-    flow = Flow(save_model(folder / "model"), save_texts(folder / "texts"), folder / "trace", folder / "selector")
-    collect(CollectOptions(str(flow.model), str(flow.trace), str(flow.texts), tokens=128 * LENGTH, length=LENGTH))
-    train(choices(flow, flow.selector))
-    return flow
-
-
-@cache
-def reference_flow() -> Flow:
-    """The same of the model in the package, on the text every Python carries."""
-    folder = scratch()
-    flow = Flow(Path(REFERENCE), Path("python-stdlib"), folder / "trace", folder / "selector")
-    collect(CollectOptions(REFERENCE, str(flow.trace), tokens=4096, length=64))
-    train(TrainOptions(str(flow.trace), str(flow.selector), reference=False, tune_steps=0, sensitivity_groups=1))
-    return flow
-
-
-def choices(flow: Flow, out: Path, **changes: Any) -> TrainOptions:
-    options = TrainOptions(
-        str(flow.trace), str(out), rank=RANK, epochs=3, reference=False, tune_steps=0, sensitivity_groups=2
-    )
-    return replace(options, **changes)
-
-
-def one_line(error: pytest.ExceptionInfo[LynxError]) -> str:
-    message = str(error.value)
-    assert message
-    assert "\n" not in message
-    return message
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def layer_figures(folder: Path) -> list[dict[str, Any]]:
@@ -233,7 +126,7 @@ def test_surrogates_lower_the_cost_on_held_out_sequences() -> None:
 
 def test_rank_0_has_no_surrogates_and_still_skips(tmp_path: Path) -> None:
     flow = tiny_flow()
-    selector = train(choices(flow, tmp_path / "s", rank=0))
+    selector = train(train_options(flow, tmp_path / "s", rank=0))
     assert [row["unexplained"] for row in layer_figures(tmp_path / "s")] == pytest.approx([1.0] * LAYERS, rel=1e-6)
     assert all(not layer.surrogates.constant.any() for layer in selector.layers)  # type: ignore[union-attr]
     model = load_model(str(flow.model), "cpu").model
@@ -266,7 +159,7 @@ def test_quality_is_that_of_other_libraries() -> None:
 def test_the_saved_selector_predicts_as_reported(scorer: str, tmp_path: Path) -> None:
     """The way a decode step takes, on held-out tokens, gives the figures in metrics.json."""
     flow = tiny_flow()
-    train(choices(flow, tmp_path / "s", scorer=scorer))
+    train(train_options(flow, tmp_path / "s", scorer=scorer))
     selector, trace = LynxSelector.from_pretrained(tmp_path / "s"), Trace.open(flow.trace)
     layers = find_moe_layers(load_model(str(flow.model), "cpu").model)
     for layer, figures in zip(layers, layer_figures(tmp_path / "s"), strict=True):
@@ -290,7 +183,7 @@ def test_a_learned_scorer_predicts_better_than_the_formula_on_the_reference_mode
 
 
 def test_gradient_boosting_is_fitted_for_comparison(tmp_path: Path) -> None:
-    train(choices(tiny_flow(), tmp_path / "s", reference=True))
+    train(train_options(tiny_flow(), tmp_path / "s", reference=True))
     for row in layer_figures(tmp_path / "s"):
         assert 0 < row["gradient_boosting"]["deviance"] < 2 * row["formula"]["deviance"]
 
@@ -298,7 +191,7 @@ def test_gradient_boosting_is_fitted_for_comparison(tmp_path: Path) -> None:
 def test_equal_seeds_write_equal_bytes(tmp_path: Path) -> None:
     flow = tiny_flow()
     for name, seed in (("again", 0), ("other", 1)):
-        train(choices(flow, tmp_path / name, seed=seed))
+        train(train_options(flow, tmp_path / name, seed=seed))
     for file in ("selector.safetensors", "metrics.json"):
         assert (tmp_path / "again" / file).read_bytes() == (flow.selector / file).read_bytes()
         assert (tmp_path / "other" / file).read_bytes() != (flow.selector / file).read_bytes()
@@ -308,7 +201,7 @@ def test_a_selector_directory_says_how_it_was_made(tmp_path: Path) -> None:
     import yaml
 
     flow = tiny_flow()
-    options = choices(flow, tmp_path / "s", keep_top1=True)
+    options = train_options(flow, tmp_path / "s", keep_top1=True)
     (tmp_path / "s").mkdir()  # an empty folder is as good as none
     selector = train(options)
     found = contents(tmp_path / "s")
@@ -353,7 +246,7 @@ class Predicted:
 def test_predicted_costs_are_nats_of_kl_on_the_reference_model() -> None:
     """All layers skipping at once lose about what was predicted, which was measured one layer at a time."""
     selector = LynxSelector.from_pretrained(reference_flow().selector)
-    loaded = load_model(REFERENCE, "cpu")
+    loaded = load_model(REFERENCE, "cpu", "float32")
     layers = find_moe_layers(loaded.model)
     groups = decode_groups("python-stdlib", loaded.tokenizer, "test", 8, 64, 2, seed=1)
     policy = Predicted(selector, threshold=0.01)
@@ -391,7 +284,7 @@ def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
     flow = tiny_flow()
     model = other_revision(flow.model, tmp_path / "model")
     with pytest.raises(TraceError, match="not from this model") as error:
-        train(choices(flow, tmp_path / "s", model=str(model)))
+        train(train_options(flow, tmp_path / "s", model=str(model)))
     assert str(flow.trace) in one_line(error)
     assert not (tmp_path / "s").exists()
 
@@ -400,7 +293,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     flow = tiny_flow()
     before = contents(flow.selector)
     with pytest.raises(SelectorError, match="not empty") as error:
-        train(choices(flow, flow.selector))
+        train(train_options(flow, flow.selector))
     assert str(flow.selector) in one_line(error)
     assert contents(flow.selector) == before
 
@@ -412,7 +305,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError) as error:
-        train(choices(tiny_flow(), tmp_path / "s", **change))
+        train(train_options(tiny_flow(), tmp_path / "s", **change))
     ((name, value),) = change.items()
     assert f"--{name} {value:g} " in one_line(error)
     assert not (tmp_path / "s").exists()
@@ -422,13 +315,13 @@ def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> 
 def test_too_few_sequences_are_refused(sequences: int, tmp_path: Path) -> None:
     flow = collected(tiny_flow(), tmp_path / "t", sequences)
     with pytest.raises(TraceError, match="too few sequences") as error:
-        train(choices(flow, tmp_path / "s"))
+        train(train_options(flow, tmp_path / "s"))
     assert f"--tokens {10 * LENGTH}" in one_line(error)
     assert not (tmp_path / "s").exists()
 
 
 def test_ten_sequences_are_enough(tmp_path: Path) -> None:
-    train(choices(collected(tiny_flow(), tmp_path / "t", 10), tmp_path / "s"))
+    train(train_options(collected(tiny_flow(), tmp_path / "t", 10), tmp_path / "s"))
     assert contents(tmp_path / "s").keys() >= FILES
 
 
@@ -439,7 +332,7 @@ def test_an_expert_that_overflows_leaves_nothing_behind(rank: int, tmp_path: Pat
     shutil.copytree(flow.model, broken)
     change_weights(broken, lambda name, value: value * 1e25 if "layers.1.mlp.experts" in name else value)
     with pytest.raises(TraceError, match=r"layers\.1\.mlp.* not finite") as error:
-        train(choices(flow, tmp_path / "s", model=str(broken), rank=rank))
+        train(train_options(flow, tmp_path / "s", model=str(broken), rank=rank))
     assert "--dtype float32" in one_line(error)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

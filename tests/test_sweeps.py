@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from flows import LENGTH, PROMPT, one_line, tiny_flow
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fit import LENGTH, one_line, tiny_flow
 
 from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import OptionError
@@ -38,7 +38,7 @@ from lynx_learn.measure.sweeps import (
 from lynx_learn.rules.grids import curves
 from lynx_learn.traces.corpus import decode_groups
 
-LEVELS, PROMPT, SEED = (0.02, 0.1), 8, 5
+LEVELS, SEED = (0.02, 0.1), 5
 
 
 def setup(*methods: str, trace: bool = False) -> Setup:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fit import LENGTH, choices, reference_flow, tiny_flow
+from flows import LENGTH, reference_flow, tiny_flow, train_options
 from tiny import random_selector, tiny_model, words
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def test_the_objective_weighs_an_expert_against_nats() -> None:
 def test_it_lowers_the_loss_on_held_out_text() -> None:
     """On the trained model in the package, fewer experts at as many nats, on documents it has not learned from."""
     flow = reference_flow()
-    loaded = load_model("reference-moe", "cpu")
+    loaded = load_model("reference-moe", "cpu", "float32")
     layers = find_moe_layers(loaded.model)
     learn, check = (
         torch.tensor([row for row, _ in islice(read_sequences("python-stdlib", loaded.tokenizer, 64, split), count)])
@@ -119,7 +119,7 @@ def test_equal_seeds_tune_alike_and_the_model_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize("what", [{"scorer": "formula"}, {"rank": 0}, {"scorer": "linear"}], ids=str)
 def test_what_has_nothing_to_learn_is_left_out(what: dict[str, object], tmp_path: Path) -> None:
-    options = choices(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
+    options = train_options(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
     train(options)
     figures = read_metrics(tmp_path / "selector")["train"]["tuning"]  # type: ignore[index]
     assert figures["steps"] == 2

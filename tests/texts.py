@@ -5,8 +5,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lynx_learn.errors import LynxError
-
 
 class Bytes:
     """A tokenizer of bytes; 256 ends a text, and begins one where `begins` says so."""
@@ -30,10 +28,3 @@ def jsonl(path: Path, texts: Sequence[str | None]) -> str:
     data = "".join(json.dumps({"text": t, "more": 1}) + "\n" for t in texts).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
-
-
-def one_line(error: LynxError) -> str:
-    message = str(error)
-    assert message
-    assert "\n" not in message
-    return message
