@@ -1,7 +1,11 @@
 """Order and threads of the test run, and the folder its processes share."""
 
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +34,20 @@ def _shared_folders_stay(_shared_folder: None) -> Iterator[None]:
 
     yield
     assert SHARED.changed() == []
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 256 KB."""
+    folder = tempfile.mkdtemp()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        Path(folder).rmdir()
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield Path(folder)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+        Path(folder).rmdir()

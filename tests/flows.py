@@ -25,6 +25,7 @@ from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.moe.families import find_moe_layers, router_fingerprint
 from lynx_learn.moe.loading import REFERENCE
+from lynx_learn.selector.saving import read_metrics
 from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.format import Trace, TraceOptions, TraceWriter
 
@@ -209,6 +210,12 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
     assert message
     assert "\n" not in message
     return message
+
+
+def layer_figures(selector: Path) -> list[dict[str, Any]]:
+    """What training measured of each layer."""
+    metrics: dict[str, Any] = read_metrics(selector)  # type: ignore[assignment]
+    return metrics["train"]["layers"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,110 +1,21 @@
-"""Timing: decodes step in turns through the same text, everything is left as it was, and the report says what was measured."""
+"""Bench: the summary by hand, the command, and what cannot be timed."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import random_selector, tiny_model, words
-from torch import nn
+from tiny import small_shape, tiny_model
 
 from lynx_learn.cli import main
 from lynx_learn.decode import bench as bench_module
 from lynx_learn.decode.bench import BenchOptions, bench, fit_line, median_interval, summary
-from lynx_learn.decode.runtime import skip_experts
-from lynx_learn.decode.shapes import SHAPES, shaped_model
 from lynx_learn.decode.tally import Stats
-from lynx_learn.decode.timing import Steps, paired_ratio, take_turns
-from lynx_learn.errors import LynxError, OptionError
-from lynx_learn.moe.decision import Decision, Routing
-from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.rules.keep_sets import XShare
-
-ROWS, POSITIONS, PROMPT, WARM_UP = 4, 20, 8, 3
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """A number of threads that `take_turns` does not use itself."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-class Failing(XShare):
-    """A rule that breaks down at its third decode step."""
-
-    calls = 0
-
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
-        self.calls += layer.index == 0
-        if self.calls == 3:
-            raise RuntimeError("no more")
-        return super().decide(layer, routing)
-
-
-@pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_both_decodes_are_timed_step_by_step(family: str) -> None:
-    model = tiny_model(family)
-    found = take_turns(model, {"off": None, "on": XShare(4)}, words(ROWS, POSITIONS), PROMPT, WARM_UP)
-    off, on = found["off"], found["on"]
-    assert len(off.ms) == len(on.ms) == POSITIONS - PROMPT - WARM_UP
-    assert all(value > 0 for value in off.ms + on.ms)
-    assert paired_ratio(off, on) == pytest.approx(1 / paired_ratio(on, off))
-    assert off.stats is None
-    assert on.stats is not None
-    assert on.stats.steps == POSITIONS - PROMPT  # those of the warm-up skip too, and the untouched decode does not
-    assert all(before > 4 for before in on.stats.experts_before)
-    assert all(after <= 4 for after in on.stats.experts_after)
-    assert torch.get_num_threads() == 2
-    assert hooks(model) == 0
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_a_failure_leaves_threads_and_model_as_they_were() -> None:
-    model = tiny_model("qwen3_moe")
-    with pytest.raises(RuntimeError, match="no more"):
-        take_turns(model, {"off": None, "on": Failing(4)}, words(ROWS, POSITIONS), PROMPT, WARM_UP)
-    assert torch.get_num_threads() == 2
-    assert hooks(model) == 0
-    skip_experts(model, XShare(4)).attach().detach()  # nothing is attached any more
-
-
-def test_each_decode_sees_the_whole_text_one_token_at_a_time() -> None:
-    """A prefill each, then each column for everyone, with the hooks of one policy at a time, taking turns."""
-    model, tokens = tiny_model("qwen3_moe"), words(ROWS, POSITIONS)
-    seen: list[tuple[torch.Tensor, bool]] = []
-    resting = hooks(model)
-
-    def note(module: nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        seen.append((kwargs["input_ids"], hooks(model) > resting + 1))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    policies = {"off": None, "on": random_selector(model).at_threshold(1e9)}
-    take_turns(model, policies, tokens, PROMPT, WARM_UP)
-    handle.remove()
-    assert [skips for _, skips in seen[:2]] == [False, False]
-    assert all(torch.equal(ids, tokens[:, :PROMPT]) for ids, _ in seen[:2])
-    steps = seen[2:]
-    assert len(steps) == 2 * (POSITIONS - PROMPT)
-    firsts = [skips for _, skips in steps[::2]]
-    assert firsts == [position % 2 == 1 for position in range(PROMPT, POSITIONS)]
-    for index, (ids, skips) in enumerate(steps):
-        assert torch.equal(ids, tokens[:, PROMPT + index // 2 : PROMPT + index // 2 + 1])
-        assert skips == (firsts[index // 2] if index % 2 == 0 else not firsts[index // 2])
-
-
-def test_too_few_steps_are_refused() -> None:
-    with pytest.raises(OptionError, match="3 decode steps are too few"):
-        take_turns(tiny_model("qwen3_moe"), {"off": None}, words(ROWS, PROMPT + WARM_UP), PROMPT, WARM_UP)
+from lynx_learn.decode.timing import Steps
+from lynx_learn.errors import LynxError
+from lynx_learn.moe.decision import Routing
+from lynx_learn.moe.families import find_moe_layers
 
 
 def stats(before: float, after: float) -> Stats:
@@ -138,21 +49,6 @@ def test_a_line_through_one_place_has_no_slope() -> None:
 def test_the_interval_of_a_median() -> None:
     assert median_interval([float(n) for n in range(100, 0, -1)]) == (41.0, 61.0)
     assert median_interval([5.0]) == (5.0, 5.0)
-
-
-def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "moe_intermediate_size": 32,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 4000,
-    }
-    monkeypatch.setitem(SHAPES, "small", ("qwen3_moe", sizes))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -243,14 +139,3 @@ def test_what_cannot_be_timed_is_refused(
         bench(BenchOptions(str(tmp_path / "out"), **options))
     assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_shape_shrinks_its_vocabulary_with_its_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_shape(monkeypatch)
-    model = shaped_model("small", 2, torch.device("cpu"), torch.bfloat16)
-    assert (model.config.vocab_size, model.config.num_hidden_layers) == (2000, 2)  # type: ignore[union-attr]
-    again = shaped_model("small", 2, torch.device("cpu"), torch.bfloat16)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
-    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
-    with torch.no_grad():
-        assert model(input_ids=words(2, 5)).logits.isfinite().all()

@@ -1,4 +1,4 @@
-"""Calibrate: the bound against scipy and by simulation, the order of the tests, and what is written when."""
+"""Calibrate: the order of the tests, and what is written when."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from flows import (
@@ -68,37 +67,6 @@ def selector(tmp_path: Path) -> Path:
 
 def cells(selector: LynxSelector, metric: str = "kl") -> dict[str, dict[str, dict[str, Any]]]:
     return selector.config.calibration[metric]["cells"]
-
-
-# The bound.
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-@pytest.mark.parametrize("size", [2, 8, 60])
-def test_without_skewness_the_bound_is_that_of_students_t(size: int, confidence: float) -> None:
-    from scipy.stats import ttest_1samp
-
-    half = torch.rand(size // 2, generator=torch.Generator().manual_seed(size)).double()
-    values = 3 + torch.cat([half, -half])
-    wanted = ttest_1samp(values.numpy(), 0, alternative="less").confidence_interval(confidence).high
-    assert upper_bound(values, confidence) == pytest.approx(wanted, rel=1e-9)
-
-
-@pytest.mark.parametrize("groups", [20, 60])
-def test_the_bound_covers_skewed_losses(groups: int) -> None:
-    """Group means of losses have a long upper tail, on which plain t says "within the budget" too often."""
-    from scipy.stats import t
-
-    draws = torch.from_numpy(np.random.default_rng(0).gamma(4.0, size=(4000, groups)))
-    covered = np.mean([upper_bound(row, 0.95) >= 4.0 for row in draws])
-    plain = draws.mean(1) + float(t.ppf(0.95, groups - 1)) * draws.std(1) / math.sqrt(groups)
-    assert covered > 0.93
-    assert covered > (plain >= 4.0).double().mean() + 0.005
-
-
-def test_the_bound_of_values_that_do_not_vary_or_are_too_few() -> None:
-    assert upper_bound(torch.full((8,), 0.25), 0.95) == 0.25
-    assert upper_bound(torch.tensor([0.25]), 0.95) == math.inf
 
 
 @given(

@@ -18,9 +18,9 @@ from unittest import mock
 
 import pytest
 import torch
+from decisions import COSTS, INDICES, WEIGHTS, random_routing, same
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from test_selector import COSTS, INDICES, WEIGHTS, random_routing, same
 from tiny import random_selector, randomise, tiny_model
 from torch import Tensor
 

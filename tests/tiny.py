@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lynx_learn.decode.shapes import SHAPES
 from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
 from lynx_learn.selector.config import SelectorConfig, Thresholds
 from lynx_learn.selector.selector import LynxSelector
@@ -154,6 +156,11 @@ def routing_of(output: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return indices, weights
 
 
+def by_expert(indices: Tensor, weights: Tensor) -> Tensor:
+    """Weight of each expert `(tokens, experts)`."""
+    return torch.zeros(indices.shape[0], EXPERTS).scatter_add(1, indices, weights.float())
+
+
 @torch.no_grad()
 def decode(model: nn.Module, tokens: Tensor, prompt: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Logits of the prompt `(rows, prompt, vocabulary)` and of a cached decode fed with the other tokens.
@@ -239,3 +246,19 @@ def watching(layers: list[MoeLayer]) -> Iterator[Watch]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def small_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape named `small` beside the known ones."""
+    sizes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "moe_intermediate_size": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 4000,
+    }
+    monkeypatch.setitem(SHAPES, "small", ("qwen3_moe", sizes))

@@ -1,6 +1,5 @@
 """Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written."""
 
-import math
 import shutil
 import subprocess
 import sys
@@ -19,42 +18,33 @@ from flows import (
     Flow,
     change_weights,
     contents,
+    layer_figures,
     one_line,
     other_revision,
-    reference_flow,
     save_model,
     tiny_flow,
     train_options,
 )
-from tiny import random_selector, randomise, tiny_model, words
+from tiny import random_selector, tiny_model, words
 from torch import Tensor
 from torch.nn import functional
 
 from lynx_learn.decode.runtime import skip_experts
-from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import OptionError, SelectorError, TraceError
 from lynx_learn.fit.scorer import quality
-from lynx_learn.fit.sensitivity import measure_sensitivities
 from lynx_learn.fit.train import shard_routing, train
-from lynx_learn.moe.decision import Decision, Routing
+from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.moe.loading import REFERENCE, load_model
+from lynx_learn.moe.loading import load_model
 from lynx_learn.rules.oracle import true_costs
 from lynx_learn.selector.layer import LayerSelector
-from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.selector.surrogates import Surrogates
 from lynx_learn.traces.collect import CollectOptions, collect, record
-from lynx_learn.traces.corpus import decode_groups
 from lynx_learn.traces.format import Trace
 
 # What a selector directory holds after training, logs aside.
 FILES = {"config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"}
-
-
-def layer_figures(folder: Path) -> list[dict[str, Any]]:
-    metrics: dict[str, Any] = read_metrics(folder)  # type: ignore[assignment]
-    return metrics["train"]["layers"]
 
 
 def held_out_shards(trace: Trace, layer: int) -> list[dict[str, Tensor]]:
@@ -137,24 +127,6 @@ def test_rank_0_has_no_surrogates_and_still_skips(tmp_path: Path) -> None:
     assert skipping.stats.answered_share == 0.0
 
 
-# Figures and scorers.
-
-
-def test_quality_is_that_of_other_libraries() -> None:
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import mean_gamma_deviance
-
-    generator = torch.Generator().manual_seed(0)
-    true = torch.rand(300, 2, generator=generator) ** 3 + 1e-3
-    given = true * torch.rand(300, 2, generator=generator) + 0.01
-    found = quality(given, true)
-    y, p = (v.flatten().double().numpy() for v in (true, given))
-    assert found["deviance"] == pytest.approx(mean_gamma_deviance(y / y.mean(), p / p.mean()), rel=1e-4)
-    assert found["correlation"] == pytest.approx(pearsonr(y, p).statistic, rel=1e-4)
-    assert found["rank_correlation"] == pytest.approx(spearmanr(y, p).statistic, rel=1e-3)
-    assert quality(7 * true, true)["deviance"] == pytest.approx(0.0, abs=1e-6)
-
-
 @pytest.mark.parametrize("scorer", ["mlp", "linear", "formula"])
 def test_the_saved_selector_predicts_as_reported(scorer: str, tmp_path: Path) -> None:
     """The way a decode step takes, on held-out tokens, gives the figures in metrics.json."""
@@ -172,20 +144,6 @@ def test_the_saved_selector_predicts_as_reported(scorer: str, tmp_path: Path) ->
         )
         routing = Routing(hidden, logits, indices, weights, torch.ones(hidden.shape[:2], dtype=torch.bool))
         assert quality(own.costs(routing)[0], true) == pytest.approx(figures[scorer], rel=1e-2)
-
-
-@pytest.mark.slow
-def test_a_learned_scorer_predicts_better_than_the_formula_on_the_reference_model() -> None:
-    figures = layer_figures(reference_flow().selector)
-    formula, learned = (sum(row[kind]["deviance"] for row in figures) for kind in ("formula", "mlp"))
-    assert learned < 0.95 * formula
-    assert all(row["unexplained"] < 0.9 for row in figures)
-
-
-def test_gradient_boosting_is_fitted_for_comparison(tmp_path: Path) -> None:
-    train(train_options(tiny_flow(), tmp_path / "s", reference=True))
-    for row in layer_figures(tmp_path / "s"):
-        assert 0 < row["gradient_boosting"]["deviance"] < 2 * row["formula"]["deviance"]
 
 
 def test_equal_seeds_write_equal_bytes(tmp_path: Path) -> None:
@@ -214,62 +172,6 @@ def test_a_selector_directory_says_how_it_was_made(tmp_path: Path) -> None:
     assert (config.base_model, config.router_fingerprint) == (str(flow.model), trace.router_fingerprint)
     assert (config.rank, config.keep_top1, config.thresholds) == (RANK, True, {})
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
-
-
-# Sensitivities: predicted cost in nats.
-
-
-class Predicted:
-    """Another policy's decisions, with the predicted cost of what they leave out summed up."""
-
-    name, setting = "predicted", ""
-
-    def __init__(self, selector: LynxSelector, threshold: float) -> None:
-        self.selector, self.inner = selector, selector.at_threshold(threshold)
-        self.cost, self.decided = 0.0, 0
-
-    def bind(self, layers: list[MoeLayer]) -> None:
-        self.inner.bind(layers)
-
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
-        decision = self.inner.decide(layer, routing)
-        own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
-        self.cost += float(own.costs(routing)[decision.weights == 0].sum())
-        self.decided += routing.active.numel()
-        return decision
-
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
-        return self.inner.surrogate_bytes(layer, skipped, batches)
-
-
-@pytest.mark.slow
-def test_predicted_costs_are_nats_of_kl_on_the_reference_model() -> None:
-    """All layers skipping at once lose about what was predicted, which was measured one layer at a time."""
-    selector = LynxSelector.from_pretrained(reference_flow().selector)
-    loaded = load_model(REFERENCE, "cpu", "float32")
-    layers = find_moe_layers(loaded.model)
-    groups = decode_groups("python-stdlib", loaded.tokenizer, "test", 8, 64, 2, seed=1)
-    policy = Predicted(selector, threshold=0.01)
-    result = compare(loaded.model, layers, groups, [policy], prompt=16)[0]
-    stats = result.mean_stats()
-    assert 1.5 < stats["experts"] < 0.8 * stats["experts_before"]  # neither nothing nor everything
-    predicted = policy.cost / (policy.decided / len(layers))
-    assert predicted / 3 < result.mean("kl") < 3 * predicted
-
-
-def test_sensitivities_are_positive_and_undo_the_scale_of_the_scorer() -> None:
-    """A scorer that says four times as much is given a quarter of the sensitivity, so the nats stay."""
-    model = tiny_model("qwen3_moe")
-    layers, groups = find_moe_layers(model), [(words(4, 24, seed), ["a"] * 4) for seed in range(2)]
-    selector = random_selector(model)
-    randomise(selector, 1)
-    plain = measure_sensitivities(model, layers, selector, groups, prompt=4)
-    assert all(math.isfinite(value) and value > 0 for value in plain)
-    assert [float(layer.sensitivity) for layer in selector.layers] == pytest.approx(plain)  # type: ignore[arg-type]
-    for layer in selector.layers:
-        layer.scorer.log_residual += math.log(4)  # type: ignore[union-attr,operator]
-    louder = measure_sensitivities(model, layers, selector, groups, prompt=4)
-    assert [4 * value for value in louder] == pytest.approx(plain, rel=1e-3)
 
 
 # What is refused, and what is left then.
@@ -343,7 +245,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     flow = tiny_flow()
     model = save_model(tmp_path / "model", hidden_size=256, num_hidden_layers=4, num_experts=4, moe_intermediate_size=8)
     program = (
-        "import json, resource, sys\nfrom lynx_learn import fit\nfrom lynx_learn.traces.collect import *\n"
+        "import json, resource, sys\nfrom lynx_learn.fit import train as fit\nfrom lynx_learn.traces.collect import *\n"
         "fit.MOST_TOKENS = 1_000\nmodel, texts, out = sys.argv[1:]\n"
         "for tokens in (2_048, 8_192):\n"
         "    trace = f'{out}/t{tokens}'\n"

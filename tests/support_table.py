@@ -1,16 +1,14 @@
-"""Writes docs/support.md: `python docs/support_table.py`, with the newest transformers the package allows."""
+"""Writes docs/support.md: `python tests/support_table.py`, with the newest transformers the package allows."""
 
-import sys
 from pathlib import Path
 
+import transformers
+from zoo import NOT_DECODERS, OLDEST, ZOO, build, modeling
+
+from lynx_learn.errors import ModelError
+from lynx_learn.moe.families import find_moe_layers
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import transformers  # noqa: E402
-from zoo import NOT_DECODERS, OLDEST, ZOO, build, modeling  # noqa: E402
-
-from lynx_learn.errors import ModelError  # noqa: E402
-from lynx_learn.moe.families import find_moe_layers  # noqa: E402
 
 
 def support_table() -> str:
@@ -28,7 +26,7 @@ def support_table() -> str:
             )
     return f"""# Supported models
 
-Written by `python docs/support_table.py` with transformers {transformers.__version__}; a test holds it equal to what the package does, and the
+Written by `python tests/support_table.py` with transformers {transformers.__version__}; a test holds it equal to what the package does, and the
 tests run with {OLDEST} as well, where the package refuses or transformers lacks a few more. Each row is a tiny model with random weights and two MoE
 layers, built from its configuration. For a supported one, tests hold that every block is found, that the scoring rule
 gives the router's own experts and weights, that decode with skipping calls fewer distinct experts, that each token then

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from flows import trace_of
-from test_baselines import layer_of, some_stats
+from rule_cases import layer_of, some_stats
 from tiny import EXPERTS, FAMILIES, build, decode, random_selector, tiny_model, watching, words
 from transformers import PreTrainedModel
 

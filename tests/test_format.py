@@ -1,12 +1,7 @@
 """Traces: what is written comes back, and whatever is damaged, missing or foreign is refused by name."""
 
-import errno
 import json
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lynx_learn.errors import TraceError
-from lynx_learn.files import write_atomically
 from lynx_learn.traces.format import INDEX_TENSORS, LAYER_TENSORS, Trace, TraceOptions, TraceWriter
 
 SHARDS, ROWS, LENGTH, SOURCES = 3, 2, 8, ["code", "prose"]
@@ -344,57 +338,6 @@ def test_a_run_killed_while_writing_its_first_file_goes_on(tmp_path: Path) -> No
     write(folder)
     assert Trace.open(folder).shards == SHARDS
     assert ".options.json.part" not in files(folder)
-
-
-def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "new" / "file", b"one")
-    write_atomically(tmp_path / "new" / "file", b"two")
-    assert files(tmp_path) == ["new/file"]
-    assert (tmp_path / "new" / "file").read_bytes() == b"two"
-
-
-@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_write_keeps_the_old_file(
-    kind: BaseException, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise kind
-
-    write_atomically(tmp_path / "file", b"old")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
-        for name in ("file", "other"):
-            with pytest.raises(type(kind)):
-                write_atomically(tmp_path / name, b"new content")
-    assert files(tmp_path) == ["file"]
-    assert (tmp_path / "file").read_bytes() == b"old"
-
-
-@pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 256 KB."""
-    folder = tempfile.mkdtemp()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        Path(folder).rmdir()
-        pytest.skip("needs the right to mount a small file system")
-    try:
-        yield Path(folder)
-    finally:
-        subprocess.run(["umount", folder], check=True)
-        Path(folder).rmdir()
-
-
-def test_a_full_disk_keeps_the_old_file(small_disk: Path) -> None:
-    write_atomically(small_disk / "file", b"old" * 10_000)
-    with pytest.raises(OSError, match="No space left") as error:
-        write_atomically(small_disk / "file", b"new" * 200_000)
-    assert error.value.errno == errno.ENOSPC
-    assert files(small_disk) == ["file"]
-    assert (small_disk / "file").read_bytes() == b"old" * 10_000
 
 
 def test_a_trace_on_a_full_disk_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:

@@ -2,11 +2,8 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +12,14 @@ import pytest
 import torch
 from tiny import EXPERTS, HIDDEN, TOP_K, random_selector, tiny_model
 from torch import Tensor
+from vllm_stand_ins import CPURouter, engine_runner, run_experts, worker
 
-from lynx_learn.errors import OptionError, SelectorError
-from lynx_learn.integrations import client as vllm_bench
+from lynx_learn.errors import SelectorError
 from lynx_learn.integrations.vllm import engine as vllm_engine
-from lynx_learn.integrations.vllm import layers as vllm_layers
 from lynx_learn.integrations.vllm import metrics as vllm_metrics
 from lynx_learn.integrations.vllm.engine import Acting, Step
 from lynx_learn.integrations.vllm.layers import EngineLayer
-from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError, check_version, opted_out, read_settings
+from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.selector import ThresholdPolicy
@@ -37,202 +33,6 @@ def _no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_logger", lambda: logging.getLogger("lynx_learn"))
     monkeypatch.setattr(vllm_engine, "_tensor_rank", lambda: 0)
     monkeypatch.delenv(vllm_metrics.FOLDER, raising=False)
-
-
-def test_settings() -> None:
-    assert read_settings({}) is None
-    assert read_settings({}, {"other": 1}) is None
-    assert read_settings({"LYNX_SELECTOR": "", "LYNX_BUDGET": ""}) is None
-    own = {"LYNX_SELECTOR": "a/b", "LYNX_BUDGET": "0.01"}
-    assert read_settings(own) == Settings("a/b", 0.01)
-    assert read_settings(own, {"lynx": {"budget": 0.03}}) == Settings("a/b", 0.03)
-    assert read_settings({**own, "LYNX_ON_UNSUPPORTED": "warn"}).on_unsupported == "warn"  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("environment", "additional", "line"),
-    [
-        ({"LYNX_BUDGET": "0.01"}, None, "no selector: set LYNX_SELECTOR"),
-        ({"LYNX_SELECTOR": "x"}, None, "no budget: set LYNX_BUDGET"),
-        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "much"}, None, "LYNX_BUDGET=much is not usable"),
-        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "-1"}, None, "LYNX_BUDGET=-1 is not usable"),
-        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "nan"}, None, "LYNX_BUDGET=nan is not usable"),
-        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_ON_UNSUPPORTED": "ask"}, None, "expected fail or warn"),
-        ({}, {"lynx": {}}, "no selector"),
-        ({}, {"lynx": "x"}, "expected an object"),
-        ({}, {"lynx": {"selector": "x", "budget": True}}, "not usable"),
-        ({}, {"lynx": {"selector": "x", "badget": 1}}, "lynx.badget"),
-    ],
-)
-def test_settings_refused(environment: dict[str, str], additional: Any, line: str) -> None:
-    with pytest.raises(OptionError, match=line):
-        read_settings(environment, additional)
-
-
-@pytest.mark.parametrize(
-    ("value", "out"),
-    [(False, True), (0, True), (0.0, True), ("false", True), ("Off", True), (True, False), (1, False), ("on", False)],
-)
-def test_opting_out(value: Any, out: bool) -> None:
-    assert opted_out({"lynx": value}) is out
-    assert not opted_out({"other": value})
-    assert not opted_out(None)
-
-
-def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.32.1")
-    assert check_version(Settings("x", 0.01))
-    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.33.0")
-    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported: install 0\.32\.x"):
-        check_version(Settings("x", 0.01))
-
-
-def worker(**changes: Any) -> Any:
-    """As much of a vLLM worker as is looked at, in a state that can be acted on; `changes` by dotted names' last part."""
-    parallel = {
-        "pipeline_parallel_size": 1,
-        "data_parallel_size": 1,
-        "prefill_context_parallel_size": 1,
-        "decode_context_parallel_size": 1,
-        "use_ubatching": False,
-        "enable_eplb": False,
-    }
-    compilation = {"mode": 0, "cudagraph_mode": 0}
-    config = {"speculative_config": None, "lora_config": None}
-    for part in (parallel, compilation, config):
-        part.update({key: changes.pop(key) for key in part if key in changes})
-    runner = changes.pop("runner", SimpleNamespace(_model_forward=None, input_batch=None))
-    assert not changes
-    spaces = {"parallel_config": SimpleNamespace(**parallel), "compilation_config": SimpleNamespace(**compilation)}
-    return SimpleNamespace(vllm_config=SimpleNamespace(**spaces, **config), model_runner=runner)
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"mode": 3}, "add --enforce-eager"),
-        ({"cudagraph_mode": 2}, "add --enforce-eager"),
-        ({"speculative_config": object()}, "speculative decoding"),
-        ({"lora_config": object()}, "LoRA"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism is not supported"),
-        ({"data_parallel_size": 2}, "data parallelism is not supported"),
-        ({"decode_context_parallel_size": 2}, "context parallelism is not supported"),
-        ({"use_ubatching": True}, "micro-batches"),
-        ({"enable_eplb": True}, "load balancing"),
-        ({"runner": SimpleNamespace()}, "VLLM_USE_V2_MODEL_RUNNER=0"),
-    ],
-)
-def test_engines_refused(changes: dict[str, Any], line: str) -> None:
-    vllm_layers.check_engine(worker())
-    with pytest.raises(UnsupportedError, match=line):
-        vllm_layers.check_engine(worker(**changes))
-
-
-class CPURouter:
-    """Named as one of vLLM's."""
-
-    top_k = TOP_K
-
-    def __init__(self, route: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
-        self.rule = route
-
-    def _compute_routing(self, hidden: Tensor, logits: Tensor, dtype: Any = None) -> tuple[Tensor, Tensor]:
-        assert self.rule is not None
-        indices, weights = self.rule(logits)
-        return weights, indices.int()
-
-
-class Experts:
-    """Keeps what it is called with."""
-
-    def __init__(self) -> None:
-        self.quant_method, self.apply_router_weight_on_input = SimpleNamespace(moe_kernel=None), False
-        self.called: dict[str, Tensor] = {}
-
-    def forward_modular(self, **called: Tensor) -> Tensor:
-        self.called = called
-        return run_experts(called["topk_weights"], called["topk_ids"])
-
-
-def run_experts(weights: Tensor, ids: Tensor) -> Tensor:
-    """What the stand-in's experts return: expert e answers e + 1, whatever it is given."""
-    return (weights * (ids + 1)).sum(-1, keepdim=True).expand(-1, HIDDEN)
-
-
-def engine_runner(**changes: Any) -> Any:
-    """As much of a vLLM MoE runner as is looked at or wrapped."""
-    moe_config = {"is_sequence_parallel": False, "use_deferred_moe_finalize": False, "in_dtype": torch.float32}
-    moe_config |= {key: changes.pop(key) for key in list(changes) if key in moe_config}
-    plain = {
-        "router": CPURouter(),
-        "routed_experts": Experts(),
-        "is_monolithic": False,
-        "routed_input_transform": None,
-        "routed_scaling_factor": 1.0,
-        "_fse_fuse_gate": False,
-        "_fused_output_is_reduced": False,
-    }
-    assert not changes.keys() - plain.keys()
-    return SimpleNamespace(moe_config=SimpleNamespace(**moe_config), **{**plain, **changes})
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"is_monolithic": True}, r"layer here runs a monolithic kernel \(SimpleNamespace\) that routes by itself"),
-        ({"router": SimpleNamespace()}, "layer here routes with SimpleNamespace"),
-        ({"is_sequence_parallel": True}, "layer here is split over the sequence"),
-        ({"routed_input_transform": object()}, "routes a projection of its input"),
-        ({"_fse_fuse_gate": True}, "runs shared experts in the routed kernel"),
-        ({"use_deferred_moe_finalize": True}, "leaves its output unfinished"),
-    ],
-)
-def test_layers_refused(changes: dict[str, Any], line: str) -> None:
-    vllm_layers.check_layer("here", engine_runner(), torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match=line):
-        vllm_layers.check_layer("here", engine_runner(**changes), torch.device("cpu"))
-
-
-class TritonExperts:
-    """Named as one of vLLM's kernels."""
-
-
-class FlashInferExperts:
-    """The same."""
-
-
-class TransformersMoERunner(SimpleNamespace):
-    """Named as vLLM's for models that route by themselves."""
-
-
-def test_kernels_that_want_distinct_experts_are_refused_off_the_cpu() -> None:
-    def running(kernel: object) -> Any:
-        experts = Experts()
-        experts.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel))
-        return engine_runner(routed_experts=experts)
-
-    gpu = torch.device("cuda")
-    vllm_layers.check_layer("here", running(TritonExperts()), gpu)
-    vllm_layers.check_layer("here", running(FlashInferExperts()), torch.device("cpu"))
-    with pytest.raises(UnsupportedError, match=r"layer here runs FlashInferExperts, .+ --moe-backend triton"):
-        vllm_layers.check_layer("here", running(FlashInferExperts()), gpu)
-    with pytest.raises(UnsupportedError, match="layer here runs SimpleNamespace, "):
-        vllm_layers.check_layer("here", engine_runner(), gpu)
-
-
-def test_models_that_route_by_themselves_are_refused() -> None:
-    runner = TransformersMoERunner(**vars(engine_runner()))
-    with pytest.raises(UnsupportedError, match="leave --model-impl out"):
-        vllm_layers.check_layer("here", runner, torch.device("cpu"))
-
-
-def test_quantized_gates_are_refused() -> None:
-    gate = torch.nn.Module()
-    gate.weight = torch.nn.Parameter(torch.ones(EXPERTS, HIDDEN), requires_grad=False)
-    assert torch.equal(vllm_layers.read_gate("here", gate)["weight"], gate.weight)
-    gate.weight = torch.nn.Parameter(gate.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(UnsupportedError, match=r"layer here has a quantized gate \(float8_e4m3fn\)"):
-        vllm_layers.read_gate("here", gate)
 
 
 def acting(policy_thresholds: dict[int, float] | None = None, **changes: Any) -> Acting:
@@ -459,17 +259,6 @@ def test_self_check_fails_when_other_experts_are_run() -> None:
         engine_steps(found, forward)
 
 
-def test_counters_reach_another_process(tmp_path: Path) -> None:
-    folder = tmp_path / "counters"
-    assert vllm_metrics.read_totals(folder) == {}
-    slots = [vllm_metrics.open_slots(folder, name) for name in ("a", "b")]
-    slots[0][:] = range(len(vllm_metrics.SLOTS))
-    slots[1][:] = 1
-    totals = vllm_metrics.read_totals(folder)
-    assert totals == {name: i + 1 for i, name in enumerate(vllm_metrics.SLOTS)}
-    assert folder.stat().st_mode & 0o077 == 0
-
-
 @pytest.mark.parametrize("action", ["fail", "warn"])
 def test_an_engine_that_is_built_otherwise_is_refused_or_left_alone(
     action: str, monkeypatch: pytest.MonkeyPatch
@@ -507,55 +296,3 @@ def test_a_selector_of_another_shape_is_refused() -> None:
     assert os.environ.get(vllm_metrics.FOLDER) is None
     with pytest.raises(SelectorError, match="load the model it was trained for"):
         Acting(SimpleNamespace(), acting().layers[:1], other.at_threshold(SOME))
-
-
-class Page(BaseHTTPRequestHandler):
-    """A server's answer to whatever is asked: what `server.page` holds, or 404 without."""
-
-    def do_GET(self) -> None:
-        self.send_response(200 if self.server.page else 404)  # type: ignore[attr-defined]
-        self.end_headers()
-        self.wfile.write(self.server.page)  # type: ignore[attr-defined]
-
-    def do_POST(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'data: {"error": {"message": "EngineCore died"}}\n\n')
-
-    def log_message(self, *_: Any) -> None:
-        """Quietly."""
-
-
-@pytest.mark.parametrize(
-    ("words", "page", "line"),
-    [
-        (
-            [],
-            b"vllm:num_requests_running 0.0\n",
-            "shows no counters of skipped experts: start the server with LYNX_SELECTOR",
-        ),
-        ([], b"lynx_moe_layers 6.0\n", "broke off an answer ({'message': 'EngineCore died'})"),
-        ([], b"", "/metrics answers 404"),
-        ([], None, "no server answers at http://127.0.0.1:"),
-        (["--prompts", "100000"], b"", "--prompts 100000 is not usable: expected 1 to "),
-        (["--tokens", "1"], b"", "expected --tokens of 2 or more"),
-    ],
-)
-def test_the_comparison_says_what_is_missing(
-    words: list[str], page: bytes | None, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with HTTPServer(("127.0.0.1", 0), Page) as server:
-        server.page = page  # type: ignore[attr-defined]
-        Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_port
-        if page is None:
-            server.shutdown()
-            server.server_close()
-        monkeypatch.setattr(sys, "argv", ["vllm_bench", "--url", f"http://127.0.0.1:{port}/", *words])
-        assert vllm_bench.main() == 2
-        server.shutdown()
-    said = capsys.readouterr()
-    assert said.err.startswith("lynx-learn: ")
-    assert line in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out

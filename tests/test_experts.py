@@ -1,0 +1,53 @@
+"""Experts in a form whose time depends on how many are distinct."""
+
+import math
+
+import pytest
+import torch
+from tiny import (
+    EXPERTS,
+    FAMILIES,
+    HIDDEN,
+    TOP_K,
+    tiny_model,
+    words,
+)
+
+from lynx_learn.moe.experts import experts_by_distinct
+from lynx_learn.moe.families import find_moe_layers
+
+
+@pytest.mark.parametrize(
+    ("given_", "used"), [("batched_mm", "lynx_grouped_mm"), ("grouped_mm", "lynx_grouped_mm"), ("eager", "eager")]
+)
+def test_experts_run_by_distinct_and_are_put_back(given_: str, used: str) -> None:
+    model = tiny_model("mixtral")
+    model.set_experts_implementation(given_)
+    ids = words(2, 6)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with experts_by_distinct(model):
+            assert model.get_experts_implementation()[""] == used
+            torch.testing.assert_close(model(input_ids=ids).logits, before)
+        assert model.get_experts_implementation()[""] == given_
+        with pytest.raises(IndexError), experts_by_distinct(model):
+            model(input_ids=ids + 1000)
+        assert model.get_experts_implementation()[""] == given_
+        assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_rows_with_weight_zero_are_not_run(name: str) -> None:
+    """A left out assignment may point anywhere: its expert is not read, which weights of NaN would tell."""
+    model = tiny_model(name)
+    layer = find_moe_layers(model)[0]
+    hidden, weights = torch.randn(6, HIDDEN), torch.rand(6, TOP_K)
+    indices = torch.randint(0, EXPERTS - 1, (6, TOP_K))
+    with torch.no_grad():
+        wanted = layer.experts(hidden, indices, weights.masked_fill(torch.eye(6, TOP_K).bool(), 0.0))
+        for parameter in layer.experts.parameters():
+            parameter[EXPERTS - 1] = math.nan
+        broken = indices.masked_fill(torch.eye(6, TOP_K).bool(), EXPERTS - 1)
+        with experts_by_distinct(model):
+            found = layer.experts(hidden, broken, weights.masked_fill(torch.eye(6, TOP_K).bool(), 0.0))
+        torch.testing.assert_close(found, wanted)

@@ -1,0 +1,156 @@
+"""A file in onnxruntime: inputs and outputs, thresholds, providers, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import (
+    EXPERTS,
+    HIDDEN,
+    KINDS,
+    LAYERS,
+    MLP,
+    TOP_K,
+    Kind,
+    batch,
+    content,
+    onnx,
+    onnxruntime,
+    runner_of,
+    selector_of,
+)
+
+from lynx_learn.errors import LynxError, OptionError, SelectorError
+from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
+from lynx_learn.selector.selector import ThresholdPolicy
+
+# The file.
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
+def test_inputs_and_outputs(kind: Kind) -> None:
+    _, _, experts, top_k = kind
+    runner = runner_of(kind)
+    given = {part.name: (part.shape, part.type) for part in runner.session.get_inputs()}
+    wanted = {
+        "layer": ([], "tensor(int64)"),
+        "logits": (["tokens", experts], "tensor(float)"),
+        "indices": (["tokens", top_k], "tensor(int64)"),
+        "weights": (["tokens", top_k], "tensor(float)"),
+        "active": (["tokens"], "tensor(bool)"),
+        "threshold": ([], "tensor(float)"),
+    }
+    if kind[0] == "mlp":
+        wanted["hidden"] = (["tokens", HIDDEN], "tensor(float)")
+    assert given == wanted
+    assert runner.uses_hidden == (kind[0] == "mlp")
+    assert [part.name for part in runner.session.get_outputs()] == ["keep", "costs", "run_indices", "run_weights"]
+    assert runner.provider == "CPUExecutionProvider"
+
+
+def test_metadata_comes_back() -> None:
+    assert runner_of(MLP).config == replace(selector_of(MLP).config, calibration={})
+
+
+def test_thresholds_are_those_of_the_policy() -> None:
+    runner, selector = runner_of(MLP), selector_of(MLP)
+    for budget, metric in ((0.01, "kl"), (0.1, "kl"), (0.01, "nll"), (0.0, "kl")):
+        policy: ThresholdPolicy = selector.policy(budget, metric)
+        for active in (1, 2, 3, 4, 7, 8, 100):
+            reached = [size for size in sorted(policy.thresholds) if size <= active]
+            wanted = policy.thresholds[reached[-1]] if reached else 0.0
+            assert runner.threshold(active, budget, metric) == wanted, (budget, active)
+    with pytest.raises(OptionError, match=r"not calibrated for a budget of 0\.5"):
+        runner.threshold(4, 0.5)
+
+
+def edited(**metadata: str) -> bytes:
+    """A whole graph with other metadata."""
+    proto = onnx.load_from_string(content(MLP))
+    kept = {prop.key: prop.value for prop in proto.metadata_props} | metadata
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, kept)
+    return proto.SerializeToString()
+
+
+def foreign() -> bytes:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Exp", ["x"], ["y"])], "g", [value], [result])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (foreign, "is no graph of a selector"),
+        (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 1"),
+        (lambda: edited(**{CONFIG_KEY: "{"}), "cannot be read"),
+        (lambda: edited(**{CONFIG_KEY: '{"format_version": 1}'}), "lacks"),
+        (lambda: content(MLP)[:2000], "cannot be loaded by onnxruntime"),
+        (lambda: b"not a graph", "cannot be loaded by onnxruntime"),
+        (None, "is no file"),
+    ],
+)
+def test_files_that_are_no_export_are_refused(
+    make: Callable[[], bytes] | None, reason: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.onnx"
+    if make is not None:
+        file.write_bytes(make())
+    with pytest.raises(SelectorError) as caught:
+        OnnxSelector(file)
+    assert reason in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # onnxruntime prints nothing of its own
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layer": LAYERS}, "layer 3 is not usable: expected 0 to 2"),
+        ({"layer": -1}, "layer -1"),
+        ({"logits": torch.zeros(4, EXPERTS + 1)}, "logits of shape (4, 9)"),
+        ({"weights": torch.zeros(1, TOP_K)}, "weights of shape (1, 2) is not usable: expected (tokens, 2)"),
+        ({"active": torch.ones(3, dtype=torch.bool)}, "active of shape (3,)"),
+        ({"hidden": torch.zeros(4, 5)}, "hidden of shape (4, 5)"),
+        ({"hidden": None}, "hidden is missing"),
+        ({"logits": torch.zeros(0, EXPERTS)}, "logits of shape (0, 8)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(changes: dict[str, Any], reason: str) -> None:
+    inputs = {"layer": 0, **batch(MLP, 0, 4)._asdict(), "threshold": 1.0, **changes}
+    with pytest.raises(OptionError) as caught:
+        runner_of(MLP).run(**inputs)
+    assert reason in str(caught.value)
+
+
+# Providers and packages.
+
+
+def test_cuda_is_refused_where_onnxruntime_has_none() -> None:
+    if NAMES["cuda"] in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime was built with CUDA")
+    with pytest.raises(LynxError, match=r"provider cuda is not usable.*onnx-gpu"):
+        OnnxSelector(content(MLP), "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_is_refused_where_it_is_listed_but_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `onnxruntime-gpu` on a machine without CUDA: it names the provider, and runs on the CPU without a word."""
+    if NAMES["cuda"] in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime was built with CUDA")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(NAMES.values()))
+    with pytest.raises(LynxError, match="names CUDAExecutionProvider but runs on CPUExecutionProvider") as caught:
+        OnnxSelector(content(MLP), "cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_are_those_asked_for() -> None:
+    assert runner_of(MLP).session.get_session_options().intra_op_num_threads == 1
+    assert OnnxSelector(content(MLP), threads=2).session.get_session_options().intra_op_num_threads == 2

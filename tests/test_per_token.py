@@ -1,0 +1,94 @@
+"""Rules that leave out some of a token's own experts, against examples worked by hand."""
+
+from dataclasses import replace
+
+import pytest
+from rule_cases import (
+    CHOSEN,
+    LAYER,
+    PLAIN,
+    RULE,
+    A,
+    C,
+    approximately,
+    by_token,
+    decided,
+    experts_of,
+    layer_of,
+    refusal,
+    routed,
+    stats_of,
+)
+
+from lynx_learn.rules.per_token import NAEE, Contribution, TopK
+from lynx_learn.rules.substitutes import OEA, SERE
+
+# Rules that leave out token by token.
+
+
+def test_top_k_keeps_the_first_by_weight_as_the_model_would() -> None:
+    assert by_token(decided(TopK(1), routed(A, C))) == approximately({0: 1.0}, {2: 1.0})
+    assert by_token(decided(TopK(1), routed(A, rule=CHOSEN), CHOSEN)) == approximately({0: 1.0})
+    assert by_token(decided(TopK(1), routed(A, rule=PLAIN), PLAIN)) == approximately({0: 0.48})
+    assert by_token(decided(TopK(1, scaled=False), routed(A, C))) == approximately({0: 0.6}, {2: 0.6})
+    assert by_token(decided(TopK(2), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
+
+
+def test_first_is_by_weight_not_by_place() -> None:
+    a = routed(A)
+    turned = a._replace(indices=a.indices.flip(-1), weights=a.weights.flip(-1))
+    assert turned.indices.tolist() == [[[1, 0]]]
+    for policy in (TopK(1), OEA(1), NAEE(1.0, stats_of(ratios=[0.9])), Contribution(0.5, stats_of())):
+        assert experts_of(decided(policy, turned)) == [0]
+
+
+def test_what_a_token_leaves_out_points_at_its_own_expert() -> None:
+    # so the batch loads nothing for it
+    assert experts_of(decided(TopK(1), routed(A, C))) == [0, 2]
+    assert decided(TopK(1), routed(A, C)).indices[0, 1].tolist() == [2, 2]
+
+
+def test_naee_drops_the_second_expert_below_the_layers_quantile() -> None:
+    unlike = [0.60, 0.30, 0.05, 0.05]  # ratio 0.5; that of A is 0.667
+    stats = stats_of(ratios=[0.2, 0.4, 0.6, 0.8, 1.0])
+    median = decided(NAEE(0.5, stats), routed(A, unlike))
+    assert by_token(median) == approximately({0: 0.6, 1: 0.4}, {0: 1.0})
+    assert experts_of(median) == [0, 1]
+    # between two of the sample: 0.7 is halfway from 0.6 to 0.8
+    assert by_token(decided(NAEE(0.625, stats), routed(A, unlike))) == approximately({0: 1.0}, {0: 1.0})
+    assert by_token(decided(NAEE(0.0, stats), routed(unlike))) == approximately({0: 2 / 3, 1: 1 / 3})
+    assert by_token(decided(NAEE(0.5, stats), routed(unlike, rule=PLAIN), PLAIN)) == approximately({0: 0.6})
+    # a ratio that is beta itself is enough
+    assert by_token(decided(NAEE(1.0, stats), routed([0.4, 0.4, 0.1, 0.1]))) == approximately({0: 0.5, 1: 0.5})
+
+
+def test_contribution_counts_the_size_of_the_experts_output() -> None:
+    stats = stats_of(norms=[1.0, 1.0, 3.0, 1.0])
+    # A: 0.6 and 0.4 of 1; C: 0.6 × 3 and 0.4 of 2.2, so that its first brings 82%
+    assert by_token(decided(Contribution(0.2, stats), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6})
+    assert by_token(decided(Contribution(0.15, stats), routed(C))) == approximately({2: 0.6, 3: 0.4})
+    assert by_token(decided(Contribution(0.45, stats), routed(A))) == approximately({0: 0.6})
+    # 3 then 2 by weight, 0.6 × 1 and 0.4 × 3 by contribution: the second is the one that stays
+    assert by_token(decided(Contribution(0.35, stats), routed([0.10, 0.20, 0.28, 0.42]))) == approximately({2: 0.4})
+    # exactly the mass that is asked for is enough
+    assert len(experts_of(decided(Contribution(0.5, stats_of()), routed([0.4, 0.4, 0.1, 0.1])))) == 1
+
+
+def test_contribution_finds_its_way_back_to_the_place_of_each_expert() -> None:
+    # weights 0.5, 0.3, 0.2 of experts 1, 2, 3, and contributions 0.5, 0.9, 0.8 of 2.2: the last two are enough
+    rule = replace(RULE, top_k=3)
+    stats = stats_of(norms=[1.0, 1.0, 3.0, 4.0])
+    decision = decided(Contribution(0.25, stats), routed([0.0, 0.5, 0.3, 0.2], rule=rule), rule)
+    assert by_token(decision) == approximately({2: 0.3, 3: 0.2})
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_impossible_numbers_of_experts_per_token_are_refused(count: int) -> None:
+    for policy in (TopK(count), OEA(count), SERE(count, 0.5, stats_of())):
+        assert refusal(policy, LAYER).startswith(f"{policy.name} takes the first {count} experts")
+
+
+def test_naee_is_for_two_experts_per_token() -> None:
+    text = refusal(NAEE(0.5, stats_of()), layer_of(replace(RULE, top_k=3)))
+    assert text.startswith("naee skips the second of two experts")
+    assert "gives each token 3" in text

@@ -1,0 +1,77 @@
+"""As much of vLLM's workers, routers and experts as is looked at or wrapped, without vLLM."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tiny import HIDDEN, TOP_K
+from torch import Tensor
+
+
+def worker(**changes: Any) -> Any:
+    """As much of a vLLM worker as is looked at, in a state that can be acted on; `changes` by dotted names' last part."""
+    parallel = {
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "use_ubatching": False,
+        "enable_eplb": False,
+    }
+    compilation = {"mode": 0, "cudagraph_mode": 0}
+    config = {"speculative_config": None, "lora_config": None}
+    for part in (parallel, compilation, config):
+        part.update({key: changes.pop(key) for key in part if key in changes})
+    runner = changes.pop("runner", SimpleNamespace(_model_forward=None, input_batch=None))
+    assert not changes
+    spaces = {"parallel_config": SimpleNamespace(**parallel), "compilation_config": SimpleNamespace(**compilation)}
+    return SimpleNamespace(vllm_config=SimpleNamespace(**spaces, **config), model_runner=runner)
+
+
+class CPURouter:
+    """Named as one of vLLM's."""
+
+    top_k = TOP_K
+
+    def __init__(self, route: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+        self.rule = route
+
+    def _compute_routing(self, hidden: Tensor, logits: Tensor, dtype: Any = None) -> tuple[Tensor, Tensor]:
+        assert self.rule is not None
+        indices, weights = self.rule(logits)
+        return weights, indices.int()
+
+
+class Experts:
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        self.quant_method, self.apply_router_weight_on_input = SimpleNamespace(moe_kernel=None), False
+        self.called: dict[str, Tensor] = {}
+
+    def forward_modular(self, **called: Tensor) -> Tensor:
+        self.called = called
+        return run_experts(called["topk_weights"], called["topk_ids"])
+
+
+def run_experts(weights: Tensor, ids: Tensor) -> Tensor:
+    """What the stand-in's experts return: expert e answers e + 1, whatever it is given."""
+    return (weights * (ids + 1)).sum(-1, keepdim=True).expand(-1, HIDDEN)
+
+
+def engine_runner(**changes: Any) -> Any:
+    """As much of a vLLM MoE runner as is looked at or wrapped."""
+    moe_config = {"is_sequence_parallel": False, "use_deferred_moe_finalize": False, "in_dtype": torch.float32}
+    moe_config |= {key: changes.pop(key) for key in list(changes) if key in moe_config}
+    plain = {
+        "router": CPURouter(),
+        "routed_experts": Experts(),
+        "is_monolithic": False,
+        "routed_input_transform": None,
+        "routed_scaling_factor": 1.0,
+        "_fse_fuse_gate": False,
+        "_fused_output_is_reduced": False,
+    }
+    assert not changes.keys() - plain.keys()
+    return SimpleNamespace(moe_config=SimpleNamespace(**moe_config), **{**plain, **changes})
