@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..files import write_atomically
 from ..moe.decision import Decision, Policy, Routing, used_experts
-from ..moe.families import MoeLayer
+from ..moe.families import Layer, MoeLayer
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
@@ -144,7 +144,7 @@ class Watched(ThresholdPolicy):
         self.__dict__.update(policy.__dict__)
         self.microseconds: dict[str, list[float]] = {}
 
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+    def decide(self, layer: Layer, routing: Routing) -> Decision:
         ready, form = self.ready[layer.index], self.form(self.ready[layer.index], routing)
         marks = [clock(layer.device)]
 

@@ -8,9 +8,9 @@ reproduces that from the router's logits, and a model that does not fit is refus
 import hashlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,43 @@ from .routing_rules import ScoringRule, matching_rule
 
 # Tokens in the probe that tells a router's scoring rule.
 PROBE_TOKENS = 128
+
+
+class Layer(Protocol):
+    """What a selector needs of an MoE layer, whichever engine runs it."""
+
+    @property
+    def index(self) -> int:
+        """Its place among the model's MoE layers."""
+
+    @property
+    def name(self) -> str:
+        """Of its block, as transformers names it."""
+
+    @property
+    def router(self) -> nn.Module:
+        """Whose parameters identify the model."""
+
+    @property
+    def num_experts(self) -> int: ...
+
+    @property
+    def top_k(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of what enters and leaves its experts."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what its experts compute in."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +142,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     return layers
 
 
-def alike(layers: list[MoeLayer]) -> MoeLayer:
+def alike(layers: Sequence[Layer]) -> Layer:
     """The first of layers that all have its number of experts, top-k and width.
 
     Raises:
@@ -270,7 +307,7 @@ def _log(probabilities: Tensor) -> Tensor:
     return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
-def router_fingerprint(layers: list[MoeLayer]) -> str:
+def router_fingerprint(layers: Sequence[Layer]) -> str:
     """SHA-256 over all router weights and biases, rounded to bfloat16 so that the dtype a model is loaded in does not matter."""
     digest = hashlib.sha256()
     for layer in layers:

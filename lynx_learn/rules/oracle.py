@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..moe.decision import Decision, Routing
-from ..moe.families import MoeLayer
+from ..moe.families import Layer, MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from ..selector.surrogates import Surrogates
 
@@ -20,7 +20,8 @@ class Oracle(ThresholdPolicy):
     def __init__(self, selector: LynxSelector, threshold: float) -> None:
         super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
 
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+    def decide(self, layer: Layer, routing: Routing) -> Decision:
+        assert isinstance(layer, MoeLayer)  # no other one can run its experts for this
         ready = self.ready[layer.index]
         costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
         return ready.selector.decide(routing, ready.threshold(routing.active), costs)

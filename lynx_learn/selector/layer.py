@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.decision import Decision, Routing, used_experts
-from ..moe.families import MoeLayer
+from ..moe.families import Layer
 from .config import SelectorConfig
 from .features import assignment_features, feature_parts
 from .scorers import SCORERS, Folded
@@ -103,7 +103,7 @@ class Ready:
     """By the number of active tokens, as `by_active` gives them."""
 
     @classmethod
-    def on(cls, layer: MoeLayer, own: LayerSelector, thresholds: Tensor) -> "Ready":
+    def on(cls, layer: Layer, own: LayerSelector, thresholds: Tensor) -> "Ready":
         own = copy.deepcopy(own).to(layer.device)
         own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
         return cls(own, own.scorer.fold(own.sensitivity), thresholds.to(layer.device))

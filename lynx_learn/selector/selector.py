@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import OptionError, SelectorError
 from ..moe.decision import Decision, Routing
-from ..moe.families import MoeLayer, router_fingerprint
+from ..moe.families import Layer, router_fingerprint
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
 from .scorers import SCORERS
@@ -34,7 +34,7 @@ class LynxSelector(nn.Module):
         self.layers = nn.ModuleList(LayerSelector(config) for _ in config.layers)
         self.requires_grad_(False)
 
-    def check(self, layers: list[MoeLayer]) -> None:
+    def check(self, layers: Sequence[Layer]) -> None:
         """Refuse a model that this selector was not trained for.
 
         Raises:
@@ -181,7 +181,7 @@ class ThresholdPolicy:
         """Whether any batch size skips at all."""
         return any(tau > 0 for tau in self.thresholds.values())
 
-    def bind(self, layers: list[MoeLayer]) -> None:
+    def bind(self, layers: Sequence[Layer]) -> None:
         self.selector.check(layers)
         thresholds = torch.tensor(by_active(self.thresholds))
         for layer, own in zip(layers, self.selector.layers, strict=True):
@@ -191,7 +191,7 @@ class ThresholdPolicy:
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
             self.kernels = _kernels(on_cuda)
 
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+    def decide(self, layer: Layer, routing: Routing) -> Decision:
         ready = self.ready[layer.index]
         return ready.selector.answer(routing, self.form(ready, routing)(routing))
 
@@ -205,7 +205,7 @@ class ThresholdPolicy:
         cuda = routing.logits.is_cuda
         return fused if cuda and self.kernels.is_faster(ready.folded, routing, fused, ready.rewrite) else ready.rewrite
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def surrogate_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
 
 

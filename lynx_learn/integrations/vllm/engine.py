@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import LynxError, SelectorError
 from ...moe.decision import Routing
-from ...moe.families import MoeLayer
 from ...selector.layer import Ready
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from . import metrics as metrics
@@ -159,8 +158,7 @@ class Acting(Wrapping):
         super().__init__()
         self.runner, self.layers, self.policy = runner, layers, policy
         check_shape(layers, policy.selector)
-        # What binding reads of a layer, an EngineLayer has.
-        policy.bind(cast(list[MoeLayer], layers))
+        policy.bind(layers)
         self.ready: list[Ready] = [policy.ready[layer.index] for layer in layers]
         self.smallest = min(policy.thresholds)
         self.step: Step | None = None
@@ -210,7 +208,7 @@ class Acting(Wrapping):
         result = own(*args, **kwargs)
         try:
             found = find_layers(self.runner.get_model(), self.policy.selector.config.layers, 0)
-            self.policy.selector.check(cast(list[MoeLayer], found))
+            self.policy.selector.check(found)
         except LynxError as reason:
             self.detach()
             refuse(self.settings, reason)

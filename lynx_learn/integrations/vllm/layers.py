@@ -45,7 +45,7 @@ def check_engine(worker: Any) -> None:
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One MoE layer of a vLLM model, with as much of `MoeLayer` as a policy binds to.
+    """One MoE layer of a vLLM model: a `Layer`.
 
     `name` is the selector's: vLLM renames blocks, so they are matched by order, and the fingerprint tells whether they
     are the same.

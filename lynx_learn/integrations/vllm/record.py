@@ -4,13 +4,13 @@ Only there when `collect` has asked for it through the additional config; a serv
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import TraceError
-from ...moe.families import MoeLayer, alike, router_fingerprint
+from ...moe.families import alike, router_fingerprint
 from .layers import EngineLayer
 from .wrapping import Wrapping
 
@@ -54,10 +54,9 @@ class Recording(Wrapping):
         Raises:
             ModelError: its layers differ in shape.
         """
-        layers = cast(list[MoeLayer], self.layers)  # what is read of one, an EngineLayer has
-        first = alike(layers)
+        first = alike(self.layers)
         return {
-            "router_fingerprint": router_fingerprint(layers),
+            "router_fingerprint": router_fingerprint(self.layers),
             "layers": tuple(layer.name for layer in self.layers),
             "num_experts": first.num_experts,
             "top_k": first.top_k,
