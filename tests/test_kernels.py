@@ -196,6 +196,27 @@ def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
     check_rewritten(done, ready.rewrite(routing))
 
 
+@pytest.mark.parametrize("keep_top1", [False, True])
+@pytest.mark.parametrize("exempt", [(0,), (1, 4), (0, 1, 2, 3, 4, 5)])
+def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, ...], keep_top1: bool) -> None:
+    """And the threshold is that of the others' number, as in PyTorch; whether exempt ones are active or not."""
+    routing = routing_of(6, 12, 3, 8)
+    routing = routing._replace(active=torch.tensor([[True, True, False, True, True, True]]))
+    kept = torch.zeros(1, 6, dtype=torch.bool)
+    kept[0, list(exempt)] = True
+    counted = int((routing.active & ~kept).sum())
+    ready = ready_for(12, 3, 8, keep_top1=keep_top1, table={max(counted, 1): math.inf, counted + 1: 0.0})
+    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1, kept)
+    check_rewritten(done, ready.rewrite(routing, kept))
+    live = (routing.active & kept)[0]
+    assert torch.equal(done.weights[0, live], routing.weights[0, live])
+    assert torch.equal(done.indices[0, live], routing.indices[0, live])
+    if counted:
+        assert (done.weights == 0)[routing.active].any()
+    else:
+        assert torch.equal(done.weights[routing.active], routing.weights[routing.active])
+
+
 LARGE = {
     "common": (40, 128, 8, 300, "mlp", torch.bfloat16, False),
     "most experts": (3, 512, 16, 1500, "mlp", torch.float32, True),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from decisions import own, random_routing, same
 from safetensors.torch import load_file, save_file
-from tiny import random_selector, tiny_model
+from tiny import EXPERTS, random_selector, tiny_model
 from torch import Tensor
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import LynxError, OptionError, SelectorError
+from lynx_learn.moe.decision import Routing, used_experts
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector import selector as selector_module
 from lynx_learn.selector.config import FORMAT_VERSION
@@ -213,3 +214,34 @@ def test_a_full_disk_leaves_the_old_selector(tmp_path: Path, monkeypatch: pytest
     assert after["selector/README.md"] == b"old"
     assert after.keys() == before.keys()
     assert after["selector/selector.safetensors"] != before["selector/selector.safetensors"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_exempt_tokens_keep_their_experts_and_do_not_count(rank: int) -> None:
+    """The others are decided as alone, with the experts of exempt ones loaded anyway."""
+    model = tiny_model("mixtral")
+    layer = find_moe_layers(model)[0]
+    policy = ThresholdPolicy(random_selector(model, rank=rank), {5: 1.0, 6: 0.0}, "")
+    policy.bind(find_moe_layers(model))
+    routing = random_routing(layer, batches=2, tokens=8)._replace(active=torch.arange(8).expand(2, 8) < 7)
+    exempt = torch.tensor([[True, False, False, False, True, False, False, True]] * 2)
+    with torch.no_grad():
+        whole = policy.decide(layer, routing)
+        assert torch.equal(
+            whole.weights[routing.active], routing.weights[routing.active]
+        )  # seven count: none is left out
+        done = policy.decide(layer, routing, exempt)
+        alone = policy.decide(layer, Routing(*(part[:, ~exempt[0]] for part in routing)))
+    kept = exempt & routing.active
+    assert torch.equal(done.weights[kept], routing.weights[kept])
+    assert torch.equal(done.indices[kept], routing.indices[kept])
+    assert done.loads is not None
+    assert alone.loads is not None
+    needed = used_experts(routing.indices, kept, EXPERTS)
+    assert torch.equal(done.loads[1], alone.loads[1] | needed)
+    others = done.weights[:, ~exempt[0]]
+    assert ((others == 0) & (alone.weights > 0)).sum() == 0
+    assert (others == 0).any()
+    if rank:
+        assert done.addition is not None
+        assert not done.addition[kept].any()

@@ -99,7 +99,7 @@ def test_a_decode_step_runs_the_policys_decision(scale: float, rank: int, monkey
     real = slice(0, REAL)
     parts = (hidden[real], logits[real], indices[real], weights[real] * scale)
     routing = Routing(*(part.unsqueeze(0) for part in parts), active=torch.ones(1, REAL, dtype=torch.bool))
-    ready = found.ready[0]
+    ready = found.policy.ready[0]
     wanted = ready.selector.decide(routing, ready.threshold(routing.active), ready.costs(routing))
     assert wanted.addition is not None
     assert wanted.loads is not None

@@ -144,8 +144,9 @@ class Watched(ThresholdPolicy):
         self.__dict__.update(policy.__dict__)
         self.microseconds: dict[str, list[float]] = {}
 
-    def decide(self, layer: Layer, routing: Routing) -> Decision:
-        ready, form = self.ready[layer.index], self.form(self.ready[layer.index], routing)
+    def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
+        ready = self.ready[layer.index]
+        form = self.form(ready, routing)
         marks = [clock(layer.device)]
 
         def passed(part: str) -> None:
@@ -155,10 +156,10 @@ class Watched(ThresholdPolicy):
         if form == ready.rewrite:
             costs = ready.costs(routing)
             passed("scorer")
-            decision = ready.selector.rewrite(routing, ready.threshold(routing.active), costs)
+            decision = ready.rewrite(routing, exempt, costs)
             passed("rewrite")
         else:
-            decision = form(routing)
+            decision = form(routing, exempt)
             passed("scorer and rewrite")
         decision = ready.selector.answer(routing, decision)
         passed("surrogates")

@@ -41,7 +41,7 @@ def _costs_by_expert(
     logits,
     indices,
     weights,
-    active,
+    standing,
     of_assignment,
     of_token,
     of_expert,
@@ -61,7 +61,7 @@ def _costs_by_expert(
     PROJECTED_PADDED: tl.constexpr,
     HIDDEN_BLOCK: tl.constexpr,
 ):
-    """One program per token: its costs, spread over a row `(experts,)` of `rows`; 0 where it does not vote.
+    """One program per token: its costs, spread over a row `(experts,)` of `rows`; 0 where it is not active.
 
     Costs are above 0, so the sign is free: with KEEP_TOP1 it is negative at the token's first expert.
     """
@@ -133,14 +133,15 @@ def _costs_by_expert(
         log_cost += tl.sum(tl.where((column < WIDTH)[None, :], silu * out[None, :], 0.0), 1)
     # A cost that is no number must stay one: it keeps its expert.
     cost = tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
+    stands = tl.load(standing + token).to(tl.int32)
+    cost = tl.where(stands == 2, float("inf"), cost)
 
     hit = (own[:, None] == expert[None, :]) & taken[:, None]
     row = tl.sum(tl.where(hit, cost[:, None], 0.0), 0)
     if KEEP_TOP1:
         first = (weight == tl.max(weight, 0))[:, None] & hit
         row = tl.where(tl.max(first.to(tl.int32), 0) > 0, -row, row)
-    live = tl.load(active + token)
-    tl.store(rows + token * EXPERTS + expert, tl.where(live, row, 0.0), mask=real)
+    tl.store(rows + token * EXPERTS + expert, tl.where(stands != 0, row, 0.0), mask=real)
 
 
 @triton.jit(do_not_specialize=["tokens", "last"])
@@ -148,7 +149,7 @@ def _rewrite(
     rows,
     indices,
     weights,
-    active,
+    standing,
     thresholds,
     new_indices,
     new_weights,
@@ -179,7 +180,8 @@ def _rewrite(
     total = tl.sum(sums, 0)
 
     place = tl.arange(0, TOKENS_PADDED)
-    count = tl.sum(tl.load(active + place, mask=place < tokens, other=0).to(tl.int32), 0)
+    stands = tl.load(standing + place, mask=place < tokens, other=0).to(tl.int32)
+    count = tl.sum((stands == 1).to(tl.int32), 0)
     threshold = tl.load(thresholds + tl.minimum(count, last))
 
     # The first of the largest totals, where what is no number is larger than any.
@@ -199,7 +201,7 @@ def _rewrite(
         inside = at < tokens * TOP_K
         own = tl.load(indices + at, mask=inside, other=0)
         weight = tl.load(weights + at, mask=inside, other=0.0)
-        live = tl.load(active + at // TOP_K, mask=inside, other=0) != 0
+        live = tl.load(standing + at // TOP_K, mask=inside, other=0) != 0
         goes = tl.gather(left, own.to(tl.int32), 0) != 0
         stays = live & (goes == 0)
         tl.store(new_indices + at, tl.where(stays, own, anchor.to(tl.int64)), mask=inside)
@@ -231,8 +233,16 @@ def supported(folded: Folded, routing: Routing) -> bool:
     )
 
 
-def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool) -> Tensor:
-    """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`."""
+def _standing(active: Tensor, exempt: Tensor | None) -> Tensor:
+    """0 for tokens that are not active, 1 for those that vote, 2 for those that keep their experts: `(1, T)`."""
+    return active.contiguous() if exempt is None else active.to(torch.int8) + (active & exempt)
+
+
+def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, exempt: Tensor | None = None) -> Tensor:
+    """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`.
+
+    Those of exempt tokens are infinite.
+    """
     _, tokens, experts = routing.logits.shape
     top_k, hidden = routing.indices.shape[-1], routing.hidden.shape[-1]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
@@ -240,7 +250,9 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool) -> Tensor
     projected_padded = _padded(projected)
     experts_padded, top_k_padded = _padded(experts), _padded(top_k)
     _costs_by_expert[(tokens,)](
-        *(part.contiguous() for part in (*routing, *folded)),
+        *(part.contiguous() for part in (routing.hidden, routing.logits, routing.indices, routing.weights)),
+        _standing(routing.active, exempt),
+        *(part.contiguous() for part in folded),
         rows,
         EXPERTS=experts,
         TOP_K=top_k,
@@ -259,11 +271,13 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool) -> Tensor
     return rows
 
 
-def rewrite_by(rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite_by(
+    rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bool, exempt: Tensor | None = None
+) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
     _, tokens, experts = routing.logits.shape
     top_k = routing.indices.shape[-1]
-    indices, weights, active = (part.contiguous() for part in (routing.indices, routing.weights, routing.active))
+    indices, weights = routing.indices.contiguous(), routing.weights.contiguous()
     new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
     dropped = torch.empty_like(indices, dtype=torch.bool)
     loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
@@ -272,7 +286,7 @@ def rewrite_by(rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bo
         rows,
         indices,
         weights,
-        active,
+        _standing(routing.active, exempt),
         thresholds,
         new_indices,
         new_weights,
@@ -292,7 +306,9 @@ def rewrite_by(rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bo
     return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
 
 
-def rewrite(folded: Folded, routing: Routing, thresholds: Tensor, keep_top1: bool) -> Decision:
+def rewrite(
+    folded: Folded, routing: Routing, thresholds: Tensor, keep_top1: bool, exempt: Tensor | None = None
+) -> Decision:
     """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
 
     Args:
@@ -300,11 +316,13 @@ def rewrite(folded: Folded, routing: Routing, thresholds: Tensor, keep_top1: boo
         routing: one decode batch.
         thresholds: by the number of active tokens, the last for any number beyond.
         keep_top1: whether each token's first expert stays.
+        exempt: as in `ThresholdPolicy.decide`.
     """
     device = routing.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return rewrite_by(costs_by_expert(folded, routing, keep_top1), routing, thresholds, keep_top1)
+        rows = costs_by_expert(folded, routing, keep_top1, exempt)
+        return rewrite_by(rows, routing, thresholds, keep_top1, exempt)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}

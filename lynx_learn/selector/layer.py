@@ -118,12 +118,15 @@ class Ready:
             feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
         )
 
-    def rewrite(self, routing: Routing) -> Decision:
-        """As `LayerSelector.rewrite`."""
-        return self.selector.rewrite(routing, self.threshold(routing.active), self.costs(routing))
+    def rewrite(self, routing: Routing, exempt: Tensor | None = None, costs: Tensor | None = None) -> Decision:
+        """As `LayerSelector.rewrite`, by these or its own costs; `exempt` as in `ThresholdPolicy.decide`."""
+        costs, counted = self.costs(routing) if costs is None else costs, routing.active
+        if exempt is not None:
+            costs, counted = costs.masked_fill(exempt.unsqueeze(-1), torch.inf), counted & ~exempt
+        return self.selector.rewrite(routing, self.threshold(counted), costs)
 
-    def rewrite_in_kernels(self, kernels: ModuleType, routing: Routing) -> Decision:
+    def rewrite_in_kernels(self, kernels: ModuleType, routing: Routing, exempt: Tensor | None = None) -> Decision:
         """As `rewrite`, in Triton kernels."""
         own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1)
+        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, exempt)
         return decision if own.surrogates.rank else decision._replace(answered=None)

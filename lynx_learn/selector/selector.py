@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import OptionError, SelectorError
 from ..moe.decision import Decision, Routing
@@ -191,12 +191,20 @@ class ThresholdPolicy:
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
             self.kernels = _kernels(on_cuda)
 
-    def decide(self, layer: Layer, routing: Routing) -> Decision:
-        ready = self.ready[layer.index]
-        return ready.selector.answer(routing, self.form(ready, routing)(routing))
+    def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
+        """Rewrite one layer's assignments.
 
-    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing], Decision]:
-        """What computes the decision for a batch, but for the surrogates' answers."""
+        Args:
+            layer: one of those it is bound to.
+            routing: what the layer is about to do.
+            exempt: `(G, T)` True for tokens that keep all their experts; they do not count for the threshold either, as
+                if the batch were so much smaller. None: no token does.
+        """
+        ready = self.ready[layer.index]
+        return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt))
+
+    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None], Decision]:
+        """What computes the decision for a batch, and who is exempt of it, but for the surrogates' answers."""
         if self.kernels is None or not self.kernels.supported(ready.folded, routing):
             return ready.rewrite
         fused = partial(ready.rewrite_in_kernels, self.kernels)

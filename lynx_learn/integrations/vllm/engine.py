@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...errors import LynxError, SelectorError
 from ...moe.decision import Routing
-from ...selector.layer import Ready
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from . import metrics as metrics
 from .layers import EngineLayer, check_engine, find_layers
@@ -141,8 +140,8 @@ class Step(NamedTuple):
     """Rows of requests that keep all their experts."""
 
     def masks(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Rows that are real, and among them those that keep everything; None: no row does."""
-        place = torch.arange(rows, device=device)
+        """Rows that are real, and among them those that keep everything, `(1, rows)`; None: no row does."""
+        place = torch.arange(rows, device=device).unsqueeze(0)
         active = place < self.tokens
         return active, torch.isin(place, torch.tensor(self.kept, device=device)) if self.kept else None
 
@@ -159,7 +158,6 @@ class Acting(Wrapping):
         self.runner, self.layers, self.policy = runner, layers, policy
         check_shape(layers, policy.selector)
         policy.bind(layers)
-        self.ready: list[Ready] = [policy.ready[layer.index] for layer in layers]
         self.smallest = min(policy.thresholds)
         self.step: Step | None = None
         self.masks: tuple[Tensor, Tensor | None] | None = None
@@ -291,7 +289,7 @@ class _LayerHook:
     """One MoE layer's routing and experts."""
 
     def __init__(self, acting: Acting, layer: EngineLayer) -> None:
-        self.acting, self.layer, self.ready = acting, layer, acting.ready[layer.index]
+        self.acting, self.layer = acting, layer
         runner = layer.runner
         # The runner may scale what the experts return, instead of the router its weights.
         self.scale = float(runner.routed_scaling_factor)
@@ -327,13 +325,9 @@ class _LayerHook:
             router_logits.unsqueeze(0),
             ids.long().clamp_min(0).unsqueeze(0),  # rows of padding may name no expert
             (weights * self.scale).unsqueeze(0),
-            active.unsqueeze(0),
+            active,
         )
-        costs, votes = self.ready.costs(routing), routing.active
-        if kept is not None:
-            costs = costs.masked_fill(kept[:, None], torch.inf)
-            votes = votes & ~kept
-        decision = self.ready.selector.decide(routing, self.ready.threshold(votes), costs)
+        decision = self.acting.policy.decide(self.layer, routing, kept)
         assert decision.loads is not None
         before, after = decision.loads
         answered = decision.answered.sum() if decision.answered is not None else torch.zeros_like(before.sum())
