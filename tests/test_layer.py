@@ -1,5 +1,6 @@
 """The threshold rule of one layer by hand, its costs and surrogates, and that it is one graph."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.features import assignment_features
 from lynx_learn.selector.layer import LayerSelector, sum_in_order
-from lynx_learn.selector.selector import LynxSelector
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 
 def hand_decision(threshold: float, keep_top1: bool = False, rank: int = 0, costs: Tensor = COSTS) -> Decision:
@@ -114,6 +115,50 @@ def test_decode_runs_the_same_costs_folded(scorer: str) -> None:
         routing = random_routing(layer, batches=3, tokens=40)
         part: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
         torch.testing.assert_close(policy.ready[layer.index].costs(routing), part.costs(routing), rtol=1e-4, atol=1e-6)
+
+
+def test_one_copy_serves_all_thresholds_until_the_selector_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("olmoe")
+    layers, selector = find_moe_layers(model), random_selector(model)
+    copied: list[object] = []
+    deepcopy = copy.deepcopy
+
+    def counting(part: object, memo: dict[int, object] | None = None) -> object:
+        copied.extend([part] if memo is None else [])
+        return deepcopy(part, memo)
+
+    def bound(threshold: float, selector: LynxSelector = selector, dtype: torch.dtype | None = None) -> ThresholdPolicy:
+        policy = selector.at_threshold(threshold)
+        policy.bind(layers if dtype is None else find_moe_layers(deepcopy(model).to(dtype)))
+        return policy
+
+    monkeypatch.setattr(copy, "deepcopy", counting)
+    routing = random_routing(layers[1], batches=2, tokens=12)
+
+    def is_right(policy: ThresholdPolicy, threshold: float) -> bool:
+        decision, wanted = (
+            policy.decide(layers[1], routing),
+            own(selector, 1).decide(routing, torch.tensor(threshold).expand(2)),
+        )
+        return torch.equal(decision.indices, wanted.indices) and torch.equal(decision.weights, wanted.weights)
+
+    policies = {tau: bound(tau) for tau in (0.5, 1.0, 2.0)}
+    assert len(copied) == len(layers)
+    assert all(is_right(policy, tau) for tau, policy in policies.items())
+    own(selector, 1).sensitivity.fill_(1e-3)
+    assert is_right(bound(1.0), 1.0)
+    assert not is_right(policies[1.0], 1.0)  # bound before the change
+    assert len(copied) == len(layers) + 1
+    selector.double().float()  # the same values at other places in memory
+    for change in ({}, {"dtype": torch.bfloat16}, {"selector": deepcopy(selector)}):
+        copied.clear()
+        bound(1.0, **change)  # type: ignore[arg-type]
+        assert len(copied) == len(layers)
+    with torch.inference_mode():
+        bound(1.0)  # a copy made here is of no use elsewhere
+    copied.clear()
+    bound(1.0)
+    assert len(copied) == len(layers)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from types import ModuleType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +95,53 @@ class LayerSelector(nn.Module):
 
 
 @dataclass(frozen=True)
+class Replica:
+    """A layer's selector as decode runs it, on the layer's device, the surrogates in the experts' precision.
+
+    One serves all thresholds, and is made again only when the selector has changed or is bound to another kind of layer.
+    """
+
+    selector: LayerSelector
+    folded: Folded
+    place: tuple[torch.device, torch.dtype, int]
+    parts: list[tuple[Tensor, int]] | None
+    """What it was made from, each with its changes in place until then; None: in inference mode, which does not count."""
+
+    @classmethod
+    def on(cls, layer: Layer, own: LayerSelector) -> "Replica":
+        """Of `own` beside this layer: the one that is there, or a new one."""
+        place, parts = (layer.device, layer.dtype, layer.expert_bytes), _parts(own)
+        held = _replicas.get(own)
+        if held is None or held.place != place or not _same(held.parts, parts):
+            made = copy.deepcopy(own).to(layer.device)
+            made.surrogates.to(layer.dtype).choose(layer.expert_bytes)
+            held = _replicas[own] = cls(made, made.scorer.fold(made.sensitivity), place, parts)
+        return held
+
+
+_replicas: WeakKeyDictionary[LayerSelector, Replica] = WeakKeyDictionary()
+
+
+def _parts(own: LayerSelector) -> list[tuple[Tensor, int]] | None:
+    tensors = own.state_dict(keep_vars=True).values()
+    if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in tensors):
+        return None
+    # The alias keeps the memory, so that other values cannot come to lie at the same address.
+    return [(tensor.data, tensor._version) for tensor in tensors]
+
+
+def _same(before: list[tuple[Tensor, int]] | None, now: list[tuple[Tensor, int]] | None) -> bool:
+    """Whether these are the same tensors, and unchanged."""
+    if before is None or now is None:
+        return False
+    return [(t.data_ptr(), t.dtype, count) for t, count in before] == [
+        (t.data_ptr(), t.dtype, count) for t, count in now
+    ]
+
+
+@dataclass(frozen=True)
 class Ready:
-    """One layer's selector as decode runs it: a copy on the layer's device, surrogates in the experts' precision."""
+    """One layer's selector with thresholds by batch size; what does not depend on these is shared, see `Replica`."""
 
     selector: LayerSelector
     folded: Folded
@@ -104,9 +150,8 @@ class Ready:
 
     @classmethod
     def on(cls, layer: Layer, own: LayerSelector, thresholds: Tensor) -> "Ready":
-        own = copy.deepcopy(own).to(layer.device)
-        own.surrogates.to(layer.dtype).choose(layer.expert_bytes)
-        return cls(own, own.scorer.fold(own.sensitivity), thresholds.to(layer.device))
+        shared = Replica.on(layer, own)
+        return cls(shared.selector, shared.folded, thresholds.to(layer.device))
 
     def threshold(self, active: Tensor) -> Tensor:
         """The threshold `(G,)` for the number of active tokens `(G, T)`."""
