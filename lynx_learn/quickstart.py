@@ -1,6 +1,5 @@
 """`lynx-learn quickstart`: the whole flow on the reference MoE and text that every Python carries."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,12 @@ import torch
 
 from .decode.runtime import skip_experts
 from .decode.timing import paired_ratio, take_turns
-from .errors import OptionError, SelectorError
+from .errors import OptionError
+from .files import check_empty, write_json
 from .fit.train import TrainOptions, train
 from .measure.calibrate import CalibrateOptions, calibrate
 from .measure.evaluate import EvaluateOptions, evaluate
-from .moe.loading import REFERENCE, LoadedModel, load_model
+from .moe.loading import REFERENCE, LoadedModel, generate_plainly, load_model
 from .selector.saving import read_metrics
 from .selector.selector import LynxSelector
 from .show.tables import calibration_table, matched_table, show, table, training_table
@@ -61,8 +61,7 @@ class QuickstartOptions:
 def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     """Run collect, train, calibrate, evaluate and a paired timing; prints and returns the closing figures."""
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise SelectorError(f"{out} is not empty: choose another --out, or remove it")
+    check_empty(out)
     device, dtype = options.device, options.dtype
     trace, selector_folder = str(out / "trace"), str(out / "selector")
     show(f"1/5 collect router traces of {options.model} on {options.corpus}")
@@ -114,7 +113,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         "decode_step": times,
     }
     show(_closing_table(report, times, options), *_continue(loaded, selector, options.budget))
-    (out / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(out / "quickstart.json", summary)
     return summary
 
 
@@ -163,11 +162,11 @@ def _continue(loaded: LoadedModel, selector: LynxSelector, budget: float) -> lis
     texts = [PROMPT, *loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)]
     loaded.tokenizer.padding_side = "left"
     batch = loaded.tokenizer(texts, return_tensors="pt", padding=True).to(loaded.input_device)
-    batch.pop("token_type_ids", None)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     length = batch["input_ids"].shape[1]
 
     def run() -> str:
-        ids = loaded.model.generate(**batch, max_new_tokens=32, do_sample=False)  # type: ignore[operator]
+        ids = generate_plainly(loaded.model, **batch, max_new_tokens=32, do_sample=False)
         return str(loaded.tokenizer.decode(ids[0, length:], skip_special_tokens=True))
 
     plain = run()

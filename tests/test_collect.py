@@ -398,7 +398,7 @@ def test_other_options_are_refused_and_nothing_is_lost(
     if not complete:
         (out / "manifest.json").unlink()
     before = digests(out)
-    with pytest.raises(TraceError, match="other options") as error:
+    with pytest.raises(OptionError, match="holds a trace with other ") as error:
         collect(choices(tiny, out, **change))
     assert str(out) in one_line(error)
     assert digests(out) == before
@@ -410,7 +410,7 @@ def test_another_model_of_the_same_name_is_refused(undisturbed: Path, tiny: Tiny
     collect(choices(tiny, out, model=str(model), tokens=LENGTH))
     (out / "manifest.json").unlink()
     save_model(model, seed=1)
-    with pytest.raises(TraceError, match="other options"):
+    with pytest.raises(OptionError, match="holds a trace with other "):
         collect(choices(tiny, out, model=str(model), tokens=LENGTH))
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lynx_learn.errors import TraceError
+from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.traces.format import INDEX_TENSORS, LAYER_TENSORS, Trace, TraceOptions, TraceWriter
 
 SHARDS, ROWS, LENGTH, SOURCES = 3, 2, 8, ["code", "prose"]
@@ -304,7 +304,7 @@ def changed(name: str) -> TraceOptions:
 @pytest.mark.parametrize("name", [f.name for f in fields(TraceOptions)])
 def test_a_trace_with_any_other_option_is_left_alone(name: str, shared_trace: Path) -> None:
     before = {file: (shared_trace / file).read_bytes() for file in files(shared_trace)}
-    with pytest.raises(TraceError, match="other options") as error:
+    with pytest.raises(OptionError, match="holds a trace with other ") as error:
         TraceWriter(shared_trace, changed(name))
     assert str(shared_trace) in str(error.value)
     assert "\n" not in str(error.value)
@@ -316,7 +316,7 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
     (tmp_path / "file").write_text("also")
     for name in ("mine", "file"):
-        with pytest.raises(TraceError, match=f"{name} .*choose another --out") as error:
+        with pytest.raises(OptionError, match=f"{name} .*choose another ") as error:
             TraceWriter(tmp_path / name, OPTIONS)
         assert "\n" not in str(error.value)
     assert files(tmp_path) == ["file", "mine/thesis.txt"]
@@ -326,7 +326,7 @@ def test_foreign_folders_and_files_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]"])
 def test_a_damaged_options_file_is_refused(data: bytes, trace: Path) -> None:
     (trace / "options.json").write_bytes(data)
-    with pytest.raises(TraceError, match=r"trace .*--out") as error:
+    with pytest.raises(OptionError, match=r"trace .*--out") as error:
         TraceWriter(trace, OPTIONS)
     assert "\n" not in str(error.value)
 
@@ -344,7 +344,7 @@ def test_a_trace_on_a_full_disk_goes_on_when_there_is_room(small_disk: Path, tmp
     options = replace(OPTIONS, hidden_size=512)
     given = content(options)
     (small_disk / "hog").write_bytes(bytes(100_000))
-    with pytest.raises(TraceError) as error:
+    with pytest.raises(OptionError) as error:
         write(small_disk / "trace", options, given)
     message = str(error.value)
     assert str(small_disk / "trace") in message

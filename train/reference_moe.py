@@ -26,6 +26,7 @@ import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -326,6 +327,7 @@ def main(options: Options) -> None:
         max_epochs=-1,
         accelerator="auto",
         devices=1,
+        plugins=[LightningEnvironment()],  # inside a cluster's job too
         precision=precision(),
         gradient_clip_val=1.0,
         logger=CSVLogger(out, name="logs"),

@@ -6,7 +6,6 @@ it does save is measured by steps with skipping on and off in turns, and the pri
 everything and leaves out nothing.
 """
 
-import json
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..files import write_atomically
+from ..files import check_writable, write_json
 from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import Layer, MoeLayer
-from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
+from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, generate_plainly, load_model, pick_device
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
@@ -183,8 +182,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         ModelError, SelectorError, OptionError: what was asked for cannot be timed; nothing is written.
     """
     out = Path(options.out)
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"{out} is a file: choose another --out")
+    check_writable(out)
     device = pick_device(options.device)
     report: dict[str, Any] = {
         "options": asdict(options),
@@ -194,7 +192,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     }
     if options.graph and device.type != "cuda":
         report["skipped"] = "CUDA graphs: no GPU is visible to torch"
-        write_atomically(out / "bench.json", json.dumps(report, indent=2).encode())
+        write_json(out / "bench.json", report)
         return report
     cases = [
         (dtype, name, size)
@@ -213,7 +211,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
             case = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_size": size}
             case |= {"implementation": implementation, **_measure(options, subject)}
             report["cases"].append(case)
-    write_atomically(out / "bench.json", json.dumps(report, indent=2).encode())
+    write_json(out / "bench.json", report)
     step_times(report, out)
     return report
 
@@ -354,9 +352,10 @@ def _generate(subject: Subject, options: BenchOptions) -> dict[str, Any]:
     found: dict[str, Tensor] = {}
 
     def run() -> Tensor:
-        return model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+        return generate_plainly(
+            model,
+            ids,
+            torch.ones_like(ids),
             max_new_tokens=options.generate,
             min_new_tokens=options.generate,
             do_sample=False,

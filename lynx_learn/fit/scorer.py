@@ -1,8 +1,11 @@
 """Train one layer's scorer on assignment costs, with Lightning."""
 
 import logging
+import os
 import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
@@ -119,6 +124,23 @@ def new_scorer(kind: str, fit: Assignments, residuals: Tensor) -> Scorer:
     return scorer
 
 
+@contextmanager
+def one_process() -> Iterator[None]:
+    """While open, Lightning trains in this process whatever a cluster's or a launcher's variables say.
+
+    Inside a job of SLURM and its like it would take this process for one of many, and write no losses in all but one;
+    `PL_TRAINER_…` would change how it trains. With `LightningEnvironment` as a plugin it looks for no cluster.
+    """
+    rank = rank_zero_only.rank
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PL_TRAINER_")}
+    rank_zero_only.rank = 0
+    try:
+        yield
+    finally:
+        rank_zero_only.rank = rank
+        os.environ |= taken
+
+
 def train_scorer(
     scorer: Scorer, fit: Assignments, check: Assignments, options: ScorerOptions, logs: Path, name: str
 ) -> None:
@@ -127,13 +149,14 @@ def train_scorer(
         return
     # Lightning reports its environment for every layer; what went wrong still raises.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), one_process():
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*num_workers.*|.*treespec.*|.*many workers.*")
         trainer = L.Trainer(
             max_epochs=options.epochs,
             accelerator="cpu",
             devices=1,
+            plugins=[LightningEnvironment()],
             logger=CSVLogger(logs, name=name, version=""),
             enable_checkpointing=False,
             enable_progress_bar=False,

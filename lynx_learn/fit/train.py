@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, SelectorError, TraceError
+from ..errors import OptionError, TraceError
+from ..files import check_empty
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
 from ..moe.loading import load_model
@@ -93,8 +94,7 @@ class TrainOptions:
 def train(options: TrainOptions) -> LynxSelector:
     """Fit a selector and write its directory; thresholds come from `calibrate`."""
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise SelectorError(f"{out} is not empty: choose another --out, or remove it")
+    check_empty(out)
     trace = Trace.open(options.trace)
     loaded = load_model(options.model or trace.options.model, options.device, options.dtype, tokenizer=False)
     layers = find_moe_layers(loaded.model)

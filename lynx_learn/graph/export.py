@@ -4,13 +4,12 @@ The graph answers what decode does with a batch of one layer, but for the surrog
 state that belongs to the serving engine's own kernels, and what is left out adds nothing without them.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LynxError, OptionError
-from ..files import write_atomically
+from ..files import check_target, write, write_json
 from ..selector.selector import LynxSelector
 from .check import check
 from .graph import to_bytes
@@ -61,6 +60,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     if options.out is None and not Path(options.selector).is_dir():
         raise OptionError(f"--out is missing: {options.selector} is no folder here to put {FILE} into")
     target = Path(options.out or Path(options.selector) / FILE)
+    for path in (target, *([Path(options.report)] if options.report else [])):
+        check_target(path)
     data = to_bytes(selector)
     runner = OnnxSelector(data, options.provider)
     found: dict[str, Any] = {
@@ -70,11 +71,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
         "versions": _versions(),
         "parity": asdict(check(selector, runner)),
     }
-    write_atomically(target, data)
+    write(target, data)
     if options.time_tokens:
         found["times"] = time_layers(selector, OnnxSelector(target), options.time_tokens)
     if options.report:
-        write_atomically(Path(options.report), (json.dumps(found, indent=2) + "\n").encode())
+        write_json(Path(options.report), found)
     return found
 
 

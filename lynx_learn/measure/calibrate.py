@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..decode.simulate import compare
 from ..errors import OptionError
+from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import load_model
 from ..selector.saving import read_metrics, run_record, write_card
@@ -107,6 +108,7 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
     """Find the thresholds and write them into the selector directory."""
     folder = Path(options.selector)
     metrics = read_metrics(folder)
+    check_writable(folder)
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
     layers = find_moe_layers(loaded.model)

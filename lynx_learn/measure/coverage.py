@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..decode.simulate import compare
 from ..errors import CorpusError, OptionError
-from ..files import write_atomically
+from ..files import check_writable, write, write_json
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel, load_model
 from ..selector.saving import read_metrics, run_record, write_card
@@ -162,6 +162,8 @@ class CoverageOptions:
 def coverage(options: CoverageOptions) -> dict[str, Any]:
     """Measure what is not measured yet, draw, write `coverage.json`, and return it."""
     metrics = read_metrics(options.selector) if options.card else {}
+    for place in (options.out, *([options.selector] if options.card else [])):
+        check_writable(Path(place))
     check_sources(options)
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
@@ -185,7 +187,7 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
         "exact": exact_levels(tested, options.groups - options.calibration_groups, options.groups, options.confidence),
         "rows": sorted(rows, key=lambda row: row["shift"]),
     }
-    write_atomically(Path(options.out) / "coverage.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_json(Path(options.out) / "coverage.json", report)
     if options.card:
         folder = Path(options.selector)
         write_card(
@@ -276,7 +278,7 @@ class Meter:
         tensors = read_tensors(path)
         if tensors is None:
             tensors = self._measure(groups, thresholds)
-            write_atomically(path, save(tensors))
+            write(path, save(tensors))
         return Pool(**tensors)
 
     def _measure(self, groups: list[Group], thresholds: list[float] | None) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import OptionError
+from ..files import check_writable
 from ..moe.loading import environment
 from ..rules.grids import METHODS
 from ..selector.saving import read_metrics, run_record, write_card
@@ -129,6 +130,8 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Measure, write `report.json` and the figure, and return the report."""
     metrics = read_metrics(options.selector) if options.card else {}
+    for place in (options.out, *([options.selector] if options.card else [])):
+        check_writable(Path(place))
     subject = Subject(options.setup)
     if options.workers > 1 and subject.loaded.input_device.type != "cpu":
         raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")
@@ -141,7 +144,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         for _ in track(finish(cells, store, run, options.setup.levels), "evaluate", total, unit="groups"):
             pass
     report = make_report(asdict(options), subject, cells, store)
-    store.put("report.json", json.dumps(report, indent=2) + "\n")
+    store.put_json("report.json", report)
     frontier(report, store.folder)
     if options.card:
         folder = Path(options.selector)

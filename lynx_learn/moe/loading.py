@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelError
 
@@ -186,6 +186,26 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
 def revision_of(path: str, config: Any) -> str:
     """Commit of a model from the Hub; of one in a folder what the folder says."""
     return getattr(config, "_commit_hash", None) or _folder_revision(Path(path))
+
+
+@torch.no_grad()
+def generate_plainly(model: Any, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
+    """What `model.generate` gives with these settings, `(sequences, positions)`.
+
+    Of the model's own generation config, whose settings it would take for all that are not given, only the ids of
+    special tokens count.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    plain = {name: getattr(own, name, None) for name in kept}
+    model.generation_config = GenerationConfig(**plain)
+    try:
+        wanted = GenerationConfig(**plain, **settings)
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=wanted)
+    finally:
+        model.generation_config = own
 
 
 def _folder_revision(path: Path) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import OptionError, SelectorError
+from ..files import staged
 from ..moe.decision import Decision, Routing
 from ..moe.families import Layer, router_fingerprint
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
@@ -68,22 +69,13 @@ class LynxSelector(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], files: dict[str, str] | None = None) -> None:
         """Write config and weights, and `files` (name -> text) beside them; other files already there stay.
 
-        All files are written beside the folder and then put in place, so an interrupted save leaves the old state.
+        All files are written first and then put in place, so an interrupted save leaves the old state.
         """
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with staged(Path(folder)) as part:
             save_file({k: v.contiguous().cpu() for k, v in self.state_dict().items()}, part / WEIGHTS)
             for name, text in {CONFIG: self.config.to_json(), **(files or {})}.items():
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 (part / name).write_text(text, encoding="utf-8")
-            for file in sorted(p for p in part.rglob("*") if p.is_file()):
-                place = target / file.relative_to(part)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, place)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], revision: str | None = None) -> "LynxSelector":

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import yaml
+
 
 def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown of the card.
@@ -12,7 +14,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """
     c = config
     parts = [
-        f"---\nlibrary_name: lynx-learn\nbase_model: {c['base_model']}\ntags: [mixture-of-experts, inference]\n---\n",
+        _front_matter(c["base_model"]),
         f"# Expert selector for {c['base_model']}\n",
         f"Decides at decode which experts of `{c['base_model']}` (revision {c['base_revision']}, {c['model_type']}: {len(c['layers'])} MoE "
         f"layers, {c['num_experts']} experts, top-{c['top_k']}) a batch can skip. Scorer `{c['scorer']}`, surrogates of rank {c['rank']}. "
@@ -29,7 +31,15 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _front_matter(base_model: str) -> str:
+    """By a YAML writer, since a path may hold whatever means something there."""
+    tags = ["mixture-of-experts", "inference"]
+    data = {"library_name": "lynx-learn", "base_model": base_model, "tags": tags}
+    return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10**6)}---\n"
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
+    rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines) + "\n"
 

@@ -18,9 +18,10 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> Table:
 
 def show(*parts: object) -> None:
     """Print to standard output, at full width where that is no terminal."""
-    console = Console()
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # names may hold brackets and colons
+    console = Console(**plain)
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=140, **plain)
     for part in parts:
         console.print(part, highlight=False)
 

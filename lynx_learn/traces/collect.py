@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, TraceError
+from ..files import check_writable
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
 from ..moe.hooks import intercept
-from ..moe.loading import load_model
+from ..moe.loading import generate_plainly, load_model
 from ..show.progress import track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
@@ -100,6 +101,7 @@ class Tracer(Protocol):
 def collect(options: CollectOptions) -> Trace:
     """Write the trace directory `options.out` and return it opened."""
     out = Path(options.out)
+    check_writable(out)
     with closing(start(options)) as tracer:
         trace_options = describe(options, tracer.model)
         writer = TraceWriter(out, trace_options)
@@ -179,14 +181,14 @@ class TransformersTracer:
         """
         torch.manual_seed(options.seed * 1_000_003 + shard)
         prompts = prompts.to(self.loaded.input_device)
-        out = self.loaded.model.generate(  # type: ignore[operator]
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
+        out = generate_plainly(
+            self.loaded.model,
+            prompts,
+            torch.ones_like(prompts),
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            repetition_penalty=1.0,
             min_new_tokens=options.length - options.prompt,
             max_new_tokens=options.length - options.prompt,
         )

@@ -22,10 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import TraceError
-from ..files import checksum, digest, write_atomically
+from ..files import MARK, RunFolder, checksum, digest
 
 FORMAT_VERSION = 2
-MANIFEST, OPTIONS = "manifest.json", "options.json"
+MANIFEST = "manifest.json"
 PHASES = ("prompt", "generated", "teacher")
 LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
 INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
@@ -77,28 +77,18 @@ def shard_names(layers: int, shard: int) -> list[str]:
     return [*(f"layer-{i:02d}/{file}" for i in range(layers)), f"index/{file}"]
 
 
-class TraceWriter:
+class TraceWriter(RunFolder):
     """Writes shards into a folder, going on where an interrupted run with the same options stopped.
 
     Nothing is written before the first shard.
 
     Raises:
-        TraceError: the folder holds something else, or cannot be written to.
+        OptionError: the folder holds something else, or cannot be written to.
     """
 
     def __init__(self, folder: Path, options: TraceOptions) -> None:
-        self.folder, self.options = folder, options
-        self.text = (json.dumps(asdict(options), indent=2) + "\n").encode()
-        mark = folder / OPTIONS
-        if mark.exists():
-            if mark.read_bytes() != self.text:
-                raise TraceError(
-                    f"{folder} holds a trace with other options (see {OPTIONS}): choose another --out or remove it"
-                )
-        elif folder.exists() and not folder.is_dir():
-            raise TraceError(f"{folder} is a file: choose another --out")
-        elif folder.exists() and any(f.name != f".{OPTIONS}.part" for f in folder.iterdir()):
-            raise TraceError(f"{folder} is not empty and holds no trace: choose another --out")
+        super().__init__(folder, asdict(options), "a trace")
+        self.options = options
 
     @property
     def complete(self) -> bool:
@@ -117,13 +107,11 @@ class TraceWriter:
         return tensors if found == expected else None
 
     def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
-        if not (self.folder / OPTIONS).exists():
-            self._put(OPTIONS, self.text)
         files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
         sums = json.dumps([digest(data) for data in files])
         files[-1] = save({k: v.contiguous() for k, v in index.items()}, {"sha256": sums})
         for name, data in zip(shard_names(len(self.options.layers), shard), files, strict=True):
-            self._put(name, data)
+            self.put(name, data)
 
     def finish(self, shards: int, sources: list[str], phases: dict[str, int]) -> None:
         """Check what was written and write the manifest."""
@@ -138,16 +126,7 @@ class TraceWriter:
             "phases": phases,
             "sha256": files,
         }
-        self._put(MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-
-    def _put(self, name: str, data: bytes) -> None:
-        try:
-            write_atomically(self.folder / name, data)
-        except OSError as error:
-            raise TraceError(
-                f"{self.folder / name} cannot be written ({error.strerror or error}): mend that and run the same command again, "
-                "it goes on from there"
-            ) from error
+        self.put_json(MANIFEST, manifest)
 
 
 class Trace:
@@ -173,7 +152,7 @@ class Trace:
         if not (path / MANIFEST).exists():
             state = (
                 "is not complete: run `lynx-learn collect` again with the same options"
-                if (path / OPTIONS).exists()
+                if (path / MARK).exists()
                 else "holds no trace: `lynx-learn collect` writes one"
             )
             raise TraceError(f"{path} {state}")

@@ -44,7 +44,8 @@ class VllmTracer:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        own: dict[str, Any] = {"max_num_seqs": batch_size, "use_tqdm_on_load": False}
+        # Sampling is asked for in full: the model's own generation config has no say.
+        own: dict[str, Any] = {"max_num_seqs": batch_size, "use_tqdm_on_load": False, "generation_config": "vllm"}
         if current_platform.is_cpu() and "kv_cache_memory_bytes" not in options:
             # Left to itself vLLM takes most of the machine's memory there, which takes longer than the text.
             own["num_gpu_blocks_override"] = batch_size * -(-(length + 1) // SMALLEST_BLOCK) + 1
