@@ -234,3 +234,24 @@ def test_batches_of_one_source_are_told_from_mixed_ones() -> None:
     metrics["evaluate"]["points"] = [{**own, "batches": "mixed"}, {**own, "batches": "single"}]
     rows = table(section(render(asdict(selector.config), metrics), "Test"))[1:]
     assert [row[2] for row in rows] == ["2", "2, one source each"]
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/moe #2", "runs/moe: second", "- a", "yes", "a'b\"c", "näme", "/home/ann/" + "x" * 200]
+)
+def test_the_front_matter_holds_any_path(name: str) -> None:
+    from huggingface_hub import ModelCard
+
+    config = {**asdict(parts()[0].config), "base_model": name}
+    assert ModelCard(render(config, {})).data.to_dict() == {
+        "library_name": "lynx-learn",
+        "base_model": name,
+        "tags": ["mixture-of-experts", "inference"],
+    }
+
+
+def test_a_name_with_a_bar_breaks_no_table() -> None:
+    selector, metrics = parts()
+    metrics["train"]["layers"][0]["name"] = "a|b"
+    row = next(line for line in render(asdict(selector.config), metrics).splitlines() if "a\\|b" in line)
+    assert row.startswith("| a\\|b |")

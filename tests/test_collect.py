@@ -259,6 +259,31 @@ def test_generated_text_is_the_models_own(tiny: Tiny, tmp_path: Path) -> None:
     assert not torch.equal(other.index()["tokens"], index["tokens"])
 
 
+INHERITED: list[dict[str, Any]] = [
+    {"return_dict_in_generate": True, "output_scores": True, "output_router_logits": True},
+    {"num_return_sequences": 2},
+    {"num_beams": 4},
+    {"min_p": 0.95},
+    {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1},
+    {"bad_words_ids": [[i] for i in range(4, 300)]},
+    {"max_time": 0.0, "max_length": 3, "stop_strings": ["e"]},
+    {"sequence_bias": [[[7], 50.0]], "forced_eos_token_id": 0, "suppress_tokens": [5]},
+    {"cache_implementation": "static", "use_cache": False, "penalty_alpha": 0.6, "top_h": 0.2},
+]
+
+
+@pytest.mark.parametrize("inherited", INHERITED, ids=lambda inherited: next(iter(inherited)))
+def test_a_models_own_generation_settings_change_nothing(inherited: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    """What is collected is sampled as documented, whatever the model's generation_config.json says."""
+    changes: dict[str, Any] = {"mode": "generate", "seed": 5, "tokens": 3 * LENGTH}
+    plain = collect(choices(tiny, tmp_path / "plain", **changes)).index()["tokens"]
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    own = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**own, "do_sample": True, **inherited}))
+    assert torch.equal(collect(choices(tiny, tmp_path / "out", model=str(model), **changes)).index()["tokens"], plain)
+
+
 def test_generated_text_does_not_end_early(tiny: Tiny, tmp_path: Path) -> None:
     """A model for which every second token ends the text still gives whole sequences, without these tokens."""
     model = tmp_path / "model"

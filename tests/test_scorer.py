@@ -1,5 +1,6 @@
 """The scorer's figures against other libraries, and what learning gains."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from flows import (
     train_options,
 )
 
-from lynx_learn.fit.scorer import quality
+from lynx_learn.fit.scorer import Assignments, ScorerOptions, new_scorer, quality, train_scorer
 from lynx_learn.fit.train import train
+from lynx_learn.selector.features import NAMES
 
 
 def test_quality_is_that_of_other_libraries() -> None:
@@ -42,3 +44,44 @@ def test_gradient_boosting_is_fitted_for_comparison(tmp_path: Path) -> None:
     train(train_options(tiny_flow(), tmp_path / "s", reference=True))
     for row in layer_figures(tmp_path / "s"):
         assert 0 < row["gradient_boosting"]["deviance"] < 2 * row["formula"]["deviance"]
+
+
+SURROUNDINGS: dict[str, dict[str, str]] = {
+    "sbatch": {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train.sh", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"},
+    "srun": {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_LOCALID": "1"},
+    "torchrun": {"TORCHELASTIC_RUN_ID": "a", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0"},
+    "lightning": {"PL_TRAINER_MAX_STEPS": "1", "PL_TRAINER_PRECISION": "bf16-true"},
+}
+
+
+@pytest.mark.parametrize("variables", SURROUNDINGS.values(), ids=SURROUNDINGS.keys())
+def test_a_scorer_is_trained_alike_whatever_surrounds_it(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (40, 2)
+    fit = Assignments(
+        torch.randn(*shape, len(NAMES), generator=generator),
+        torch.randint(4, shape, generator=generator),
+        torch.rand(shape, generator=generator),
+        torch.randn(40, 8, generator=generator),
+    )
+    found = []
+    for name in ("plain", "surrounded"):
+        if name == "surrounded":
+            for variable, value in variables.items():
+                monkeypatch.setenv(variable, value)
+            # What Lightning reads of the variables when it is imported.
+            rank = int(variables.get("SLURM_PROCID", variables.get("RANK", 0)))
+            monkeypatch.setattr(rank_zero_only, "rank", rank)
+        torch.manual_seed(0)
+        scorer = new_scorer("linear", fit, torch.ones(4))
+        train_scorer(scorer, fit, fit, ScorerOptions("linear", 2, 8, 1e-2, 0), tmp_path / name, "layer-00")
+        logs = {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.csv")}
+        found.append((logs, {key: value.tolist() for key, value in scorer.state_dict().items()}))
+    assert list(found[0][0]) == ["metrics.csv"]
+    assert found[0] == found[1]
+    assert rank_zero_only.rank == rank
+    assert all(os.environ[variable] == value for variable, value in variables.items())

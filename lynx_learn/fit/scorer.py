@@ -13,9 +13,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
@@ -131,13 +131,14 @@ def one_process() -> Iterator[None]:
     Inside a job of SLURM and its like it would take this process for one of many, and write no losses in all but one;
     `PL_TRAINER_…` would change how it trains. With `LightningEnvironment` as a plugin it looks for no cluster.
     """
-    rank = rank_zero_only.rank
+    zero: Any = rank_zero_only
+    rank = zero.rank
     taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PL_TRAINER_")}
-    rank_zero_only.rank = 0
+    zero.rank = 0
     try:
         yield
     finally:
-        rank_zero_only.rank = rank
+        zero.rank = rank
         os.environ |= taken
 
 
