@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lynx_learn.decode.runtime import skip_experts
-from lynx_learn.errors import OptionError, SelectorError, TraceError
+from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.train import shard_routing, train
 from lynx_learn.moe.decision import Routing
@@ -194,7 +194,7 @@ def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     flow = tiny_flow()
     before = contents(flow.selector)
-    with pytest.raises(SelectorError, match="not empty") as error:
+    with pytest.raises(OptionError, match="not empty") as error:
         train(train_options(flow, flow.selector))
     assert str(flow.selector) in one_line(error)
     assert contents(flow.selector) == before
