@@ -1,38 +1,118 @@
-"""The command line: a dict of commands; every option is a field of the command's dataclass."""
+"""The command line: a dict of commands; every option is a field of the command's dataclass.
+
+Exit status: 0 done, 1 a fault of this package (with a traceback), 2 something for the user to put right, 130 interrupted.
+"""
 
 import dataclasses
+import difflib
 import json
 import os
 import sys
 import typing
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from .errors import LynxError
 
-# command -> (module, options class, function); imported when the command runs.
+
+class Command(NamedTuple):
+    """Where a command is, imported when it runs, and how it is shown."""
+
+    module: str
+    options: str
+    function: str
+    summary: str
+    examples: tuple[str, ...]
+
+
 COMMANDS = {
-    "quickstart": ("quickstart", "QuickstartOptions", "quickstart", "the whole flow on the reference MoE"),
-    "inspect": (
+    "quickstart": Command(
+        "quickstart",
+        "QuickstartOptions",
+        "quickstart",
+        "the whole flow on a small trained MoE",
+        ("lynx-learn quickstart", "lynx-learn quickstart --budget 0.03 --out my/quickstart"),
+    ),
+    "inspect": Command(
         "inspection",
         "InspectOptions",
         "inspect_model",
         "what a model is made of, and whether it is supported",
+        ("lynx-learn inspect reference-moe", "lynx-learn inspect Qwen/Qwen3-30B-A3B"),
     ),
-    "collect": ("traces.collect", "CollectOptions", "collect", "write router traces of a model over text"),
-    "train": ("fit.train", "TrainOptions", "train", "fit surrogates and scorers from a trace"),
-    "calibrate": ("measure.calibrate", "CalibrateOptions", "calibrate", "find the thresholds for quality budgets"),
-    "coverage": (
+    "collect": Command(
+        "traces.collect",
+        "CollectOptions",
+        "collect",
+        "write router traces of a model over text",
+        (
+            "lynx-learn collect --model reference-moe --tokens 20000 --out my/trace",
+            "lynx-learn collect --model my/model --corpus my/text --mode generate --out my/trace",
+        ),
+    ),
+    "train": Command(
+        "fit.train",
+        "TrainOptions",
+        "train",
+        "fit a selector from a trace",
+        (
+            "lynx-learn train --trace my/trace --out my/selector",
+            "lynx-learn train --trace my/trace --tune-batch-sizes 16 --tune-steps 40 --out my/selector",
+        ),
+    ),
+    "calibrate": Command(
+        "measure.calibrate",
+        "CalibrateOptions",
+        "calibrate",
+        "find the thresholds for quality budgets",
+        (
+            "lynx-learn calibrate --selector my/selector --budgets 0.01 0.03 --batch-sizes 16",
+            "lynx-learn calibrate --selector my/selector --metric agreement --budgets 0.05",
+        ),
+    ),
+    "coverage": Command(
         "measure.coverage",
         "CoverageOptions",
         "coverage",
         "check the bound of calibrate on many random splits",
+        ("lynx-learn coverage --selector my/selector --budgets 0.01 --batch-sizes 8 --out my/coverage",),
     ),
-    "evaluate": ("measure.evaluate", "EvaluateOptions", "evaluate", "measure loss and savings on test text"),
-    "bench": ("decode.bench", "BenchOptions", "bench", "time decode steps with skipping on and off in turns"),
-    "export": ("graph.export", "ExportOptions", "export", "write a selector as an ONNX graph for serving engines"),
+    "evaluate": Command(
+        "measure.evaluate",
+        "EvaluateOptions",
+        "evaluate",
+        "measure loss and savings on test text",
+        ("lynx-learn evaluate --selector my/selector --methods xshare gate_sq learned --tokens 6000 --out my/report",),
+    ),
+    "bench": Command(
+        "decode.bench",
+        "BenchOptions",
+        "bench",
+        "time decode steps with skipping on and off in turns",
+        (
+            "lynx-learn bench --model reference-moe --selector selectors/reference-moe --budget 0.01 --out my/bench",
+            "lynx-learn bench --shape qwen3-half --layers 4 --fraction 0.51 --batch-sizes 4 16 64 --out my/bench",
+        ),
+    ),
+    "bench --url": Command(
+        "integrations.client",
+        "ServerOptions",
+        "bench_server",
+        "time a vLLM server with skipping on and off in turns",
+        ("lynx-learn bench --url http://127.0.0.1:8000 --prompts 64 --concurrency 16",),
+    ),
+    "export": Command(
+        "graph.export",
+        "ExportOptions",
+        "export",
+        "write a selector as an ONNX graph for serving engines",
+        ("lynx-learn export --selector selectors/reference-moe --out my/selector.onnx",),
+    ),
 }
 USAGE_ERROR, INTERRUPTED = 2, 130
+# Read by OpenMP when torch is loaded. Threads that spin while they wait lose most of their time beside any other process.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,28 +138,111 @@ def _fail(message: str) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    names = "\n".join(f"  {name:<12}{entry[3]}" for name, entry in COMMANDS.items())
-    usage = f"usage: lynx-learn COMMAND [options]\n\n{names}\n\n`lynx-learn COMMAND --help` lists a command's options."
+    if quiet := "--quiet" in argv:
+        argv = [word for word in argv if word != "--quiet"]
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage)
-        return 0 if argv else USAGE_ERROR
+        print(usage())
+        return 0
     if argv[0] == "--version":
         from . import __version__
 
         print(__version__)
         return 0
+    if argv[0] == "completion":
+        return _completion(argv[1:])
     if argv[0] not in COMMANDS:
-        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else "`lynx-learn --help` lists them"
+        return _fail(f"unknown command {argv[0]!r}: expected one of {', '.join(COMMANDS)}; {hint}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import importlib
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
+    from .show.progress import set_quiet
 
-    module_name, options_name, function_name, _ = COMMANDS[argv[0]]
-    module = importlib.import_module(f".{module_name}", __package__)
-    options = parse(argv[0], getattr(module, options_name), argv[1:])
-    _quiet()
-    result = getattr(module, function_name)(options)
-    _show(argv[0], options, result)
+    set_quiet(quiet)
+    name, words = argv[0], argv[1:]
+    if name == "bench" and any(word.partition("=")[0] == "--url" for word in words):
+        name = "bench --url"
+    command = COMMANDS[name]
+    module = import_module(f".{command.module}", __package__)
+    options = parse(name, getattr(module, command.options), words)
+    if name != "bench --url":  # which needs no model
+        _hush_transformers()
+    result = getattr(module, command.function)(options)
+    _show(name, options, result)
     return 0
+
+
+def usage() -> str:
+    """What `lynx-learn` and `lynx-learn --help` print."""
+    names = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
+    return f"""usage: lynx-learn COMMAND [options]
+
+Learn which experts of a Mixture-of-Experts model a batch can skip at decode.
+
+commands:
+{names}
+  {"completion":<14}print a completion script for bash, zsh or tcsh
+
+options:
+  {"--help, -h":<14}show this, or after a command its options and examples
+  {"--version":<14}show the version
+  {"--quiet":<14}show results and errors, but no progress
+
+Begin with `lynx-learn quickstart`. Exit status: 0 done, 1 a fault of lynx-learn
+(with a traceback), 2 something to put right (one line says what), 130 interrupted."""
+
+
+def _completion(words: list[str]) -> int:
+    """A script that completes commands, options and choices, by shtab."""
+    import argparse
+
+    import shtab
+
+    if len(words) != 1 or words[0] not in shtab.SUPPORTED_SHELLS:
+        shells = ", ".join(shtab.SUPPORTED_SHELLS)
+        return _fail(f'completion: expected one of {shells}, as in eval "$(lynx-learn completion bash)"')
+    whole = argparse.ArgumentParser("lynx-learn")
+    parts = whole.add_subparsers()
+    made: dict[str, argparse.ArgumentParser] = {}
+    for name, command in COMMANDS.items():
+        word = name.split()[0]
+        one = made.setdefault(word, made.get(word) or parts.add_parser(word, help=command.summary))
+        options = getattr(import_module(f".{command.module}", __package__), command.options)
+        hints = typing.get_type_hints(options)
+        for field in dataclasses.fields(options):
+            choices = typing.get_args(hints[field.name]) if _is_literal(hints[field.name]) else None
+            option = f"--{field.name.replace('_', '-')}"
+            if option not in one._option_string_actions:  # `bench` has two sets of options
+                one.add_argument(option, choices=choices)
+    print(shtab.complete(whole, words[0]))
+    return 0
+
+
+def _is_literal(hint: object) -> bool:
+    return typing.get_origin(hint) is typing.Literal
+
+
+def parser_of(command: str, options: type) -> Any:
+    """The parser of a command; its help has one line for each field of the options class."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from .show.help import HelpFormatter
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    required = [f for f in dataclasses.fields(options) if f.default is f.default_factory is dataclasses.MISSING]
+    needed = "".join(f" --{f.name.replace('_', '-')} {f.name.upper()}" for f in required)
+    parser = ArgumentParser(
+        prog=f"lynx-learn {command}",
+        usage=f"lynx-learn {command}{needed} [options]",
+        exit_on_error=False,
+        description=(options.__doc__ or "").splitlines()[0],
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in COMMANDS[command].examples),
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with options; --print-config writes one")
+    parser.add_class_arguments(options, as_group=False)
+    return parser
 
 
 def parse(command: str, options: type, argv: list[str]) -> Any:
@@ -88,13 +251,10 @@ def parse(command: str, options: type, argv: list[str]) -> Any:
     Raises:
         LynxError: with one line, where argparse would print its usage too.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(prog=f"lynx-learn {command}", exit_on_error=False, description=options.__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with options")
-    parser.add_class_arguments(options, as_group=False)
     try:
-        config = parser.parse_args(_spread(options, argv))
+        config = parser_of(command, options).parse_args(_spread(options, argv))
     except ArgumentError as error:
         raise LynxError(f"{command}: {_first_reason(str(error))}; see lynx-learn {command} --help") from None
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(options)}
@@ -144,7 +304,7 @@ def _number(text: str) -> Any:
     return text
 
 
-def _quiet() -> None:
+def _hush_transformers() -> None:
     """Only our own lines and bars; transformers' loading bars and advice say nothing of the command's work."""
     import transformers
 
@@ -171,6 +331,7 @@ def _show(command: str, options: Any, result: Any) -> None:
             report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
         ),
         "bench": lambda: report.show(*report.bench_tables(result)),
+        "bench --url": lambda: print(json.dumps(result, indent=2)),
         "export": lambda: report.show(*report.export_lines(result)),
     }
     if command in views:

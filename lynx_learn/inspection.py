@@ -11,16 +11,14 @@ from .show.tables import show, table
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Options of `lynx-learn inspect`.
-
-    Attributes:
-        model: folder or Hub id, or `reference-moe`.
-        device, dtype: as in `collect`.
-    """
+    """Show what a model is made of, and whether it is supported."""
 
     model: str
+    """folder or Hub id, or reference-moe"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
 
 
 def inspect_model(options: InspectOptions) -> dict[str, Any]:

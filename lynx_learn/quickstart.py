@@ -29,26 +29,24 @@ PROMPT = "def read_lines(path):\n"
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """Options of `lynx-learn quickstart`.
-
-    Attributes:
-        out: folder for the trace, the selector and the report; must be new or empty.
-        model: folder or Hub id; by default the reference MoE in this package.
-        corpus: text; fitted, calibrated and tested on disjoint documents of it.
-        tokens: tokens to collect.
-        test_tokens: decode tokens that the test scores for each point, at least.
-        budget: nats of KL per token for the closing table.
-        device, dtype: of the model, as in `collect`.
-    """
+    """The whole flow on a small trained MoE: collect, train, calibrate, evaluate, and a timing."""
 
     out: str = "lynx-quickstart"
+    """folder for the trace, the selector and the report; must be new or empty"""
     model: str = REFERENCE
+    """folder or Hub id; by default the reference MoE in this package"""
     corpus: str = corpora.BUILT_IN
+    """text; fitted, calibrated and tested on disjoint documents of it"""
     tokens: int = 60_000
+    """number of tokens to collect"""
     test_tokens: int = 15_000
+    """decode tokens that the test scores for each point, at least"""
     budget: float = 0.01
+    """nats of KL per token for the closing table"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
 
     def __post_init__(self) -> None:
         if not (self.budget > 0 and math.isfinite(self.budget)):

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lynx_learn import __version__
-from lynx_learn.cli import COMMANDS, main, parse
+from lynx_learn.cli import COMMANDS, WAITING, main, parse
 from lynx_learn.fit.train import TrainOptions
 from lynx_learn.inspection import InspectOptions
 from lynx_learn.measure.calibrate import CalibrateOptions
@@ -123,31 +124,75 @@ def test_the_console_script_knows_its_version() -> None:
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_every_command_is_named(words: list[str], run: Run) -> None:
     done = run(*words)
-    assert done.status == (0 if words else 2)
+    assert done.status == 0
     assert all(re.search(rf"^  {name} ", done.out, re.MULTILINE) for name in COMMANDS)
+    assert "Begin with `lynx-learn quickstart`" in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_every_option(command: str, run: Run) -> None:
-    done = run(command, "--help")
+def test_help_explains_every_option_in_one_line_of_text(command: str, run: Run) -> None:
+    done = run(*command.split(), "--help")
     assert (done.status, done.err) == (0, [])
-    description, _, options = done.out.partition("\noptions:\n")
+    description, _, rest = done.out.partition("\noptions:\n")
+    options, _, examples = rest.partition("\nexamples:\n")
+    assert (options_of(command).__doc__ or "").splitlines()[0] in " ".join(description.split())
+    text = " ".join(options.split())
     for field in fields(options_of(command)):
-        assert re.search(rf"^ +--{field.name} ", options, re.MULTILINE), field.name
-        assert re.search(rf"\b{field.name}(, \w+)*: \S", " ".join(description.split())), field.name
+        name = field.name.replace("_", "-")
+        assert re.search(rf"^  --{name} \S", options, re.MULTILINE), name
+        said = text.split(f"--{name} ", 1)[1].split(" --")[0]
+        assert len(said.split()) > 3, f"--{name} says nothing"
+        assert "(required)" in said or "(default: " in said or "default" in said or field.default is None, name
+    assert "Literal[" not in options
+    assert "_" not in re.sub(r"\S+_\S+|\S*json\S*", "", options)
+    assert len(examples.split("\n")) >= 1
+    assert all(len(line) <= 80 for line in (description + options).splitlines())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_in_help_are_commands_that_parse(command: str) -> None:
+    for line in COMMANDS[command].examples:
+        words = shlex.split(line)
+        assert words[0] == "lynx-learn"
+        options = words[1 + len(command.split()) :] if command != "bench --url" else words[2:]
+        parse(command, options_of(command), options)
+
+
+def test_a_mistyped_command_is_guessed(refused: Refused) -> None:
+    assert "did you mean calibrate?" in refused("calibrat")
+    assert "--help" in refused("serve")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell: str, run: Run) -> None:
+    done = run("completion", shell)
+    assert done.status == 0
+    assert all(word in done.out for word in ("quickstart", "--batch-sizes", "--tune-steps", "--url", "formula"))
+
+
+def test_completion_for_another_shell_is_refused(refused: Refused) -> None:
+    assert "expected one of bash" in refused("completion", "fish-tank")
+
+
+def test_waiting_threads_do_not_spin_unless_the_user_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    run("collect", "--help")
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("ACTIVE", "0")
 
 
 def options_of(command: str) -> type:
     import importlib
 
-    module, name = COMMANDS[command][:2]
-    found: type = getattr(importlib.import_module(f"lynx_learn.{module}"), name)
+    found: type = getattr(importlib.import_module(f"lynx_learn.{COMMANDS[command].module}"), COMMANDS[command].options)
     return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_print_config_shows_every_option(command: str, run: Run) -> None:
-    done = run(command, "--print_config")
+    done = run(*command.split(), "--print_config")
     assert (done.status, done.err) == (0, [])
     assert list(yaml.safe_load(done.out)) == [field.name for field in fields(options_of(command))]
 

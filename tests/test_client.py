@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lynx_learn.integrations import client as vllm_bench
+from lynx_learn.cli import main
 
 
 class Page(BaseHTTPRequestHandler):
@@ -39,11 +39,11 @@ class Page(BaseHTTPRequestHandler):
         ([], b"", "/metrics answers 404"),
         ([], None, "no server answers at http://127.0.0.1:"),
         (["--prompts", "100000"], b"", "--prompts 100000 is not usable: expected 1 to "),
-        (["--tokens", "1"], b"", "expected --tokens of 2 or more"),
+        (["--tokens", "1"], b"", "--tokens 1 is not usable: expected 2 or more"),
     ],
 )
 def test_the_comparison_says_what_is_missing(
-    words: list[str], page: bytes | None, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], page: bytes | None, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with HTTPServer(("127.0.0.1", 0), Page) as server:
         server.page = page  # type: ignore[attr-defined]
@@ -52,8 +52,7 @@ def test_the_comparison_says_what_is_missing(
         if page is None:
             server.shutdown()
             server.server_close()
-        monkeypatch.setattr(sys, "argv", ["vllm_bench", "--url", f"http://127.0.0.1:{port}/", *words])
-        assert vllm_bench.main() == 2
+        assert main(["bench", "--url", f"http://127.0.0.1:{port}/", *words]) == 2
         server.shutdown()
     said = capsys.readouterr()
     assert said.err.startswith("lynx-learn: ")

@@ -329,9 +329,9 @@ def test_readme_serves_and_compares(tmp_path: Path) -> None:
     settings["LYNX_SELECTOR"] = str(ROOT / settings["LYNX_SELECTOR"])
     with serving(tmp_path, "readme", options, {}, **settings) as server:
         words = compare.split()
-        assert words[:3] == ["python", "-m", "lynx_learn.integrations.client"]
+        assert words[:3] == ["lynx-learn", "bench", "--url"]
         done = subprocess.run(
-            [sys.executable, *words[1:], "--url", server.address, "--turns", "1"],
+            [sys.executable, "-m", "lynx_learn.cli", "bench", "--url", server.address, *words[4:], "--turns", "1"],
             capture_output=True,
             text=True,
             timeout=200,

@@ -41,53 +41,50 @@ GENERATE_TURNS = 3
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Options of `lynx-learn bench`.
-
-    Attributes:
-        out: folder for `bench.json`, `bench.svg` and `bench.png`.
-        model: folder or Hub id, or `reference-moe`; not with --shape.
-        shape: one of the known shapes, with random weights: for timing alone.
-        layers: layers of a --shape.
-        selector: folder or Hub id; without one, a selector with random parameters takes its place.
-        budget: of the selector, in nats of KL per token; not with --fraction.
-        fraction: share of the untouched model's distinct experts to keep, by a threshold found for it.
-        rank: of a random selector's surrogates.
-        kernel: what computes decisions: `auto`, `torch` or `triton`.
-        batch_sizes: sequences decoded together.
-        dtypes: of the model; auto, as in `collect`; a shape's own is bfloat16.
-        implementations: how experts run, as transformers names them.
-        device: a torch device, or `auto`.
-        corpus: text that a --model decodes; a --shape decodes random tokens.
-        bos: as in `collect`.
-        prompt: tokens of prefill.
-        steps: decode steps that are counted, after a few that are not.
-        threads: of torch; on a CPU two stall at random.
-        generate: new tokens of whole `generate` calls, on and off in turns; 0: none.
-        graph: time replays of a CUDA graph instead of calls of the model; skipped, with the reason, where there is no GPU.
-        seed: of random weights and tokens.
-    """
+    """Time decode steps with skipping on and off in turns."""
 
     out: str
+    """folder for bench.json, bench.svg and bench.png"""
     model: str | None = None
+    """folder or Hub id, or reference-moe; not with --shape"""
     shape: str | None = None
+    """a known shape with random weights, for timing only"""
     layers: int = 4
+    """layers of a --shape"""
     selector: str | None = None
+    """folder or Hub id; without one, a selector with random parameters takes its place"""
     budget: float | None = None
+    """budget of the selector, in nats of KL per token; not with --fraction"""
     fraction: float | None = None
+    """share of the untouched model's distinct experts to keep, by a threshold that is searched for it"""
     rank: int = 8
+    """rank of a random selector's surrogates"""
     kernel: str = "auto"
+    """what computes decisions: auto, torch or triton"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
+    """sequences that decode together"""
     dtypes: list[str] = field(default_factory=lambda: ["auto"])
+    """types of the model, each float32, bfloat16, float16 or auto, as in collect; a shape is stored as bfloat16"""
     implementations: list[str] = field(default_factory=lambda: ["grouped_mm"])
+    """how experts run, as transformers names it"""
     device: str = "auto"
+    """a torch device, or auto"""
     corpus: str = corpora.BUILT_IN
+    """text that a --model decodes; a --shape decodes random tokens"""
     bos: corpora.Bos = "auto"
+    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     prompt: int = 32
+    """tokens of prefill"""
     steps: int = 40
+    """decode steps that are counted, after a few that are not"""
     threads: int = 1
+    """threads of torch; on a CPU two stall at random"""
     generate: int = 0
+    """new tokens of whole generate calls, on and off in turns; 0 for none"""
     graph: bool = False
+    """time replays of a CUDA graph instead of calls of the model; skipped, with the reason, without a GPU"""
     seed: int = 0
+    """seed of random weights and tokens"""
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.shape is None):

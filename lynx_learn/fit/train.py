@@ -38,42 +38,42 @@ MOST_TOKENS = 100_000
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of `lynx-learn train`.
-
-    Attributes:
-        trace: trace directory of `lynx-learn collect`.
-        out: selector directory to write; refused when it holds one already.
-        model: folder or Hub id of the model the trace is of; by default the one it names.
-        scorer: `mlp`, `linear`, or `formula` (gate² × the expert's mean residual, nothing learned).
-        rank: rank of the surrogates; 0 for none.
-        keep_top1: every token keeps its first expert.
-        epochs, batch, rate: of the scorers' training; a batch is that many tokens.
-        reference: also fit scikit-learn's gradient boosting on the same features, for comparison.
-        tune_steps: steps of tuning scorers and surrogates through the frozen model on KL; 0 for none.
-        tune_rate: learning rate of the surrogates there; the scorers' is twice that.
-        tune_batch_sizes: decode batch sizes to tune for; a step has about 2,048 tokens.
-        sensitivity_groups: batches of 16 sequences that the sensitivities are measured on.
-        device, dtype: of the model, as in `collect`.
-        seed: of the scorers' initial weights and the order of the assignments.
-    """
+    """Fit a selector from a trace: surrogates, scorers, sensitivities, then tuning of all of them."""
 
     trace: str
+    """trace folder that collect wrote"""
     out: str
+    """folder for the selector; must be new or empty"""
     model: str | None = None
+    """folder or Hub id of the model that the trace is of; by default the one that the trace names"""
     scorer: Literal["mlp", "linear", "formula"] = "mlp"
+    """kind of scorer: mlp, linear, or formula (gate² × the expert's mean residual, nothing learned)"""
     rank: int = 8
+    """rank of the surrogates; 0 for none"""
     keep_top1: bool = False
+    """always keep every token's first expert"""
     epochs: int = 10
+    """passes over the trace when scorers are trained"""
     batch: int = 512
+    """tokens of a training batch of the scorers"""
     rate: float = 1e-2
+    """learning rate of the scorers"""
     reference: bool = True
+    """also fit scikit-learn's gradient boosting on the same features, for comparison"""
     tune_steps: int = 100
+    """steps of tuning scorers and surrogates through the frozen model; 0 for none"""
     tune_rate: float = 1e-3
+    """learning rate of the surrogates while tuning; the scorers' is twice that"""
     tune_batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
+    """decode batch sizes to tune for; a step has about 2,048 tokens"""
     sensitivity_groups: int = 4
+    """batches of 16 sequences that the sensitivities are measured on"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 0
+    """seed of the scorers' initial weights and of the order of the assignments"""
 
     def __post_init__(self) -> None:
         if self.rank < 0:

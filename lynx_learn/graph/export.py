@@ -21,23 +21,20 @@ FILE = "selector.onnx"
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of `lynx-learn export`.
-
-    Attributes:
-        selector: folder or Hub id.
-        out: file to write; by default `selector.onnx` in the selector's folder.
-        format: what is written; `onnx` alone.
-        provider: where onnxruntime runs the graph to check it, `cpu` or `cuda`.
-        time_tokens: size of the batch at which the graph is timed against PyTorch, on one CPU thread; 0: not timed.
-        report: JSON file for what was found.
-    """
+    """Write a selector as an ONNX graph for serving engines, checked against PyTorch."""
 
     selector: str
+    """folder or Hub id"""
     out: str | None = None
+    """file to write; by default selector.onnx in the selector's folder"""
     format: Literal["onnx"] = "onnx"
+    """what is written; only onnx"""
     provider: Provider = "cpu"
+    """where onnxruntime runs the graph to check it: cpu or cuda"""
     time_tokens: int = 0
+    """size of the batch at which the graph is timed against PyTorch, on one CPU thread; 0 for none"""
     report: str | None = None
+    """JSON file for what was found"""
 
     def __post_init__(self) -> None:
         if self.time_tokens < 0:

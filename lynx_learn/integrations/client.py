@@ -1,15 +1,11 @@
-"""Ask a running server for the same greedy completions with skipping on and off in turns, and compare.
-
-    python -m lynx_learn.integrations.vllm_bench --url http://127.0.0.1:8000
+"""`lynx-learn bench --url`: ask a running server for the same greedy completions with skipping on and off in turns.
 
 `off` is the same server with every request opted out: its steps are then left as they are.
 """
 
-import argparse
 import http.client
 import json
 import statistics
-import sys
 import sysconfig
 import time
 import urllib.error
@@ -19,10 +15,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from ..errors import LynxError, OptionError
 from .vllm.settings import KEY
 
 ACTED, LAYERS = 'lynx_steps_total{outcome="acted"}', "lynx_moe_layers"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Time a running vLLM server with skipping on and off in turns, and compare what it answers."""
+
+    url: str = "http://127.0.0.1:8000"
+    """address of the server, started with LYNX_SELECTOR and LYNX_BUDGET"""
+    prompts: int = 64
+    """prompts, the beginnings of the running Python's modules"""
+    characters: int = 160
+    """characters of each prompt"""
+    tokens: int = 64
+    """new tokens of each prompt"""
+    concurrency: int = 16
+    """requests that run at the same time"""
+    turns: int = 3
+    """turns each way; figures are medians over them"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("characters", 1), ("tokens", 2), ("concurrency", 1), ("turns", 1)):
+            if getattr(self, name) < least:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected {least} or more")
+
+
+def bench_server(options: ServerOptions) -> dict[str, Any]:
+    """Figures of both ways.
+
+    Raises:
+        LynxError: no server answers, it shows no counters of skipped experts, or an answer breaks off.
+    """
+    url = options.url.rstrip("/")
+    prompts = read_prompts(options.prompts, options.characters)
+    try:
+        return compare(url, prompts, options.tokens, options.concurrency, options.turns)
+    except urllib.error.HTTPError as error:
+        reason = error.read(300).decode(errors="replace")
+        raise LynxError(f"{error.url} answers {error.code} ({reason})") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise LynxError(f"no server answers at {url} ({error}): start one, or give its --url") from error
 
 
 @dataclass(frozen=True)
@@ -56,15 +94,21 @@ def read_metrics(url: str) -> dict[str, float]:
         OptionError: the server has none.
     """
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as page:
-        lines = page.read().decode().splitlines()
-    pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("lynx_"))
-    found = {name: float(value) for name, value in pairs}
+        families = text_string_to_metric_families(page.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name.startswith("lynx_")]
+    found = {_spelled(sample.name, sample.labels): sample.value for sample in samples}
     if LAYERS not in found:
         raise OptionError(
             f"{url} shows no counters of skipped experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET above 0, "
             "one API server, and no PROMETHEUS_MULTIPROC_DIR"
         )
     return found
+
+
+def _spelled(name: str, labels: dict[str, str]) -> str:
+    """As the page spells it: `name{label="value"}`."""
+    inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return f"{name}{{{inside}}}" if inside else name
 
 
 def ask(url: str, prompt: str, tokens: int, skip: bool) -> Answer:
@@ -154,35 +198,3 @@ def both_ways(turns: dict[bool, list[float]]) -> dict[str, Any]:
         "on / off": statistics.median(b / a for a, b in zip(off, on, strict=True)),
         "turns": {"off": off, "on": on},
     }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--characters", type=int, default=160, help="of each prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each prompt")
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--turns", type=int, default=3)
-    options = parser.parse_args()
-    url = options.url.rstrip("/")
-    try:
-        if options.tokens < 2 or options.turns < 1 or options.concurrency < 1:
-            raise OptionError("expected --tokens of 2 or more, and --turns and --concurrency of 1 or more")
-        prompts = read_prompts(options.prompts, options.characters)
-        figures = compare(url, prompts, options.tokens, options.concurrency, options.turns)
-    except urllib.error.HTTPError as error:
-        reason = f"{error.url} answers {error.code} ({error.read(300).decode(errors='replace')})"
-    except (OSError, http.client.HTTPException) as error:
-        reason = f"no server answers at {url} ({error}): start one, or give its --url"
-    except LynxError as error:
-        reason = str(error)
-    else:
-        print(json.dumps(figures, indent=2))
-        return 0
-    print(f"lynx-learn: {' '.join(reason.split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,40 +38,40 @@ Group = tuple[Tensor, list[str]]
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """Options of `lynx-learn calibrate`.
-
-    Attributes:
-        selector: selector directory; its thresholds for this metric are replaced.
-        model: folder or Hub id; by default the selector's base model.
-        corpus, split: calibration text; must not be text the selector was fitted on, nor test text.
-        budgets: of the metric, per token.
-        metric: `kl` (nats), `nll` (rise of the loss, nats) or `agreement` (share of changed greedy choices).
-        batch_sizes: decode batch sizes to find thresholds for.
-        confidence: of the bound.
-        groups: groups measured for a batch size, at most; on 4 of them thresholds are chosen, on the others tested.
-        tokens: tokens measured for a batch size, at most; but 12 groups are, whatever they hold.
-        length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
-        bos: as in `collect`.
-        device, dtype: of the model, as in `collect`.
-        seed: of the grouping.
-    """
+    """Find the thresholds that keep the loss within quality budgets, with confidence."""
 
     selector: str
+    """selector folder; its thresholds for this metric are replaced"""
     model: str | None = None
+    """folder or Hub id; by default the model that the selector names"""
     corpus: str = corpora.BUILT_IN
+    """calibration text; must not be text that the selector was fitted on, nor test text"""
     split: corpora.Split = "calibrate"
+    """part of the corpus to read, by document"""
     budgets: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
+    """budgets to find thresholds for, in units of the metric per token"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
+    """what a budget counts: kl (nats), nll (rise of the loss, nats) or agreement (share of changed greedy tokens)"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    """decode batch sizes to find thresholds for"""
     confidence: float = 0.95
+    """confidence of the bound"""
     groups: int = 64
+    """groups measured for a batch size, at most; 4 of them choose thresholds, the others test them"""
     tokens: int = 60_000
+    """tokens measured for a batch size, at most; but 12 groups are, whatever they hold"""
     length: int = 128
+    """tokens of a sequence"""
     prompt: int = 32
+    """tokens at the start of a sequence that stand for the prompt and are not scored"""
     bos: corpora.Bos = "auto"
+    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 1
+    """seed of the grouping"""
 
     def __post_init__(self) -> None:
         for name in ("budgets", "batch_sizes"):

@@ -67,48 +67,50 @@ MARGIN = 1.5
 
 @dataclass(frozen=True)
 class CoverageOptions:
-    """Options of `lynx-learn coverage`.
-
-    Attributes:
-        selector: selector directory or Hub id; it needs no thresholds.
-        out: folder for `coverage.json` and the measured pools; a run that was interrupted goes on from those.
-        model: folder or Hub id; by default the selector's base model.
-        corpus, split: text of the pools, of one split or several; must not be text the selector was fitted on.
-        budgets, metric, confidence: as in `calibrate`.
-        batch_sizes: decode batch sizes.
-        groups: groups measured for a batch size, the pool; with `shift` as many again, two thirds of them to calibrate.
-        calibration_groups: of them drawn for one calibration, the pilot's 4 included.
-        resplits: random splits of the pool.
-        bootstraps: independent draws from the pool.
-        shift: sources to calibrate on and other ones to test on, such as {"calibrate": ["code"], "test": ["prose"]}.
-        card: also put the figures into the selector's card.
-        length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
-        bos: as in `collect`.
-        device, dtype: of the model, as in `collect`.
-        seed: of the grouping and the draws.
-    """
+    """Repeat the calibration on many random splits, to see whether its bound holds and how sharp it is."""
 
     selector: str
+    """selector folder or Hub id; it needs no thresholds"""
     out: str
+    """folder for coverage.json and the measured pools; a run that was broken off goes on there"""
     model: str | None = None
+    """folder or Hub id; by default the model that the selector names"""
     corpus: str = corpora.BUILT_IN
+    """text of the pools; must not be text that the selector was fitted on"""
     split: list[corpora.Split] = field(default_factory=lambda: ["calibrate", "test"])
+    """parts of the corpus to read, by document"""
     budgets: list[float] = field(default_factory=lambda: [0.01, 0.03])
+    """budgets, as in calibrate"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
+    """what a budget counts, as in calibrate"""
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32])
+    """decode batch sizes"""
     confidence: float = 0.95
+    """confidence of the bound, as in calibrate"""
     groups: int = 96
+    """groups measured for a batch size; with shift as many again, two thirds of them to calibrate"""
     calibration_groups: int = 24
+    """groups drawn for one calibration, the 4 that choose thresholds included"""
     resplits: int = 200
+    """random splits of the pool"""
     bootstraps: int = 2000
+    """independent draws from the pool"""
     shift: dict[str, list[str]] | None = None
+    """sources to calibrate on and others to test on, such as {"calibrate": ["code"], "test": ["prose"]}"""
     card: bool = False
+    """also put the figures into the selector's card"""
     length: int = 128
+    """tokens of a sequence"""
     prompt: int = 32
+    """tokens at the start of a sequence that stand for the prompt and are not scored"""
     bos: corpora.Bos = "auto"
+    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 3
+    """seed of the grouping and the draws"""
 
     def __post_init__(self) -> None:
         check_groups("calibration_groups", self.calibration_groups)

@@ -40,47 +40,46 @@ INCIDENTAL = ("out", "card", "workers")
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of `lynx-learn evaluate`.
-
-    Attributes:
-        selector: selector directory or Hub id.
-        out: folder for the report; an interrupted run goes on there.
-        model: folder or Hub id; by default the selector's base model.
-        trace: trace directory of the same model, for rules that need statistics of its experts.
-        corpus, split: test text; must be used for nothing else.
-        methods: which to measure; `untouched` is always there.
-        batch_sizes: decode batch sizes.
-        batches: `mixed`: each decode batch draws from all sources; `single`: each from one, sources taking turns.
-            `single:16` is for batches of 16 alone.
-        tokens: decode tokens scored for each point, at least; at least 8 groups of sequences are.
-        levels: losses in nats per token at which methods are compared.
-        length, prompt: tokens of a sequence, and how many of them stand for the prompt and are not scored.
-        bos: as in `collect`.
-        card: also put the figures into the selector's card.
-        workers: processes on a CPU, each with one thread and a model of its own; 1: this process with all its threads.
-        device, dtype: of the model, as in `collect`.
-        seed: of the grouping, the random rule and the intervals.
-    """
+    """Measure loss and savings of methods on test text, and compare them at equal loss."""
 
     selector: str
+    """selector folder or Hub id"""
     out: str
+    """folder for the report; a run that was broken off goes on there"""
     model: str | None = None
+    """folder or Hub id; by default the model that the selector names"""
     trace: str | None = None
+    """trace of the same model, for rules that need statistics of its experts"""
     corpus: str = corpora.BUILT_IN
+    """test text; must be used for nothing else"""
     split: corpora.Split = "test"
+    """part of the corpus to read, by document"""
     methods: list[str] = field(default_factory=lambda: ["random", "xshare", "gate_sq", "learned"])
+    """methods to measure; untouched is always there"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
+    """decode batch sizes"""
     batches: list[str] = field(default_factory=lambda: ["mixed"])
+    """mixed draws each batch from all sources, single from one; single:16 is for batches of 16 only"""
     tokens: int = 50_000
+    """decode tokens scored for each point, at least; at least 8 groups of sequences are"""
     levels: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
+    """losses in nats per token at which methods are compared"""
     length: int = 128
+    """tokens of a sequence"""
     prompt: int = 32
+    """tokens at the start of a sequence that stand for the prompt and are not scored"""
     bos: corpora.Bos = "auto"
+    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     card: bool = False
+    """also put the figures into the selector's card"""
     workers: int = 1
+    """processes on a CPU, each with one thread and its own model; 1 is this process with all its threads"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 2
+    """seed of the grouping, the random rule and the intervals"""
 
     def __post_init__(self) -> None:
         for name in ("methods", "batch_sizes", "batches", "levels"):

@@ -1,13 +1,76 @@
-"""Progress bars on stderr, with rate and time left."""
+"""How far a long step is, on stderr: a bar on a terminal, elsewhere a line every half minute; and how long it took."""
 
+import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
+# Seconds between two lines where there is no terminal.
+INTERVAL_S = 30.0
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Say nothing of progress from here on, in this process."""
+    global _quiet
+    _quiet = quiet
 
 
 def track(items: Iterable[Item], title: str, total: int, weight: int = 1, unit: str = "steps") -> Iterator[Item]:
-    """Yield the items under a progress bar; each counts for `weight` units in the rate shown."""
+    """Yield the items, showing how many of `total` are done; each counts for `weight` of the unit named."""
+    if _quiet:
+        yield from items
+        return
+    start, done = time.monotonic(), 0
+    if sys.stderr.isatty():
+        for item in _with_bar(items, title, total, weight, unit):
+            yield item
+            done += 1
+    else:
+        said = start
+        for item in items:
+            yield item
+            done += 1
+            if done < total and (now := time.monotonic()) - said >= INTERVAL_S:
+                said = now
+                print(_line(title, done, total, weight, unit, now - start), file=sys.stderr, flush=True)
+    _say_end(title, f"{done * weight:,} {unit}", time.monotonic() - start)
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Name a step that cannot be counted, and say how long it took."""
+    start = time.monotonic()
+    if not _quiet:
+        print(f"{title} …", file=sys.stderr, flush=True)
+    yield
+    if not _quiet:
+        _say_end(title, "done", time.monotonic() - start)
+
+
+def duration(seconds: float) -> str:
+    """For people: `8 s`, `2 min 5 s`, `1 h 12 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _line(title: str, done: int, total: int, weight: int, unit: str, passed: float) -> str:
+    left = duration(passed / done * (total - done))
+    share = f"{done * weight:,} of {total * weight:,} {unit} ({done / total:.0%})"
+    return f"{title}: {share}, {duration(passed)} so far, about {left} left"
+
+
+def _say_end(title: str, what: str, seconds: float) -> None:
+    print(f"{title}: {what} in {duration(seconds)}", file=sys.stderr, flush=True)
+
+
+def _with_bar(items: Iterable[Item], title: str, total: int, weight: int, unit: str) -> Iterator[Item]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -29,42 +29,38 @@ ENGINES = "lynx_learn.engines"
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """Options of `lynx-learn collect`.
-
-    Attributes:
-        model: folder or Hub id of a transformers MoE model.
-        out: trace directory; an interrupted run goes on there.
-        corpus: `python-stdlib`, a .jsonl or .txt file (also .gz), a folder of them, or a data set as `name`,
-            `name:configuration` or `name:configuration:split`.
-        split: part of the corpus to read, by document; calibrate and evaluate read the other parts.
-        tokens: tokens to collect.
-        mode: `teacher`: the text itself; `generate`: the model's own continuations of prompts from the text.
-        length: tokens of a sequence.
-        prompt: in mode `generate`, tokens of the prompt.
-        bos: begin every sequence with the BOS token: `auto`: as the tokenizer begins a text; `yes` or `no`.
-        batch_size: sequences run together, and stored in one shard.
-        engine: `transformers`, or `vllm` where that is installed.
-        engine_options: with vLLM, further arguments of its `LLM`, e.g. {"tensor_parallel_size": 2}.
-        device: cpu, cuda, cuda:1, …; or auto, which spreads a large model over the GPUs.
-        dtype: float32, bfloat16, float16; or auto: the checkpoint's own, but float32 on a CPU without native bfloat16.
-        seed: of the sampling in mode `generate`.
-    """
+    """Run a model over text and write its router traces."""
 
     model: str
+    """folder or Hub id of a transformers MoE model, or reference-moe"""
     out: str
+    """folder for the trace; a run that was broken off goes on there"""
     corpus: str = corpora.BUILT_IN
+    """text: python-stdlib, a .jsonl or .txt file (also .gz), a folder of them, or a data set as name:config:split"""
     split: corpora.Split = "fit"
+    """part of the corpus to read, by document; calibrate and evaluate read the other parts"""
     tokens: int = 100_000
+    """number of tokens to collect"""
     mode: Literal["teacher", "generate"] = "teacher"
+    """teacher runs the text itself; generate runs the model's own continuations of prompts from the text"""
     length: int = 256
+    """tokens of a sequence"""
     prompt: int = 32
+    """tokens of the prompt in mode generate"""
     bos: corpora.Bos = "auto"
+    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     batch_size: int = 16
+    """sequences that run together and are stored in one shard"""
     engine: str = "transformers"
+    """what runs the model: transformers, or vllm where that is installed"""
     engine_options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of vLLM's LLM, such as {"tensor_parallel_size": 2}"""
     device: str = "auto"
+    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one, or several for a large model"""
     dtype: str = "auto"
+    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 0
+    """seed of the sampling in mode generate"""
 
     def __post_init__(self) -> None:
         if self.engine == "transformers" and self.engine_options:

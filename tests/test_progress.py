@@ -1,0 +1,80 @@
+"""How far a step is: lines where there is no terminal, a bar where there is one, nothing when quiet."""
+
+import io
+from collections.abc import Iterator
+
+import pytest
+
+from lynx_learn.show import progress
+from lynx_learn.show.progress import duration, set_quiet, step, track
+
+
+@pytest.fixture(autouse=True)
+def aloud() -> Iterator[None]:
+    set_quiet(False)
+    yield
+    set_quiet(False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_a_line_every_half_minute_and_the_time_at_the_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in track(range(10), "collect", 10, 4096, "tokens"):
+        clock[0] += 20.0
+    assert capsys.readouterr().err.splitlines() == [
+        "collect: 8,192 of 40,960 tokens (20%), 40 s so far, about 2 min 40 s left",
+        "collect: 16,384 of 40,960 tokens (40%), 1 min 20 s so far, about 2 min 0 s left",
+        "collect: 24,576 of 40,960 tokens (60%), 2 min 0 s so far, about 1 min 20 s left",
+        "collect: 32,768 of 40,960 tokens (80%), 2 min 40 s so far, about 40 s left",
+        "collect: 40,960 tokens in 3 min 20 s",
+    ]
+
+
+def test_a_short_step_says_only_how_long_it_took(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track(iter("abc"), "train", 3, unit="layers")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == "train: 3 layers in 0 s\n"
+
+
+def test_a_step_that_fails_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no"):
+        for _ in track(range(3), "train", 3):
+            raise ValueError("no")
+    with pytest.raises(ValueError, match="no"), step("load"):
+        raise ValueError("no")
+    assert capsys.readouterr().err == "load …\n"
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    set_quiet(True)
+    with step("load"):
+        assert list(track(range(3), "train", 3)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr("sys.stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(track(range(3), "train", 3, unit="layers")) == [0, 1, 2]
+    assert "━" in shown.getvalue()
+    assert shown.getvalue().endswith("train: 3 layers in 0 s\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (125, "2 min 5 s"), (3600, "1 h 0 min"), (4359, "1 h 12 min")],
+)
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
