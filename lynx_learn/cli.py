@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .errors import LynxError
@@ -163,6 +164,8 @@ def _run(argv: list[str]) -> int:
     name, words = argv[0], argv[1:]
     if name == "bench" and any(word.partition("=")[0] == "--url" for word in words):
         name = "bench --url"
+        # Without an address it means the default one.
+        words = [word for word, more in pairwise([*words, "--"]) if word != "--url" or not more.startswith("--")]
     command = COMMANDS[name]
     module = import_module(f".{command.module}", __package__)
     options = parse(name, getattr(module, command.options), words)
@@ -189,8 +192,10 @@ options:
   {"--version":<14}show the version
   {"--quiet":<14}show results and errors, but no progress
 
-Begin with `lynx-learn quickstart`. Exit status: 0 done, 1 a fault of lynx-learn
-(with a traceback), 2 something to put right (one line says what), 130 interrupted."""
+Begin with `lynx-learn quickstart`.
+
+Exit status: 0 done, 1 a fault of lynx-learn (with a traceback), 2 something to
+put right (one line says what), 130 interrupted."""
 
 
 def _completion(words: list[str]) -> int:

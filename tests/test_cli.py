@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, Field, asdict, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*words: object) -> Done:
         capsys.readouterr()
         try:
-            status = main([str(word) for word in words])
+            status = main(["--quiet", *(str(word) for word in words)])
         except SystemExit as end:  # argparse's way out of --help and --print_config
             status = int(end.code or 0)
         out, err = capsys.readouterr()
@@ -137,13 +137,11 @@ def test_help_explains_every_option_in_one_line_of_text(command: str, run: Run) 
     description, _, rest = done.out.partition("\noptions:\n")
     options, _, examples = rest.partition("\nexamples:\n")
     assert (options_of(command).__doc__ or "").splitlines()[0] in " ".join(description.split())
-    text = " ".join(options.split())
+    said = {block.split()[0]: " ".join(block.split()[1:]) for block in re.split(r"^  --", options, flags=re.M)[1:]}
     for field in fields(options_of(command)):
-        name = field.name.replace("_", "-")
-        assert re.search(rf"^  --{name} \S", options, re.MULTILINE), name
-        said = text.split(f"--{name} ", 1)[1].split(" --")[0]
-        assert len(said.split()) > 3, f"--{name} says nothing"
-        assert "(required)" in said or "(default: " in said or "default" in said or field.default is None, name
+        text = said[field.name.replace("_", "-")]
+        assert len(text.split()) > 3, f"{field.name} is not explained"
+        assert "(required)" in text or "default" in text or not default_of(field), field.name
     assert "Literal[" not in options
     assert "_" not in re.sub(r"\S+_\S+|\S*json\S*", "", options)
     assert len(examples.split("\n")) >= 1
@@ -181,6 +179,10 @@ def test_waiting_threads_do_not_spin_unless_the_user_says_so(run: Run, monkeypat
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     run("collect", "--help")
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("ACTIVE", "0")
+
+
+def default_of(field: Field[Any]) -> object:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 def options_of(command: str) -> type:

@@ -1,6 +1,5 @@
 """The comparison of a server with itself."""
 
-import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any

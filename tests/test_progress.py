@@ -44,9 +44,9 @@ def test_a_short_step_says_only_how_long_it_took(clock: list[float], capsys: pyt
 
 
 def test_a_step_that_fails_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="no"):
-        for _ in track(range(3), "train", 3):
-            raise ValueError("no")
+    broken = (1 / item for item in (1, 0))
+    with pytest.raises(ZeroDivisionError):
+        list(track(broken, "train", 2))
     with pytest.raises(ValueError, match="no"), step("load"):
         raise ValueError("no")
     assert capsys.readouterr().err == "load …\n"

@@ -11,11 +11,11 @@ WIDTH = 80
 PLACEHOLDERS = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
 
 
-class HelpFormatter(DefaultHelpFormatter):  # type: ignore[misc]
+class HelpFormatter(DefaultHelpFormatter):
     """Dashes instead of underscores, lists as words, and no types of Python."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=WIDTH, max_help_position=30)
+        super().__init__(prog, width=WIDTH, max_help_position=30)  # type: ignore[no-untyped-call]
 
     def _format_action_invocation(self, action: Action) -> str:
         if not action.option_strings:
