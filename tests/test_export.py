@@ -2,7 +2,6 @@
 
 import functools
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +27,6 @@ from lynx_learn.graph import export as export_module
 from lynx_learn.graph.export import ExportOptions, export
 from lynx_learn.graph.onnx_runtime import NAMES, OnnxSelector
 from lynx_learn.graph.times import time_layers
-
-ROOT = Path(__file__).parents[1]
-
 
 # The command.
 
@@ -136,19 +132,3 @@ def test_without_a_folder_the_file_must_be_named(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("lynx_learn.selector.selector._download", lambda name, revision: folder)
     with pytest.raises(OptionError, match="--out is missing: some/one is no folder here"):
         export(ExportOptions("some/one"))
-
-
-def test_timing_of_random_parameters(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The script, at a small size, where nothing can be compiled."""
-    monkeypatch.setattr(torch, "compile", uncompiled)
-    monkeypatch.setattr(export_module, "time_layers", functools.partial(time_layers, rounds=30))
-    sizes = ["--experts", "4", "--top_k", "2", "--hidden", "8", "--layers", "2", "--tokens", "3"]
-    out = tmp_path / "times" / "onnx.json"
-    monkeypatch.setattr(sys, "argv", ["onnx_times.py", *sizes, "--out", str(out)])
-    runpy.run_path(str(ROOT / "train" / "onnx_times.py"), run_name="__main__")
-    assert "Microseconds of one layer's decision" in capsys.readouterr().out
-    found = json.loads(out.read_text())["times"]
-    assert (found["experts"], found["tokens"], found["layers"]) == (4, 3, 2)
-    assert found["microseconds"]["bound"]["median"] > 0

@@ -1,12 +1,12 @@
-"""Every recipe in `train/` is fed to the real parser and run in a small size."""
+"""Every recipe in `train/` is fed to the real parser, and run in a small size by its script, as are those of `docs/`."""
 
 import gzip
 import json
 import re
-import signal
-import subprocess
+import runpy
 import sys
-import time
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lynx_learn import LynxSelector, cli, skip_experts
 from lynx_learn.traces.documents import read_documents
 
+Script = Callable[..., str]
 ROOT = Path(__file__).parents[1]
 SMALL_MODEL = {
     "model_type": "qwen3_moe",
@@ -39,12 +40,26 @@ SMALL_MODEL = {
 
 
 @pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Run a script of the repository as `python NAME WORDS` does there, in this process; returns what it printed."""
+    monkeypatch.chdir(ROOT)
+
+    def script(name: str, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        capsys.readouterr()
+        runpy.run_path(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
+
+
+@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A folder with the recipe's three sources, small."""
-    documents = list(zip(read_documents("python-stdlib"), range(60), strict=False))
+    documents = list(islice(read_documents("python-stdlib"), 60))
     for source in ("math", "code", "prose"):
         with gzip.open(tmp_path / f"{source}.jsonl.gz", "wt", encoding="utf-8") as out:
-            out.writelines(json.dumps({"text": document.text[:20_000]}) + "\n" for document, _ in documents)
+            out.writelines(json.dumps({"text": document.text[:4_000]}) + "\n" for document in documents)
     return tmp_path
 
 
@@ -56,48 +71,62 @@ SECOND_MODEL = {
 }
 
 
-def train_command(
-    texts: Path, out: Path, minutes: float, name: str = "reference", model: dict[str, Any] = SMALL_MODEL
-) -> list[str]:
-    recipe = [sys.executable, "train/reference_moe.py", "--config", f"train/{name}-moe.yaml"]
-    small = ["--model", json.dumps(model), "--minutes", str(minutes), "--checkpoint_steps", "10"]
-    return [*recipe, "--corpus", str(texts), "--heldout", str(texts), "--out", str(out), *small]
+# Tokens of one step: windows times their length.
+STEP = 8 * SMALL_MODEL["max_position_embeddings"]
 
 
-@pytest.mark.slow
-def test_reference_moe_recipe_resumes_and_writes_a_plain_model(texts: Path, tmp_path: Path) -> None:
+def train_words(
+    texts: Path, out: Path, steps: int, name: str = "reference", model: dict[str, Any] = SMALL_MODEL
+) -> list[object]:
+    recipe = ["train/reference_moe.py", "--config", f"train/{name}-moe.yaml"]
+    small = ["--model", json.dumps(model), "--tokens", steps * STEP, "--checkpoint_steps", 10]
+    return [*recipe, "--corpus", texts, "--heldout", texts, "--out", out, *small]
+
+
+class Stopped(Exception):
+    """The run was broken off."""
+
+
+def test_reference_moe_recipe_resumes_and_writes_a_plain_model(
+    texts: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
     out = tmp_path / "run"
-    first = subprocess.Popen(
-        train_command(texts, out, 10.0), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    last = out / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 300
-    while not last.exists() and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.2)
-    time.sleep(1.0)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    saved = torch.load(last, weights_only=True)
-    assert saved["global_step"] >= 10
-    spent = saved["budget"]["spent"] / 60
-    subprocess.run(train_command(texts, out, spent + 0.1), cwd=ROOT, check=True, capture_output=True)
+    checkpoint = ModelCheckpoint.on_train_batch_end
+
+    def stop(self: Any, trainer: Any, *more: Any) -> None:
+        checkpoint(self, trainer, *more)
+        if trainer.global_step == 25:
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCheckpoint, "on_train_batch_end", stop)
+        with pytest.raises(Stopped):
+            script(*train_words(texts, out, 40))
+    saved = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 20
+    assert saved["budget"]["tokens_seen"] == 20 * STEP
+    assert not (out / "model").exists()
+    script(*train_words(texts, out, 40))
     figures = json.loads((out / "model" / "training.json").read_text())
-    assert figures["steps"] > saved["global_step"]
-    assert figures["tokens_seen"] == figures["steps"] * 8 * SMALL_MODEL["max_position_embeddings"]
+    assert (figures["steps"], figures["tokens_seen"]) == (40, 40 * STEP)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert model.config.model_type == "qwen3_moe"
     assert tokenizer.decode(tokenizer("def f(x):\n    return 12")["input_ids"]) == "def f(x):\n    return 12"
-    write_card(out / "model", tmp_path)
+    sources = tmp_path / "sources.json"
+    sources.write_text(json.dumps({"text": [{"repo": "https://github.com/somebody/something", "licence": "MIT"}]}))
+    places = ["--model", out / "model", "--sources", sources, "--config_file", "train/reference-moe.yaml"]
+    script("train/reference_card.py", *places)
     card = (out / "model" / "README.md").read_text()
     assert f"{figures['tokens_seen']:,} tokens" in card
     assert "- MIT: somebody/something" in card
 
 
-@pytest.mark.slow
-def test_second_model_recipe_evens_the_load_by_the_choice_bias(texts: Path, tmp_path: Path) -> None:
+def test_second_model_recipe_evens_the_load_by_the_choice_bias(texts: Path, tmp_path: Path, script: Script) -> None:
     out = tmp_path / "run"
-    subprocess.run(train_command(texts, out, 0.1, "second", SECOND_MODEL), cwd=ROOT, check=True, capture_output=True)
+    script(*train_words(texts, out, 60, "second", SECOND_MODEL))
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     bias = model.model.layers[1].mlp.gate.e_score_correction_bias
     figures = json.loads((out / "model" / "training.json").read_text())
@@ -107,23 +136,22 @@ def test_second_model_recipe_evens_the_load_by_the_choice_bias(texts: Path, tmp_
     assert max(figures["heldout"]["load"]["heaviest_over_mean"]) < 8 / 2
 
 
-def write_card(model: Path, folder: Path) -> None:
-    sources = folder / "sources.json"
-    sources.write_text(json.dumps({"text": [{"repo": "https://github.com/somebody/something", "licence": "MIT"}]}))
-    command = [sys.executable, "train/reference_card.py", "--model", str(model), "--sources", str(sources)]
-    subprocess.run([*command, "--config_file", "train/reference-moe.yaml"], cwd=ROOT, check=True, capture_output=True)
+@pytest.mark.parametrize("name", ["reference-moe", "second-moe", "reference-moe-50m"])
+def test_a_recipe_of_a_model_sets_only_known_options(name: str, script: Script) -> None:
+    with pytest.raises(SystemExit) as end:
+        script("train/reference_moe.py", "--config", f"train/{name}.yaml", "--print_config")
+    assert not end.value.code
 
 
 @pytest.mark.slow
-def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     trace, selector, report, coverage, ablations = (
         str(tmp_path / name) for name in ("trace", "selector", "report", "coverage", "ablations")
     )
     text = ["--corpus", "python-stdlib"]
     small = {
         "collect": ["--corpus", "python-stdlib", "--tokens", "6000", "--length", "64", "--out", trace],
-        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1"],
+        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1", "--reference", "false"],
         "calibrate": ["--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "2000"],
         "evaluate": [
             *("--selector", selector, "--trace", trace, "--corpus", "python-stdlib", "--out", report, "--workers", "1"),
@@ -144,41 +172,27 @@ def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
                 "--shift",
                 "null",
             ),
-            *(
-                "--groups",
-                "24",
-                "--calibration_groups",
-                "12",
-                "--resplits",
-                "5",
-                "--bootstraps",
-                "5",
-                "--out",
-                coverage,
-            ),
+            *("--groups", "24", "--calibration_groups", "12", "--resplits", "5", "--bootstraps", "5"),
+            *("--out", coverage),
         ],
     }
-    script = (ROOT / "train" / "selector.sh").read_text()
-    assert f"for step in {' '.join(small)}; do" in script
+    assert f"for step in {' '.join(small)}; do" in (ROOT / "train" / "selector.sh").read_text()
     for step, options in small.items():
         assert cli.main([step, "--config", f"train/selector/{step}.yaml", *options]) == 0
     assert set(LynxSelector.from_pretrained(selector).config.thresholds["kl"]) == {"0.003", "0.01", "0.03"}
     variants = {"base": {}, "no surrogates, not tuned": {"rank": 0, "tune_steps": 0}}
-    script = [sys.executable, "train/ablations.py", "--config", "train/ablations.yaml", "--trace", trace, *text]
+    places = ["--config", "train/ablations.yaml", "--trace", trace, *text, "--out", ablations]
     small_base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 1}
-    changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", "2"]
-    done = subprocess.run(
-        [*script, *changes, "--tokens", "1", "--out", ablations], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in variants)
+    changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", 2, "--tokens", 1]
+    said = script("train/ablations.py", *places, *changes)
+    assert all(name in said for name in variants)
     page = tmp_path / "docs" / "frontier.md"
     page.parent.mkdir()
     prose = re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", (ROOT / "docs" / "frontier.md").read_text())
     page.write_text(prose)
-    script = [sys.executable, "train/frontier_page.py", "--config", "train/frontier-page.yaml", "--page", str(page)]
     places = ["--main", report, "--second", report, "--ablations", f"{ablations}/ablations.json"]
-    subprocess.run([*script, *places, "--coverage", f"{coverage}/coverage.json"], cwd=ROOT, check=True)
+    places += ["--coverage", f"{coverage}/coverage.json", "--page", page]
+    script("docs/frontier_page.py", "--config", "docs/frontier-page.yaml", *places)
     assert (page.parent / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
     filled = page.read_text()
     assert re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", filled) == prose
@@ -186,13 +200,9 @@ def test_selector_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(re.search(rf"<!-- {name} -->\n\|", filled) for name in ("frontier", "methods", "ablations", "coverage"))
 
 
-@pytest.mark.slow
-def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Path) -> None:
-    script = [sys.executable, "train/random_model.py", "--layers", "2", "--fraction", "0.5"]
-    done = subprocess.run(
-        [*script, "--out", str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "at budget 1.0" in done.stdout
+def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Path, script: Script) -> None:
+    words = ["docs/random_model.py", "--layers", 2, "--fraction", 0.5, "--out", tmp_path / "new"]
+    assert "at budget 1.0" in script(*words)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model", dtype="auto")
     selector = LynxSelector.from_pretrained(tmp_path / "new" / "selector")
     ids = torch.randint(3, 4000, (16, 8), generator=torch.Generator().manual_seed(1))
@@ -202,16 +212,13 @@ def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Pa
     assert stats.steps == 4
     assert sum(stats.experts_after) / sum(stats.experts_before) == pytest.approx(0.5, abs=0.15)
     assert AutoTokenizer.from_pretrained(tmp_path / "new" / "model")("def")["input_ids"]
-    again = subprocess.run(
-        [*script, "--out", str(tmp_path / "new")], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert again.returncode != 0
-    assert "is not empty" in again.stderr
+    with pytest.raises(SystemExit, match="is not empty"):
+        script(*words)
 
 
 def test_no_recipe_is_left_out() -> None:
     recipes = {path.relative_to(ROOT / "train").as_posix() for path in (ROOT / "train").rglob("*.yaml")}
     assert recipes == {
-        *("reference-moe.yaml", "second-moe.yaml", "ablations.yaml", "frontier-page.yaml"),
+        *("reference-moe.yaml", "reference-moe-50m.yaml", "second-moe.yaml", "ablations.yaml"),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }

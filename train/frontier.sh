@@ -9,4 +9,4 @@ lynx-learn collect --config train/selector/collect.yaml $second --out runs/secon
 lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --reference false --out runs/second/selector
 lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
   --batch-sizes 16 --batches mixed --tokens 20000 --card false --out runs/second/report
-python train/frontier_page.py --config train/frontier-page.yaml
+python docs/frontier_page.py --config docs/frontier-page.yaml

@@ -1,6 +1,6 @@
 """Write a model of a known shape with random weights, and a selector for it: for timing servers, where only sizes count.
 
-python train/random_model.py --shape qwen3-half --layers 4 --fraction 0.51 --out runs/random
+python docs/random_model.py --shape qwen3-half --layers 4 --fraction 0.51 --out runs/random
 
 The selector's one "budget" is no loss: it stands for the threshold that keeps this share of the distinct experts.
 """

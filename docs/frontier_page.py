@@ -1,6 +1,6 @@
 """Fill the tables and figures of docs/frontier.md from measured reports.
 
-    python train/frontier_page.py --config train/frontier-page.yaml
+    python docs/frontier_page.py --config docs/frontier-page.yaml
 
 The page's prose is written by hand; between `<!-- NAME -->` and `<!-- end -->` stands what this script puts there.
 """
