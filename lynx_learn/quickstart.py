@@ -110,7 +110,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         ],
         "decode_step": times,
     }
-    show(_closing_table(report, times, options), *_continue(loaded, selector, options.budget))
+    show(_closing_table(report, times, options), *_continue(loaded, selector, options))
     write_json(out / "quickstart.json", summary)
     return summary
 
@@ -154,9 +154,9 @@ def _closing_table(report: dict[str, Any], times: dict[str, float], options: Qui
 
 
 @torch.no_grad()
-def _continue(loaded: LoadedModel, selector: LynxSelector, budget: float) -> list[str]:
+def _continue(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> list[str]:
     """One prompt in a batch of 16 continued greedily with and without skipping."""
-    rows, _ = corpora.decode_groups(corpora.BUILT_IN, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
+    rows, _ = corpora.decode_groups(options.corpus, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
     texts = [PROMPT, *loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)]
     loaded.tokenizer.padding_side = "left"
     batch = loaded.tokenizer(texts, return_tensors="pt", padding=True).to(loaded.input_device)
@@ -168,6 +168,6 @@ def _continue(loaded: LoadedModel, selector: LynxSelector, budget: float) -> lis
         return str(loaded.tokenizer.decode(ids[0, length:], skip_special_tokens=True))
 
     plain = run()
-    with skip_experts(loaded.model, selector, budget) as skipping:
+    with skip_experts(loaded.model, selector, options.budget) as skipping:
         skipped = run()
     return [f"prompt:    {PROMPT!r}", f"untouched: {plain!r}", f"skipping:  {skipped!r}", str(skipping.stats)]
