@@ -47,8 +47,10 @@ def test_a_line_through_one_place_has_no_slope() -> None:
 
 
 def test_the_interval_of_a_median() -> None:
-    assert median_interval([float(n) for n in range(100, 0, -1)]) == (41.0, 61.0)
-    assert median_interval([5.0]) == (5.0, 5.0)
+    """The narrowest pair of order statistics, alike on both sides, that holds it with 95% by the binomial."""
+    assert median_interval([float(n) for n in range(40, 0, -1)]) == (14.0, 27.0)
+    assert median_interval([float(n) for n in range(100, 0, -1)]) == (40.0, 61.0)
+    assert median_interval([2.0, 5.0, 3.0]) == (2.0, 5.0)  # no pair of three does
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,12 @@ def test_quality_is_that_of_other_libraries() -> None:
     assert quality(7 * true, true)["deviance"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_costs_that_are_equal_share_a_rank() -> None:
+    """Ranks 1, 2.5, 2.5, 4 against 2, 1, 3, 4: Pearson's correlation of these is 3 / sqrt(4.5 × 5)."""
+    found = quality(torch.tensor([2.0, 1.0, 3.0, 4.0]), torch.tensor([1.0, 5.0, 5.0, 9.0]))
+    assert found["rank_correlation"] == pytest.approx(3.0 / (4.5 * 5) ** 0.5)
+
+
 @pytest.mark.slow
 def test_a_learned_scorer_predicts_better_than_the_formula_on_the_reference_model() -> None:
     figures = layer_figures(reference_flow().selector)

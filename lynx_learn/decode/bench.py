@@ -334,11 +334,12 @@ def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
-    """95% interval of the median by order statistics (normal approximation of the binomial)."""
-    ordered, count = sorted(values), len(values)
-    reach = 0.98 * math.sqrt(count)
-    low, high = math.floor(count / 2 - reach), math.ceil(count / 2 + reach)
-    return ordered[max(low, 0)], ordered[min(high, count - 1)]
+    """95% interval of the median by order statistics; the whole range where the values are too few for one."""
+    from scipy.stats import quantile_test
+
+    interval = quantile_test(values, p=0.5).confidence_interval(0.95)
+    low, high = float(interval.low), float(interval.high)
+    return min(values) if math.isnan(low) else low, max(values) if math.isnan(high) else high
 
 
 @torch.no_grad()

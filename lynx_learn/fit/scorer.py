@@ -187,20 +187,15 @@ def quality(predicted: Tensor, costs: Tensor) -> dict[str, float]:
 
     Both are scaled to the same mean first: a constant factor is the sensitivity's and the threshold's affair.
     """
-    true = (costs / costs.mean()).clamp_min(SMALLEST_COST).double().flatten()
-    given = (predicted / predicted.mean()).clamp_min(SMALLEST_COST).double().flatten()
-    ratio = true / given
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import mean_gamma_deviance
 
-    def correlation(a: Tensor, b: Tensor) -> float:
-        return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-
-    def ranks(values: Tensor) -> Tensor:
-        return values.argsort().argsort().double()
-
+    true = (costs / costs.mean()).clamp_min(SMALLEST_COST).double().flatten().numpy()
+    given = (predicted / predicted.mean()).clamp_min(SMALLEST_COST).double().flatten().numpy()
     return {
-        "deviance": float(2 * (ratio - ratio.log() - 1).mean()),
-        "correlation": correlation(true, given),
-        "rank_correlation": correlation(ranks(true), ranks(given)),
+        "deviance": float(mean_gamma_deviance(true, given)),
+        "correlation": float(pearsonr(true, given).statistic),
+        "rank_correlation": float(spearmanr(true, given).statistic),
     }
 
 

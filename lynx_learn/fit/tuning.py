@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import get_cosine_schedule_with_warmup
 
 from ..decode.simulate import compare, simulated_logits
 from ..errors import SelectorError
@@ -38,6 +39,7 @@ FEWEST_POSITIONS = 64
 PROMPT_SHARE = 4
 # Width of the sigmoid in units of log-cost.
 SOFTNESS = 0.5
+# Steps of a rising rate, at most a fifth of all.
 WARM_UP = 20
 # Scorers move this much faster than surrogates.
 SCORER_RATE = 2.0
@@ -107,7 +109,7 @@ def tune(
     before = _measure(model, layers, selector, check, spans, options.seed)
     selector.float()  # measuring has put the surrogates into the model's precision
     optimiser = torch.optim.Adam(_parameters(selector, options.rate), betas=(0.9, 0.98))
-    shape = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, options.steps))
+    shape = get_cosine_schedule_with_warmup(optimiser, min(WARM_UP, options.steps // 5), options.steps)
     try:
         for _ in track(range(options.steps), "tune", options.steps):
             size = rng.choice(sizes)
@@ -145,10 +147,6 @@ def _parameters(selector: LynxSelector, rate: float) -> list[dict[str, Any]]:
 def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:
     for parameter in parameters:
         parameter.requires_grad_(required)
-
-
-def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _batch(rows: Tensor, size: int, rng: random.Random) -> Tensor:
