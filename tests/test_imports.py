@@ -40,7 +40,8 @@ RESERVED = {
     "onnx": {"graph.export", "graph.graph"},
     "onnxscript": {"graph.export"},
     "onnxruntime": {"graph.onnx_runtime"},
-    "triton": {"selector.kernels"},
+    "triton": {"selector.kernels.triton"},
+    "numba": {"selector.kernels.cpu"},
 }
 
 

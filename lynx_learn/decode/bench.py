@@ -60,7 +60,7 @@ class BenchOptions:
     rank: int = 8
     """rank of a random selector's surrogates"""
     kernel: str = "auto"
-    """what computes decisions: auto, torch or triton"""
+    """what computes decisions: auto, torch, triton or numba"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
     """sequences that decode together"""
     dtypes: list[str] = field(default_factory=lambda: ["auto"])
@@ -141,14 +141,18 @@ class Watched(ThresholdPolicy):
         self.microseconds: dict[str, list[float]] = {}
 
     def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
-        ready = self.ready[layer.index]
-        form = self.form(ready, routing)
+        ready, compiled = self.ready[layer.index], self.compiled.get(layer.index)
         marks = [clock(layer.device)]
 
         def passed(part: str) -> None:
             marks.append(clock(layer.device))
             self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
 
+        if compiled is not None and compiled.takes(routing):
+            decision = compiled.decide(routing, exempt)
+            passed("scorer, rewrite and surrogates")
+            return decision
+        form = self.form(ready, routing)
         if form == ready.rewrite:
             costs = ready.costs(routing)
             passed("scorer")

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,10 @@ from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
 from .scorers import SCORERS
 
-KERNELS = ("auto", "torch", "triton")
+if TYPE_CHECKING:
+    from .kernels.compiled import Compiled
+
+KERNELS = ("auto", "torch", "triton", "numba")
 
 
 class LynxSelector(nn.Module):
@@ -151,9 +155,9 @@ class ThresholdPolicy:
 
     The threshold of a step goes by its number of active tokens, see `by_active`.
 
-    `kernel` says what computes a decode batch's decision: "torch", "triton" (whatever its kernels support) or "auto":
-    triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch size. Both
-    give the same decision but for rounding of the costs.
+    `kernel` says what computes a decode batch's decision: "torch", "triton" or "numba" (whatever their kernels support)
+    or "auto": triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch
+    size; numba on CPUs where it is installed. All give the same decision but for rounding of the costs.
     """
 
     name = "learned"
@@ -167,6 +171,7 @@ class ThresholdPolicy:
         self.kernels: ModuleType | None = None
         self.thresholds = thresholds
         self.ready: dict[int, Ready] = {}
+        self.compiled: dict[int, Compiled] = {}
 
     @property
     def skips(self) -> bool:
@@ -182,6 +187,8 @@ class ThresholdPolicy:
         # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
             self.kernels = _kernels(on_cuda)
+        if self.kernel == "numba" or (self.kernel == "auto" and find_spec("numba")):
+            self.compiled = _compiled(self.ready, forced=self.kernel == "numba")
 
     def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
         """Rewrite one layer's assignments.
@@ -192,6 +199,9 @@ class ThresholdPolicy:
             exempt: `(G, T)` True for tokens that keep all their experts; they do not count for the threshold either, as
                 if the batch were so much smaller. None: no token does.
         """
+        compiled = self.compiled.get(layer.index)
+        if compiled is not None and compiled.takes(routing):
+            return compiled.decide(routing, exempt)
         ready = self.ready[layer.index]
         return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt))
 
@@ -213,7 +223,28 @@ def _kernels(on_cuda: bool) -> ModuleType:
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise OptionError("kernel 'triton' is not usable: the model is on no CUDA device; take 'auto'")
     try:
-        from . import kernels
+        from .kernels import triton
     except ImportError as error:
         raise OptionError(f"kernel 'triton' is not usable: triton cannot be imported ({error}); take 'auto'") from None
-    return kernels
+    return triton
+
+
+def _compiled(ready: dict[int, Ready], forced: bool) -> "dict[int, Compiled]":
+    """What decides on the CPU, for the layers that are there."""
+    try:
+        from .kernels.compiled import Compiled
+    except ImportError as error:
+        if not forced:  # a model must run where only numba does not
+            return {}
+        raise OptionError(
+            f"kernel 'numba' is not usable: numba cannot be imported ({error}); pip install 'lynx-learn[cpu]', or take 'auto'"
+        ) from None
+    able = {index: own for index, own in ready.items() if Compiled.is_for(own.folded, own.selector.surrogates)}
+    if forced and len(able) < len(ready):
+        raise OptionError(
+            "kernel 'numba' is not usable: it decides for layers on a CPU, in float32 or bfloat16; take 'auto'"
+        )
+    return {
+        index: Compiled(own.folded, own.selector.surrogates, own.thresholds, own.selector.keep_top1)
+        for index, own in able.items()
+    }

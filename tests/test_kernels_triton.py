@@ -21,25 +21,36 @@ import torch
 from decisions import COSTS, INDICES, WEIGHTS, random_routing, same
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny import random_selector, randomise, tiny_model
+from kernel_cases import (
+    BY_HAND,
+    DTYPES,
+    LARGE,
+    check_loads_are_consistent,
+    check_rewritten,
+    check_rows,
+    drawn,
+    is_close_call,
+    put_between,
+    ready_for,
+    routing_of,
+)
+from tiny import random_selector, tiny_model
 from torch import Tensor
 
 from lynx_learn.errors import OptionError
-from lynx_learn.moe.decision import Decision, Routing
+from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.selector.config import SelectorConfig, by_active
-from lynx_learn.selector.layer import LayerSelector, Ready
-from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
+from lynx_learn.selector.layer import Ready
+from lynx_learn.selector.selector import ThresholdPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Run = Callable[..., Any]
 
 
 def answer(request: bytes) -> bytes:
     """In the other process: call a function of this module, or of the kernels by name."""
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     function, arguments = pickle.loads(request)
     with torch.no_grad():
@@ -73,126 +84,17 @@ def compiler() -> Iterator[Run]:
         yield run
 
 
-def ready_for(
-    experts: int,
-    top_k: int,
-    hidden: int,
-    scorer: str = "mlp",
-    keep_top1: bool = False,
-    table: dict[int, float] | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-) -> Ready:
-    """One layer's selector with random parameters, costs of typical assignments around 1."""
-    config = SelectorConfig("", "", "", "", ("layer",), experts, top_k, hidden, 1, scorer, 1, keep_top1)
-    selector = LynxSelector(config)
-    randomise(selector, seed)
-    own: LayerSelector = selector.layers[0]  # type: ignore[assignment]
-    own.scorer.log_residual -= 2 * math.log(1 / top_k)
-    own.to(device)
-    return Ready(own, own.scorer.fold(own.sensitivity), torch.tensor(by_active(table or {}), device=device))
-
-
-def routing_of(
-    tokens: int,
-    experts: int,
-    top_k: int,
-    hidden: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3,
-    active: float = 0.8,
-    seed: int = 0,
-    coarse: bool = False,
-    unlike: bool = False,
-) -> Routing:
-    """A random decode batch.
-
-    Args:
-        tokens, experts, top_k, hidden: sizes.
-        dtypes: of hidden states, logits and weights.
-        active: about this share of the tokens.
-        seed: of everything.
-        coarse: few values of logits and weights, so that there are ties.
-        unlike: experts are chosen by something else than the logits.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(1, tokens, experts, generator=generator)
-    if coarse:
-        logits = logits.clamp(-2, 2).round()
-        logits[..., 0] += 3  # not all alike: then the spread is the smallest allowed, and rounding is blown up by it
-    logits = logits.to(dtypes[1])
-    scores = torch.rand(logits.shape, generator=generator) if unlike else logits.float()
-    indices = scores.topk(top_k, -1).indices
-    weights = logits.float().softmax(-1).gather(-1, indices)
-    if coarse:
-        weights = (4 * weights).ceil() / 4
-    states = torch.randn(1, tokens, hidden, generator=generator)
-    live = torch.rand(1, tokens, generator=generator) < active
-    return Routing(states.to(dtypes[0]), logits, indices, weights.to(dtypes[2]), live)
-
-
-def check_rows(rows: Tensor, ready: Ready, routing: Routing) -> None:
-    """Costs by expert as the PyTorch form has them."""
-    costs = torch.where(routing.active[0].unsqueeze(-1), ready.costs(routing)[0], 0.0)
-    wanted = torch.zeros(rows.shape, device=rows.device).scatter(1, routing.indices[0], costs)
-    torch.testing.assert_close(rows.abs(), wanted, rtol=1e-4, atol=0.0, equal_nan=True)
-    weights = routing.weights[0]
-    first = (weights == weights.amax(-1, keepdim=True)) & ready.selector.keep_top1 & (costs > 0)
-    assert torch.equal((rows < 0).gather(1, routing.indices[0]), first)
-
-
-def check_rewritten(done: Decision, wanted: Decision) -> None:
-    assert done.loads is not None
-    assert wanted.loads is not None
-    parts = ((d.indices, d.weights, d.answered, *d.loads) for d in (done, wanted))
-    for got, other in zip(*parts, strict=True):
-        assert got.dtype == other.dtype
-        torch.testing.assert_close(got, other, rtol=0, atol=0, equal_nan=True)
-
-
-def check_loads_are_consistent(done: Decision, routing: Routing) -> None:
-    before, after = done.loads
-    live = routing.active[0]
-    assert before[0].nonzero().flatten().tolist() == routing.indices[0, live].unique().tolist()
-    assert after[0].nonzero().flatten().tolist() == done.indices[0, live].unique().tolist()
-
-
-def is_close_call(total: Tensor, threshold: float) -> bool:
-    """Whether rounding may decide which experts stay, or which one stays in any case."""
-    real = total[(total > 0) & total.isfinite()]
-    near = ((real - threshold).abs() <= 1e-3 * real).any()
-    top = total.topk(2).values
-    return bool(near or (top[0] > 0 and (top[0] - top[1]).abs() <= 1e-3 * top[0]))
-
-
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
-    draw = data.draw
-    experts = draw(st.sampled_from([2, 3, 4, 8, 12]))
-    top_k = draw(st.integers(1, min(experts, 5)))
-    tokens, hidden = draw(st.integers(1, 6)), draw(st.sampled_from([1, 8, 21]))
-    dtypes = draw(st.tuples(*[st.sampled_from(DTYPES)] * 3))
-    seed, coarse, unlike = draw(st.integers(0, 99)), draw(st.booleans()), draw(st.booleans())
-    active = draw(st.sampled_from([0.0, 0.7, 0.7, 1.0]))
-    routing = routing_of(tokens, experts, top_k, hidden, dtypes, active, seed, coarse, unlike)
-    spoilt = draw(st.sampled_from([None, None, routing.hidden, routing.logits]))
-    if spoilt is not None:
-        spoilt[0, draw(st.integers(0, tokens - 1)), 0] = math.nan
-    scorer, keep_top1 = draw(st.sampled_from(["formula", "linear", "mlp"])), draw(st.booleans())
-    ready = ready_for(experts, top_k, hidden, scorer, keep_top1, seed=seed)
-    total = ready.selector.totals(routing, ready.costs(routing))[0]
-    # A middle threshold lies between the totals of two experts; those of other numbers of tokens decide otherwise.
-    middle = float(total[total > 0].nanmedian()) * 1.01 if (total > 0).any() else 1.0
-    threshold = draw(st.sampled_from([0.0, middle, middle, math.inf]))
-    table = draw(st.lists(st.sampled_from([0.0, math.inf]), min_size=1, max_size=tokens + 2))
-    table[min(int(routing.active.sum()), len(table) - 1)] = threshold
-    ready = Ready(ready.selector, ready.folded, torch.tensor(table))
+    ready, routing, _, close = drawn(data.draw)
+    keep_top1 = ready.selector.keep_top1
     rows = interpreter("costs_by_expert", ready.folded, routing, keep_top1)
     check_rows(rows, ready, routing)
     done = interpreter("rewrite_by", rows, routing, ready.thresholds, keep_top1)
     check_loads_are_consistent(done, routing)
-    assume(total.isnan().any() or not is_close_call(total, threshold))
+    assume(not close)
     check_rewritten(done, ready.rewrite(routing))
 
 
@@ -217,25 +119,12 @@ def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, .
         assert torch.equal(done.weights[routing.active], routing.weights[routing.active])
 
 
-LARGE = {
-    "common": (40, 128, 8, 300, "mlp", torch.bfloat16, False),
-    "most experts": (3, 512, 16, 1500, "mlp", torch.float32, True),
-    "one more than a power of two": (5, 65, 5, 257, "linear", torch.float16, True),
-    "one expert each": (9, 60, 1, 64, "formula", torch.bfloat16, False),
-}
-
-
 @pytest.mark.parametrize("case", LARGE)
 def test_large_batches(interpreter: Run, case: str) -> None:
     tokens, experts, top_k, hidden, scorer, dtype, keep_top1 = LARGE[case]
     routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1)
-    total = ready.selector.totals(routing, ready.costs(routing))[0]
-    ordered = total[total > 0].sort().values
-    gaps = ordered[1:] / ordered[:-1]
-    cut = len(gaps) // 4 + int(gaps[len(gaps) // 4 : -1].argmax())
-    assert gaps[cut] > 1.001, "no threshold that rounding does not touch"
-    ready.thresholds[0] = ordered[cut : cut + 2].mean()
+    put_between(ready, routing)
     done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1)
     check_rewritten(done, ready.rewrite(routing))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
@@ -254,20 +143,6 @@ def test_totals_of_many_tokens(interpreter: Run, tokens: int, experts: int, top_
     done = interpreter("rewrite_by", rows, routing, threshold, False)
     check_rewritten(done, ready.selector.rewrite(routing, threshold, costs))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
-
-
-NAN, INF = math.nan, math.inf
-BY_HAND: dict[str, tuple[float, dict[tuple[int, int], float], bool]] = {
-    "some": (0.75, {}, False),
-    "a cost equal to the threshold": (0.5, {}, False),
-    "everything": (INF, {}, False),
-    "each first expert": (INF, {}, True),
-    "the first of two that cost most": (INF, {(0, 0): 1.0}, False),
-    "no number": (2.0, {(0, 1): NAN, (2, 1): NAN}, False),
-    "no number, the later expert": (INF, {(2, 0): NAN}, False),
-    "infinite": (INF, {(1, 1): INF, (2, 0): INF}, False),
-    "no number beside infinite": (INF, {(0, 0): INF, (2, 1): NAN}, False),
-}
 
 
 @pytest.mark.parametrize("active", [(True, True, True), (True, False, True), (False, False, False)])
@@ -292,7 +167,7 @@ def decide_twice(
     scorer: str, batches: int, dtype: torch.dtype, contiguous: bool = True, rank: int = 4
 ) -> tuple[bool, bool, int]:
     """Whether both forms of a policy decide the same, whether that skips, and how often the kernels ran."""
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     model = tiny_model("qwen3_moe").to(dtype)
     layers = find_moe_layers(model)
@@ -349,7 +224,7 @@ def test_weights_that_want_a_gradient_stay_with_pytorch(interpreter: Run) -> Non
 
 
 def supported_with_gradient() -> tuple[bool, bool]:
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     ready, routing = ready_for(8, 2, 4), routing_of(3, 8, 2, 4)
     routing.weights.requires_grad_()
@@ -373,7 +248,7 @@ def test_an_unknown_kernel_is_refused() -> None:
 
 def verdicts() -> list[tuple[bool, int]]:
     """What is found faster, and how many times were taken until then, call by call; no device is there."""
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     times, seen, taken = {"fused": 1.0, "plain": 2.0}, [], []
 
@@ -419,7 +294,7 @@ def compile_for_hopper(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
     done = {}
@@ -477,7 +352,7 @@ def on(device: str, routing: Routing) -> Routing:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (33, 60, 6), (64, 128, 8), (512, 512, 16)])
 def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
-    from lynx_learn.selector import kernels
+    from lynx_learn.selector.kernels import triton as kernels
 
     for scorer, keep_top1 in (("mlp", False), ("linear", True), ("formula", False)):
         ready = ready_for(experts, top_k, 2048, scorer, keep_top1, device="cuda")

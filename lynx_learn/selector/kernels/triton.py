@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..moe.decision import Decision, Routing
-from .features import SMALLEST_WEIGHT, TOKEN_PARTS
-from .scorers import LOWEST_LOG_COST, Folded
+from ...moe.decision import Decision, Routing
+from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
+from ..scorers import LOWEST_LOG_COST, Folded
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

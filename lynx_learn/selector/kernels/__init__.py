@@ -1,0 +1,1 @@
+"""A decode batch's decision in compiled code: for CUDA devices and for CPUs."""

@@ -1,0 +1,130 @@
+"""A decode batch's decision on a CPU as one compiled function: what `Ready.rewrite` and `Surrogates.answer` give.
+
+In PyTorch a decision is dozens of small operations, each of which costs more in being called than in computing. Numba
+compiles this one the first time that a machine needs it, which takes some seconds, and keeps it on disk beside its
+source; where that is read-only, in the user's cache folder or in NUMBA_CACHE_DIR. Importing this module needs numba.
+
+Nothing is copied that float32 already holds: tensors are read where they lie.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...moe.decision import Decision, Routing
+from ..scorers import Folded
+from ..surrogates import Surrogates
+from .cpu import Arrays, decide
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# The inner layer is padded to whole vectors: what remains of a row would be computed number by number.
+_COLUMNS = 16
+# Multiplications from which on the projection of the hidden states is BLAS's.
+_LARGE = 400_000
+
+
+def _columns(matrix: Tensor, width: int) -> tuple[Any, Any]:
+    """The inner layer's columns, padded, and the last one, which is none of them."""
+    padded = functional.pad(matrix[:, :width], (0, -width % _COLUMNS))
+    return _array(padded), _array(matrix[:, width])
+
+
+def _array(tensor: Tensor) -> Any:
+    """What NumPy sees of a tensor, of bfloat16 the bits: where it lies if it is contiguous."""
+    tensor = tensor.detach().contiguous()
+    return tensor.view(torch.int16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+class Compiled:
+    """One layer's decision as a compiled function, everything that no step changes laid out for it."""
+
+    def __init__(self, folded: Folded, surrogates: Surrogates, thresholds: Tensor, keep_top1: bool) -> None:
+        """Arguments as in `triton.rewrite`. Loads the compiled function, and compiles it first where nobody has yet."""
+        width = folded.outer.shape[0]
+        self.keep_top1, self.projection = keep_top1, folded.projection
+        self.own = Arrays(
+            *_columns(folded.assignment, width),
+            *_columns(folded.token, width),
+            *_columns(folded.experts, width),
+            projection=_array(folded.projection.T),
+            outer=_array(functional.pad(folded.outer, (0, -width % _COLUMNS))),
+            thresholds=_array(thresholds),
+            down=_array(surrogates.down),
+            up=_array(surrogates.up),
+            constant=_array(surrogates.constant),
+        )
+        self.shape = (folded.experts.shape[0], folded.projection.shape[0])
+        self.not_projected = np.empty((0, folded.projection.shape[1]), np.float32)
+        experts, hidden = self.shape
+        one = torch.zeros(1, 1, 1)
+        self.decide(
+            Routing(torch.zeros(1, 1, hidden), torch.zeros(1, 1, experts), one.long(), one, torch.ones(1, 1).bool())
+        )
+
+    @staticmethod
+    def is_for(folded: Folded, surrogates: Surrogates) -> bool:
+        """Whether a layer's scorer and surrogates lie where and in types that the function was written for."""
+        parts = (*folded, surrogates.down)
+        return all(part.device.type == "cpu" for part in parts) and (
+            all(part.dtype == torch.float32 for part in folded) and surrogates.down.dtype in FLOATS[:2]
+        )
+
+    def takes(self, routing: Routing) -> bool:
+        """Whether it can decide for these: one decode batch of plain tensors that want no gradient."""
+        if torch.compiler.is_compiling() or type(routing.hidden) is not Tensor:
+            return False
+        hidden, logits, indices, weights, _ = routing
+        return (
+            len(logits) == 1
+            and logits.shape[1] >= 1
+            and logits.shape[2] >= 2
+            and hidden.dtype in FLOATS
+            and logits.dtype in FLOATS
+            and weights.dtype in FLOATS
+            and indices.dtype == torch.int64
+            and not (hidden.requires_grad or logits.requires_grad or weights.requires_grad)
+        )
+
+    def decide(self, routing: Routing, exempt: Tensor | None = None) -> Decision:
+        """The whole decision, with what surrogates answer, for what it `takes`; `exempt` as in `ThresholdPolicy`."""
+        wide = [routing.hidden, routing.logits, routing.weights]
+        hidden, logits, weights = (part.float().contiguous().numpy()[0] for part in wide)
+        indices, standing = (
+            routing.indices.contiguous().numpy()[0],
+            routing.active.contiguous().numpy()[0].view(np.int8),
+        )
+        if exempt is not None:
+            standing = standing + (standing & exempt.numpy()[0])
+        projected = self.not_projected
+        if hidden.size * self.projection.shape[1] >= _LARGE:
+            projected = (routing.hidden[0].float() @ self.projection).numpy()
+        new_indices, new_weights = np.empty((1, *indices.shape), np.int64), np.empty((1, *indices.shape), np.float32)
+        answered, loads = np.empty((1, *indices.shape), np.bool_), np.empty((2, 1, logits.shape[1]), np.bool_)
+        rank = self.own.down.shape[1]
+        addition = np.empty((1, *hidden.shape) if rank else (1, 0, 0), np.float32)
+        left_out = decide(
+            hidden,
+            logits,
+            indices,
+            weights,
+            standing,
+            projected,
+            self.own,
+            self.keep_top1,
+            new_indices[0],
+            new_weights[0],
+            answered[0],
+            loads[:, 0],
+            addition[0],
+        )
+        used, kept = torch.from_numpy(loads)
+        return Decision(
+            torch.from_numpy(new_indices),
+            torch.from_numpy(new_weights).to(routing.weights.dtype),
+            torch.from_numpy(addition) if rank and left_out else None,
+            torch.from_numpy(answered) if rank else None,
+            (used, kept),
+        )
