@@ -318,6 +318,7 @@ def _hush_transformers() -> None:
 
 
 def _show(command: str, options: Any, result: Any) -> None:
+    from .selector.saving import read_metrics as figures
     from .show import tables as report
 
     views: dict[str, Callable[[], None]] = {
@@ -325,11 +326,11 @@ def _show(command: str, options: Any, result: Any) -> None:
             f"{result.collected_tokens:,} tokens in {result.shards} shards: {result.folder}"
         ),
         "train": lambda: report.show(
-            report.training_table(_layers(options.out)),
+            report.training_table(figures(options.out)["train"]["layers"]),
             f"selector without thresholds: {options.out}; next: lynx-learn calibrate --selector {options.out}",
         ),
         "calibrate": lambda: report.show(
-            report.calibration_table({options.metric: result.config.calibration[options.metric]})
+            report.calibration_table({options.metric: figures(options.selector)["calibrate"][options.metric]})
         ),
         "coverage": lambda: report.show(report.coverage_table(result)),
         "evaluate": lambda: report.show(
@@ -341,12 +342,6 @@ def _show(command: str, options: Any, result: Any) -> None:
     }
     if command in views:
         views[command]()
-
-
-def _layers(folder: str) -> Any:
-    from .selector.saving import read_metrics
-
-    return read_metrics(folder)["train"]["layers"]  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import OptionError
 
 MARK = "options.json"
+LONGEST_ROW = 1000
 # What may stand in a folder that counts as empty: remains of an interrupted write, and what file systems put there.
 PART, OF_THE_DISK = ".part", "lost+found"
 
@@ -44,6 +45,21 @@ def write(path: Path, data: bytes) -> None:
         raise OptionError(
             f"{path} cannot be written ({error.strerror or error}): mend that and run the same command again"
         ) from error
+
+
+def compact_json(value: Any, margin: str = "") -> str:
+    """JSON for tables: a list of numbers, or a row with all that is in it, is one line, and what is larger is indented."""
+    line = json.dumps(value)
+    if not isinstance(value, dict | list):
+        return line
+    parts = value.values() if isinstance(value, dict) else value
+    if len(line) <= LONGEST_ROW or not any(isinstance(part, dict | list) for part in parts):
+        return line
+    inner = margin + "  "
+    names = [f"{json.dumps(str(key))}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    rows = (f"{inner}{name}{compact_json(part, inner)}" for name, part in zip(names, parts, strict=True))
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n" + ",\n".join(rows) + f"\n{margin}{closing}"
 
 
 def write_json(path: Path, value: object) -> None:

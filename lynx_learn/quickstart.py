@@ -70,7 +70,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             trace, selector_folder, tune_steps=TUNE_STEPS, tune_batch_sizes=[BATCH], device=device, dtype=dtype
         )
     )
-    show(training_table(read_metrics(selector_folder)["train"]["layers"]))  # type: ignore[index]
+    show(training_table(read_metrics(selector_folder)["train"]["layers"]))
     show("3/5 calibrate thresholds on other documents")
     budgets = sorted({options.budget, 3 * options.budget})
     selector = calibrate(
@@ -84,7 +84,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             dtype=dtype,
         )
     )
-    show(calibration_table(selector.config.calibration))
+    show(calibration_table(read_metrics(selector_folder)["calibrate"]))
     show("4/5 evaluate on documents used for nothing else")
     report = evaluate(
         EvaluateOptions(

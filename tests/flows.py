@@ -214,7 +214,7 @@ def one_line(error: pytest.ExceptionInfo[Exception]) -> str:
 
 def layer_figures(selector: Path) -> list[dict[str, Any]]:
     """What training measured of each layer."""
-    metrics: dict[str, Any] = read_metrics(selector)  # type: ignore[assignment]
+    metrics: dict[str, Any] = read_metrics(selector)
     return metrics["train"]["layers"]
 
 

@@ -65,8 +65,8 @@ def selector(tmp_path: Path) -> Path:
     return tmp_path / "selector"
 
 
-def cells(selector: LynxSelector, metric: str = "kl") -> dict[str, dict[str, dict[str, Any]]]:
-    return selector.config.calibration[metric]["cells"]
+def cells(selector: Path, metric: str = "kl") -> dict[str, dict[str, dict[str, Any]]]:
+    return read_metrics(selector)["calibrate"][metric]["cells"]
 
 
 @given(
@@ -209,7 +209,7 @@ def test_thresholds_keep_within_the_budget_and_grow_with_it(selector: Path) -> N
         thresholds = [row[size] for row in table.values()]
         assert thresholds == sorted(set(thresholds))
         assert thresholds[0] > 0
-    for budget, row in cells(found).items():
+    for budget, row in cells(selector).items():
         for size, cell in row.items():
             assert cell["threshold"] == table[budget][size]
             assert 0 < cell["mean"] < cell["upper"] <= float(budget)
@@ -230,7 +230,7 @@ def test_the_text_is_noted_by_source(selector: Path) -> None:
     every = [name for groups in names.values() for group in groups for name in group]
     wanted = {source: every.count(source) / len(every) for source in ("even", "odd")}
     assert found.config.calibration["kl"]["sources"] == wanted
-    for row in cells(found).values():
+    for row in cells(selector).values():
         for batch, cell in row.items():
             tested = [name for group in names[batch][PILOT_GROUPS:] for name in group]
             total = sum(loss * tested.count(source) for source, loss in cell["by_source"].items())
@@ -244,7 +244,7 @@ def test_calibrating_changes_nothing_but_thresholds_and_words(selector: Path) ->
     calibrate(choices(selector, dtype="bfloat16"))
     after = contents(selector)
     changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"config.json", "README.md"}
+    assert changed == {"config.json", "metrics.json", "README.md"}
     assert after.keys() - before.keys() == {"run-calibrate-kl.yaml"}
     old, new = (json.loads(files["config.json"]) for files in (before, after))
     assert {key for key in old if old[key] != new[key]} == {"thresholds", "calibration"}
@@ -258,8 +258,9 @@ def test_equal_seeds_find_equal_thresholds(selector: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["nll", "agreement"])
 def test_other_metrics_stand_beside_kl(metric: str, selector: Path) -> None:
-    first = calibrate(choices(selector)).config
+    first, measured = calibrate(choices(selector)).config, cells(selector)
     second = calibrate(choices(selector, metric=metric, budgets=[0.2])).config
+    assert cells(selector) == measured
     assert second.thresholds["kl"] == first.thresholds["kl"]
     assert second.calibration["kl"] == first.calibration["kl"]
     assert second.thresholds[metric]["0.2"]["2"] > 0
@@ -275,7 +276,7 @@ def test_calibrating_again_replaces(selector: Path) -> None:
     found = calibrate(choices(selector, budgets=[0.05], batch_sizes=[4])).config
     assert list(found.thresholds["kl"]) == ["0.05"]
     assert list(found.thresholds["kl"]["0.05"]) == ["4"]
-    assert list(found.calibration["kl"]["cells"]) == ["0.05"]
+    assert list(cells(selector)) == ["0.05"]
     with pytest.raises(OptionError, match="not calibrated for a budget"):
         LynxSelector.from_pretrained(selector).policy(0.1)
 
@@ -294,7 +295,9 @@ def test_a_budget_that_no_threshold_keeps_skips_nothing(selector: Path) -> None:
 def test_the_figures_of_training_stay(selector: Path) -> None:
     before = read_metrics(selector)
     calibrate(choices(selector))
-    assert read_metrics(selector) == before != {}
+    after = read_metrics(selector)
+    assert after.pop("calibrate").keys() == {"kl"}
+    assert after == before != {}
     assert "## Training" in (selector / "README.md").read_text()
 
 

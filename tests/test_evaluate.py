@@ -512,7 +512,11 @@ def test_the_card_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
     card = after["README.md"].decode()
     assert f"split `test` (even, odd); {report['environment']['machine']}" in card
     config = json.loads(after["config.json"])
-    for section, figures in (("Test", report), ("Budgets", config["calibration"]), ("Training", metrics["train"])):
+    for section, figures in (
+        ("Test", report),
+        ("Budgets", [config["calibration"], metrics["calibrate"]]),
+        ("Training", metrics["train"]),
+    ):
         rows = [line for line in card.split(f"## {section}\n")[1].split("\n## ")[0].splitlines() if line[:1] == "|"][2:]
         assert rows
         known = set(numbers(figures))

@@ -1,13 +1,22 @@
 """Files: whole or not at all, put together in place, and folders that are tried before the work."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from lynx_learn.errors import OptionError
-from lynx_learn.files import RunFolder, check_empty, check_target, check_writable, staged, write_atomically
+from lynx_learn.files import (
+    RunFolder,
+    check_empty,
+    check_target,
+    check_writable,
+    compact_json,
+    staged,
+    write_atomically,
+)
 
 
 def files(folder: Path) -> list[str]:
@@ -125,3 +134,13 @@ def test_a_run_folder_is_gone_on_with_by_the_same_run_only(tmp_path: Path) -> No
     (tmp_path / "run" / "options.json").unlink()
     with pytest.raises(OptionError, match="is not empty and holds no run"):
         RunFolder(tmp_path / "run", same, "a run")
+
+
+def test_figures_are_rows_and_lists_of_numbers_lines() -> None:
+    row = {"method": "learned", "bytes": 0.5, "by_source": {"code": [1.0, 2.0]}}
+    value = {"name": 'ä "x"', "numbers": list(range(2000)), "rows": [row] * 30, "none": {}, "0.01": [[], None, True]}
+    text = compact_json(value)
+    assert json.loads(text) == value
+    lines = text.splitlines()
+    assert lines.count(f"    {json.dumps(row)},") == 29
+    assert len(lines) == 38

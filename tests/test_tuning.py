@@ -121,7 +121,7 @@ def test_equal_seeds_tune_alike_and_the_model_stays_as_it_was() -> None:
 def test_what_has_nothing_to_learn_is_left_out(what: dict[str, object], tmp_path: Path) -> None:
     options = train_options(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
     train(options)
-    figures = read_metrics(tmp_path / "selector")["train"]["tuning"]  # type: ignore[index]
+    figures = read_metrics(tmp_path / "selector")["train"]["tuning"]
     assert figures["steps"] == 2
     assert len(figures["before"]) == len(figures["after"]) == 3
     assert "Tuned through the frozen model on KL for 2 steps" in (tmp_path / "selector" / "README.md").read_text()

@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -113,7 +112,7 @@ def to_bytes(selector: LynxSelector) -> bytes:
         )
     assert program is not None
     proto = program.model_proto
-    values = {VERSION_KEY: FORMAT_VERSION, CONFIG_KEY: replace(selector.config, calibration={}).to_json()}
+    values = {VERSION_KEY: FORMAT_VERSION, CONFIG_KEY: selector.config.to_json()}
     onnx.helper.set_model_props(proto, values)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()

@@ -58,7 +58,7 @@ class OnnxSelector:
     """An exported selector in an onnxruntime session.
 
     Attributes:
-        config: the selector's configuration, without how its thresholds were found.
+        config: the selector's configuration.
         provider: the onnxruntime provider in use, as the session itself reports it.
         session: the onnxruntime session, for IO binding.
     """

@@ -133,19 +133,14 @@ def calibrate(options: CalibrateOptions) -> LynxSelector:
         for budget, cell in certify(loaded.model, layers, selector, groups, options).items():
             cells[str(budget)][str(size)] = cell
     thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
-    how = {
-        "bound": BOUND,
-        "confidence": options.confidence,
-        "corpus": options.corpus,
-        "split": options.split,
-        "sources": shares(sources),
-        "cells": cells,
-    }
+    figures = {"bound": BOUND, "corpus": options.corpus, "split": options.split, "cells": cells}
+    metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
+    limits = {"confidence": options.confidence, "sources": shares(sources)}
     config = selector.config
     # Read again: what ran has been rounded to the precision that the model was loaded in.
     selector = LynxSelector.from_pretrained(options.selector).with_config(
         thresholds={**config.thresholds, options.metric: thresholds},
-        calibration={**config.calibration, options.metric: how},
+        calibration={**config.calibration, options.metric: limits},
     )
     write_card(
         folder,

@@ -26,7 +26,8 @@ class SelectorConfig:
         scorer, rank: kind of scorer, rank of the surrogates (0: none).
         keep_top1: every token keeps its first expert.
         thresholds: see `Thresholds`.
-        calibration: how the thresholds were found (bound, confidence, text, groups), for people.
+        calibration: metric -> for what text its thresholds hold, as the `sources` with their shares, and with what
+            `confidence`. What was measured at them stands in `metrics.json`.
     """
 
     base_model: str

@@ -11,12 +11,13 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import SelectorError
+from ..files import compact_json
 from ..show.card import render
 from .config import CARD, METRICS
 from .selector import LynxSelector
 
 
-def read_metrics(folder: str | os.PathLike[str]) -> dict[str, object]:
+def read_metrics(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The figures measured so far for the selector in `folder`; empty where there are none.
 
     Raises:
@@ -39,7 +40,7 @@ def write_card(folder: Path, selector: LynxSelector, metrics: dict[str, Any], fi
     Raises:
         SelectorError: the folder cannot be written to.
     """
-    text = json.dumps(metrics, indent=2) + "\n"
+    text = compact_json(metrics) + "\n"
     try:
         selector.save_pretrained(folder, {METRICS: text, CARD: render(asdict(selector.config), metrics), **files})
     except (OSError, SafetensorError) as error:  # the latter when the disk is full while the weights are written

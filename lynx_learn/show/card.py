@@ -21,7 +21,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         "Refused on any other model by the fingerprint of its routers.\n",
         "```python\nfrom lynx_learn import LynxSelector, skip_experts\n\n"
         'with skip_experts(model, LynxSelector.from_pretrained("this folder"), budget=0.01):\n    model.generate(**inputs)\n```\n',
-        _calibration(c["calibration"]),
+        _calibration(metrics.get("calibrate"), c["calibration"]),
         _coverage(metrics.get("coverage")),
         _evaluation(metrics.get("evaluate"), c["calibration"]),
         _training(metrics.get("train"), c["scorer"]),
@@ -44,11 +44,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _calibration(calibration: dict[str, Any]) -> str:
-    if not calibration:
+def _calibration(figures: dict[str, Any] | None, calibration: dict[str, Any]) -> str:
+    if not figures:
         return "## Budgets\n\nNot calibrated yet: `lynx-learn calibrate`.\n"
     parts = ["## Budgets\n"]
-    for metric, how in calibration.items():
+    for metric, how in figures.items():
+        limits = calibration[metric]
         rows = []
         for budget, cells in how["cells"].items():
             for size, cell in cells.items():
@@ -63,29 +64,29 @@ def _calibration(calibration: dict[str, Any]) -> str:
                     row = ["–", "–", "nothing is skipped: no threshold qualified", "100%"]
                 rows.append([budget, size, *row, str(cell["groups"])])
         parts.append(
-            f"Metric `{metric}`; bound: {how['bound']}, confidence {how['confidence']:.0%}; text: `{how['corpus']}`, split `{how['split']}`.\n\n"
+            f"Metric `{metric}`; bound: {how['bound']}, confidence {limits['confidence']:.0%}; text: `{how['corpus']}`, split `{how['split']}`.\n\n"
             + _table(
                 ["budget", "batch", "measured", "upper bound", "distinct experts per layer", "bytes", "groups"], rows
             )
         )
-        parts += _certified_text(how)
+        parts += _certified_text(how["cells"], limits.get("sources"))
     return "\n".join(parts)
 
 
-def _certified_text(how: dict[str, Any]) -> list[str]:
+def _certified_text(table: dict[str, Any], sources: dict[str, float] | None) -> list[str]:
     """What text the budgets are certified for, and each budget's source with the highest loss."""
     parts = []
     highest = []
-    for budget, cells in how["cells"].items():
+    for budget, cells in table.items():
         found = [(v, name, size) for size, cell in cells.items() for name, v in cell.get("by_source", {}).items()]
         if found:
             value, name, size = max(found)
             highest.append(f"- budget {budget}: highest by source at batch {size}: {name} {value:.4f}\n")
     if highest:
         parts.append("".join(highest))
-    if how.get("sources"):
+    if sources:
         parts.append(
-            f"**The budget is certified for text like: {_shares(how['sources'])}. On other text the loss can exceed it.** It bounds "
+            f"**The budget is certified for text like: {_shares(sources)}. On other text the loss can exceed it.** It bounds "
             "the mean over such text; single sources can lie above it.\n"
         )
     return parts
