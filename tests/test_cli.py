@@ -11,8 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
@@ -34,7 +32,7 @@ from lynx_learn.inspection import InspectOptions
 from lynx_learn.measure.calibrate import CalibrateOptions
 from lynx_learn.measure.evaluate import EvaluateOptions
 from lynx_learn.traces.collect import CollectOptions
-from lynx_learn.traces.format import Trace
+from lynx_learn.traces.format import Trace, TraceWriter
 
 
 class Done(NamedTuple):
@@ -536,51 +534,40 @@ def test_a_full_disk(refused: Refused, selector: Path, tmp_path: Path) -> None:
     assert Trace.open(tmp_path / "t").collected_tokens == 640
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_collecting(tmp_path: Path) -> None:
-    choose = random.Random(0)
-    lines = (json.dumps({"text": " ".join(choose.choices(VOCABULARY, k=200))}) + "\n" for _ in range(6000))
-    (tmp_path / "texts.jsonl").write_text("".join(lines))
-    out = tmp_path / "t"
-    words = collect_words(out, corpus=tmp_path / "texts.jsonl", tokens=800_000, batch_size=8)
-    command = [sys.executable, "-m", "lynx_learn.cli", *(str(word) for word in words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (out / "index" / "00001.safetensors").exists() or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    err = [line for line in process.communicate()[1].splitlines() if line.strip()]
-    assert process.returncode == 130
-    assert len(err) == 1
-    assert err[0].startswith("lynx-learn: interrupted")
+def test_ctrl_c_while_collecting(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first of two shards."""
+    write, out = TraceWriter.write, tmp_path / "t"
+    words = collect_words(out)
+
+    def interrupted(self: TraceWriter, shard: int, *content: Any) -> None:
+        write(self, shard, *content)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TraceWriter, "write", interrupted)
+    done = run(*words)
+    assert done.status == 130
+    assert len(done.err) == 1
+    assert done.err[0].startswith("lynx-learn: interrupted")
+    assert (out / "index" / "00000.safetensors").exists()
     assert not (out / "manifest.json").exists()
     assert not [name for name in contents(out) if name.endswith(".part")]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-
-
 def test_ctrl_c_while_lightning_trains(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning would leave with a status of its own, without a word, and deaf to further interrupts."""
-    words = train_words(tmp_path / "s", epochs=1_000_000)
-    scratch = tmp_path / "scratch"
+    from lynx_learn.fit.scorer import ScorerTraining
+
+    scratch, words = tmp_path / "scratch", train_words(tmp_path / "s")
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    over = threading.Event()
+    step, handler = ScorerTraining.training_step, signal.getsignal(signal.SIGINT)
 
-    def interrupt() -> None:
-        wait_for(lambda: over.is_set() or any(scratch.rglob("layer-00")))
-        time.sleep(0.2)
-        if not over.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(self: ScorerTraining, *batch: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch)
 
-    handler = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    monkeypatch.setattr(ScorerTraining, "training_step", interrupted)
     done = run(*words)
-    over.set()
-    thread.join()
     assert done.status == 130
     assert len(done.err) == 1
     assert done.err[0].startswith("lynx-learn: interrupted")

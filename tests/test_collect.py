@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +32,17 @@ EOS, LENGTH, LAYERS, EXPERTS, TOP_K = "<end>", 16, 2, 8, 2
 COLLECT = (
     "import json, sys\nfrom lynx_learn.traces.collect import *\ncollect(CollectOptions(**json.loads(sys.argv[1])))"
 )
+
+# Before it: killed when the 17th file is about to be put in its place.
+KILLED = """
+import itertools, os, signal
+count, replaced = itertools.count(), os.replace
+def killed(*names, **more):
+    if next(count) == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replaced(*names, **more)
+os.replace = killed
+"""
 
 
 class Tiny(NamedTuple):
@@ -298,46 +309,37 @@ def test_generated_text_does_not_end_early(tiny: Tiny, tmp_path: Path) -> None:
 # Stopped and gone on with.
 
 
-def start(options: CollectOptions) -> "subprocess.Popen[bytes]":
-    # Where the parent ignores Ctrl-C (as under nohup) the child would too.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [sys.executable, "-c", COLLECT, json.dumps(asdict(options))], env=environment(), stderr=pipe
-        )
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
-def stop_after(run: "subprocess.Popen[bytes]", out: Path, shards: int, with_signal: signal.Signals) -> None:
-    """Wait for so many shards to be there, then end the run in the middle of its work."""
-    while len(list(out.glob("index/*.safetensors"))) < shards:
-        assert run.poll() is None, run.stderr and run.stderr.read().decode()[-2000:]
-        time.sleep(0.002)
-    run.send_signal(with_signal)
-    run.communicate()
-    assert run.returncode != 0
-    assert not (out / "manifest.json").exists()
-
-
-@pytest.mark.slow
-def test_killed_and_interrupted_runs_end_with_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
+def test_killed_and_interrupted_runs_end_with_the_same_bytes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two files of a shard, then interrupted between two others, each of which is put in its place."""
     out, other = tmp_path / "stopped", tmp_path / "undisturbed"
-    options = choices(tiny, out, mode="generate", batch_size=1, tokens=50 * LENGTH)
-    first = start(options)
-    stop_after(first, out, 5, signal.SIGKILL)
-    assert first.returncode == -signal.SIGKILL
+    options = choices(tiny, out, mode="generate", batch_size=1, tokens=12 * LENGTH)
+    command = [sys.executable, "-c", KILLED + COLLECT, json.dumps(asdict(options))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(out.rglob(".*.part"))
     there = len(list(out.glob("index/*.safetensors")))
-    stop_after(start(options), out, there + 5, signal.SIGINT)
+    assert 2 < there < 8
+    count, replaced = itertools.count(), os.replace
+
+    def interrupted(*names: Any, **more: Any) -> None:
+        if next(count) == 7:
+            raise KeyboardInterrupt
+        replaced(*names, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(options)
     assert not list(out.rglob(".*.part"))
     with pytest.raises(TraceError, match="not complete"):
         Trace.open(out)
-    assert there + 5 <= len(list(out.glob("index/*.safetensors"))) < 50
+    assert there < len(list(out.glob("index/*.safetensors"))) < 12
     collect(options)
     collect(replace(options, out=str(other)))
     assert digests(out) == digests(other)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -381,6 +380,18 @@ def test_equal_seeds_give_equal_reports(tmp_path: Path) -> None:
     assert other["points"] != again["points"]
 
 
+# Begins a program that is killed as soon as a file is in its place.
+KILLED_AT = """
+import os, signal
+replace = os.replace
+def stop(source, target, **more):
+    replace(source, target, **more)
+    if str(target).endswith("{last}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = stop
+"""
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     """And ends with the same bytes in every file as one that was not killed."""
     out = tmp_path / "out"
@@ -388,13 +399,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     evaluate(options)
     expected = contents(out)
     shutil.rmtree(out)
-    program = f"from lynx_learn.measure.evaluate import *\nevaluate(EvaluateOptions(**{asdict(options)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 90
-    while not (out / "groups" / "2-single" / "00002.json").exists() and time.monotonic() < end:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    program = KILLED_AT.format(last="2-single/00002.json") + (
+        f"from lynx_learn.measure.evaluate import *\nevaluate(EvaluateOptions(**{asdict(options)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (out / "report.json").exists()
     finished = {file: file.stat().st_mtime_ns for file in (out / "groups").rglob("[0-9]*.json")}
     assert 3 <= len(finished) < 2 * 16

@@ -201,12 +201,11 @@ def test_no_process_stays_behind(end: Ended, said: str, tmp_path: Path) -> None:
     wait_for(lambda: (mark.exists() and len(workers_of(process.pid)) == 2) or process.poll() is not None)
     assert process.poll() is None
     end(process)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate()[1]
     assert process.returncode != 0
     assert said in err
     assert err.count("Traceback") <= 2
-    wait_for(lambda: not group_lives(process.pid))
-    assert not group_lives(process.pid)
+    wait_for(lambda: not group_lives(process.pid))  # for ever, if one stays
 
 
 def group_lives(group: int) -> bool:
@@ -217,9 +216,8 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
         time.sleep(0.02)
 
 
