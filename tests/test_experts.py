@@ -13,6 +13,7 @@ from tiny import (
     words,
 )
 
+from lynx_learn.moe import experts
 from lynx_learn.moe.experts import experts_by_distinct
 from lynx_learn.moe.families import find_moe_layers
 
@@ -37,8 +38,10 @@ def test_experts_run_by_distinct_and_are_put_back(given_: str, used: str) -> Non
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_rows_with_weight_zero_are_not_run(name: str) -> None:
+@pytest.mark.parametrize("form", ["_one_by_one", "_grouped"])
+def test_rows_with_weight_zero_are_not_run(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A left out assignment may point anywhere: its expert is not read, which weights of NaN would tell."""
+    monkeypatch.setattr(experts, "_one_by_one", getattr(experts, form))
     model = tiny_model(name)
     layer = find_moe_layers(model)[0]
     hidden, weights = torch.randn(6, HIDDEN), torch.rand(6, TOP_K)
@@ -51,3 +54,11 @@ def test_rows_with_weight_zero_are_not_run(name: str) -> None:
         with experts_by_distinct(model):
             found = layer.experts(hidden, broken, weights.masked_fill(torch.eye(6, TOP_K).bool(), 0.0))
         torch.testing.assert_close(found, wanted)
+
+
+def test_a_layer_that_runs_nothing_gives_zeros() -> None:
+    model = tiny_model("mixtral")
+    layer = find_moe_layers(model)[0]
+    with torch.no_grad(), experts_by_distinct(model):
+        found = layer.experts(torch.randn(3, HIDDEN), torch.zeros(3, TOP_K, dtype=torch.int64), torch.zeros(3, TOP_K))
+    assert torch.equal(found, torch.zeros(3, HIDDEN))

@@ -10,12 +10,47 @@ from torch import Tensor, nn
 BY_DISTINCT = "lynx_grouped_mm"
 
 
-def _grouped_by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def _by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
 
-    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing. Sorted
-    behind the last expert they belong to none. Arguments as those of an experts module.
+    What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing.
+    Arguments as those of an experts module.
     """
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _one_by_one(experts, hidden, indices, weights)
+    return _grouped(experts, hidden, indices, weights)
+
+
+def _one_by_one(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """A product for each expert in use, where their number is known without waiting.
+
+    On a CPU `grouped_mm` is such a loop too, but one over all experts, used or not.
+    """
+    count, top_k = experts.num_experts, indices.shape[-1]
+    expert, order = indices.masked_fill(weights == 0, count).flatten().sort()
+    rows = torch.bincount(expert, minlength=count + 1).tolist()[:count]
+    used, sizes = [e for e in range(count) if rows[e]], [n for n in rows if n]
+    order = order[: sum(sizes)]
+    token = order // top_k
+    if not used:
+        return torch.zeros_like(hidden)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        matrices = getattr(experts, name)
+        matrices = (matrices if experts.is_transposed else matrices.transpose(1, 2)).unbind(0)
+        output = torch.cat([part @ matrices[e] for e, part in zip(used, x.split(sizes), strict=True)])
+        return output + getattr(experts, f"{name}_bias")[expert[: len(x)]] if experts.has_bias else output
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear(hidden.index_select(0, token), "gate_up_proj"))
+    else:
+        inner = experts.act_fn(linear(hidden.index_select(0, token), "up_proj"))
+    output = linear(inner, "down_proj") * weights.flatten().index_select(0, order).unsqueeze(-1)
+    return output.new_zeros(hidden.shape).index_add_(0, token, output).to(hidden.dtype)
+
+
+def _grouped(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One grouped product; assignments whose weight is 0 are sorted behind the last expert and belong to no group."""
     from transformers.integrations.moe import _grouped_linear
 
     count, top_k = experts.num_experts, indices.shape[-1]
@@ -50,7 +85,7 @@ def experts_by_distinct(model: nn.Module) -> Iterator[None]:
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _grouped_by_distinct)
+    ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _by_distinct)
     before: dict[str, str | None] = model.get_experts_implementation()  # type: ignore[operator]
     during = {part: BY_DISTINCT if own in ("grouped_mm", "batched_mm") else own for part, own in before.items()}
     if during == before:
