@@ -1,17 +1,19 @@
 """A simulated decode is the real one, and its losses are what they say."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tiny import FAMILIES, VOCAB, decode, random_selector, tiny_model, words
 from transformers import PreTrainedModel
 
+from lynx_learn.decode import simulate
 from lynx_learn.decode.runtime import skip_experts
-from lynx_learn.decode.simulate import METRICS, Reference, compare, simulated_logits
+from lynx_learn.decode.simulate import METRICS, Reference, Run, Simulation, compare, simulated_logits, stacked_logits
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.rules.keep_sets import XShare
+from lynx_learn.rules.keep_sets import Random, XShare
 from lynx_learn.selector.selector import ThresholdPolicy
 
 PROMPT = 4
@@ -84,7 +86,7 @@ def test_compare_scores_each_policy_against_untouched() -> None:
     assert nothing.mean_stats()["experts"] == nothing.mean_stats()["experts_before"]
     base, other = (simulated_logits(model, layers, groups[1][0], p, PROMPT)[0] for p in (None, policy))
     wanted = Reference(base[:, :-1], groups[1][0][:, PROMPT + 1 :]).losses(other[:, :-1])
-    torch.testing.assert_close(some.losses[1], wanted)
+    torch.testing.assert_close(some.losses[1], wanted, rtol=1e-5, atol=1e-6)
     assert some.mean("kl") > 0.01
     assert some.losses.shape == (2, 3, len(METRICS))
     assert base.shape[-1] == VOCAB
@@ -99,3 +101,90 @@ def test_compare_scores_each_policy_against_untouched() -> None:
         }
     )
     assert some.mean_stats()["experts"] < some.mean_stats()["experts_before"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_runs_that_share_a_pass_do_not_share_a_batch(name: str) -> None:
+    """As in passes of their own: other groups, thresholds and rules beside them, and the untouched model, change nothing."""
+    model = tiny_model(name)
+    layers = find_moe_layers(model)
+    every: list[Policy | None] = [None, *policies(model).values(), random_selector(model).at_threshold(0.0)]
+    for policy in every[1:]:
+        policy.bind(layers)  # type: ignore[union-attr]
+    runs = [Run(words(size, 11, seed=size), policy) for policy in every for size in (5, 2)]
+    for run, (logits, stats) in zip(runs, stacked_logits(model, layers, runs, PROMPT), strict=True):
+        own, counted = simulated_logits(model, layers, run.tokens, run.policy, PROMPT)
+        torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-5)  # products of other sizes round otherwise
+        assert stats == counted
+
+
+def test_a_comparison_is_that_of_one_group_and_policy_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe")
+    selector, layers = random_selector(model), find_moe_layers(model)
+    groups = [(words(3, positions, seed), [""] * 3) for seed, positions in enumerate((9, 9, 9, 7))]
+    passes: list[int] = []
+
+    def seeing(model: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        passes.append(kwargs["input_ids"].numel())
+
+    def measured(groups: list[tuple[torch.Tensor, list[str]]]) -> list[torch.Tensor]:
+        rules: list[Policy] = [*(selector.at_threshold(tau) for tau in (0.5, 2.0)), XShare(4), Random(4, seed=1)]
+        found = compare(model, layers, groups[:3], rules, PROMPT)
+        found += compare(model, layers, groups[3:4], rules[:1], PROMPT)
+        return [result.losses for result in found]
+
+    model.register_forward_pre_hook(seeing, with_kwargs=True)
+    monkeypatch.setattr(simulate, "TOKENS_AT_A_TIME", 1)
+    alone = measured(groups)
+    assert max(passes) == 27
+    assert len(passes) == 3 * 5 + 2
+    lengths = list(passes)
+    passes.clear()
+    monkeypatch.setattr(simulate, "TOKENS_AT_A_TIME", 60)
+    for one, other in zip(alone, measured(groups), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert max(passes) == 54
+    assert len(passes) < len(lengths)
+    assert sum(passes) == sum(lengths)
+
+
+def test_what_the_untouched_model_says_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    layers, selector = find_moe_layers(model), random_selector(model)
+    groups = [(words(2, 9, seed=seed), ["", ""]) for seed in range(4)]
+    monkeypatch.setattr(simulate, "TOKENS_AT_A_TIME", 18)
+    passes: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda *call: passes.append(call[2]["input_ids"]), with_kwargs=True)
+
+    def measured(simulation: Simulation, threshold: float) -> torch.Tensor:
+        passes.clear()
+        return simulation.compare(groups, [selector.at_threshold(threshold)])[0].losses
+
+    roomy = Simulation(model, layers, PROMPT)
+    first = measured(roomy, 1.0)
+    assert len(passes) == 8
+    assert torch.equal(measured(roomy, 1.0), first)
+    assert len(passes) == 4  # the policy's own
+    monkeypatch.setattr(simulate, "KEPT_BYTES", 2 * 2 * 4 * VOCAB * 4)  # two groups of two times four scored tokens
+    tight = Simulation(model, layers, PROMPT)
+    assert torch.equal(measured(tight, 1.0), first)
+    assert len(tight.kept) == 2
+    measured(tight, 1.0)
+    assert len(passes) == 8
+
+
+def test_runs_are_measured_when_they_are_asked_for() -> None:
+    model = tiny_model("mixtral")
+    layers, policy = find_moe_layers(model), XShare(4)
+    policy.bind(layers)
+    drawn: list[int] = []
+
+    def runs() -> Iterator[Run]:
+        for number in range(5):
+            drawn.append(number)
+            yield Run(words(16, 128), policy)
+
+    results = Simulation(model, layers, PROMPT).losses(runs())
+    next(results)
+    assert drawn == [0]

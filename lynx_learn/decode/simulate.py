@@ -1,18 +1,23 @@
-"""Teacher-forced decode of many sequences side by side, in one pass per batch.
+"""Teacher-forced decode of many sequences side by side, several groups or policies in one pass.
 
 The tokens at one position of B sequences form one decode batch of size B. All layers skip at once, and later positions
 see the keys and values of earlier ones that skipped, as in a real decode. The first positions stand for the prompt: they
 run untouched and are not scored.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..moe.decision import Decision, Policy, Routing
+from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer
 from ..moe.hooks import intercept
 from .runtime import act
@@ -21,6 +26,18 @@ from .tally import Stats, Tally
 METRICS = ("kl", "nll", "agreement")
 # Rows of logits compared at a time, so that float32 copies of a large vocabulary stay small.
 ROWS_AT_A_TIME = 512
+# Tokens of a pass, unless one group has more: fewer leave products small, more no longer fit a CPU's caches.
+TOKENS_AT_A_TIME = 2048
+# Untouched predictions that are kept for whoever measures the same groups again; beyond that they are made again.
+KEPT_BYTES = 2**28
+
+
+class Run(NamedTuple):
+    """One group of sequences that decode together, and what decides for it; None: the untouched model."""
+
+    tokens: Tensor
+    """`(sequences, positions)`, without padding."""
+    policy: Policy | None
 
 
 def simulated_logits(
@@ -33,26 +50,59 @@ def simulated_logits(
         policy: what decides; None for the untouched model.
         prompt: leading positions that are prefill.
     """
-    sequences, positions = tokens.shape
-    tally = Tally(layers, policy)
+    (found,) = stacked_logits(model, layers, [Run(tokens, policy)], prompt)
+    return found
+
+
+def stacked_logits(
+    model: nn.Module, layers: list[MoeLayer], runs: Sequence[Run], prompt: int
+) -> list[tuple[Tensor, Stats]]:
+    """As `simulated_logits` of several runs, whose sequences have one length, in one pass of the model.
+
+    No decode batch holds tokens of two runs: each run's policy sees what it would see in a pass without the others.
+    """
+    positions = runs[0].tokens.shape[1]
+    sizes = [len(run.tokens) for run in runs]
+    tallies = [Tally(layers, run.policy) for run in runs]
+    skipping = any(run.policy is not None for run in runs)
 
     def on_layer(layer: MoeLayer, routing: Routing) -> Decision | None:
-        def by_position(part: Tensor) -> Tensor:
-            return part[0].unflatten(0, (sequences, positions)).transpose(0, 1)[prompt:]
+        def by_run(part: Tensor) -> tuple[Tensor, ...]:
+            return part[0].unflatten(0, (-1, positions)).split(sizes)
 
-        def put_back(whole: Tensor, part: Tensor) -> Tensor:
-            head = whole[0].unflatten(0, (sequences, positions))[:, :prompt]
-            return torch.cat([head, part.transpose(0, 1).to(head.dtype)], dim=1).flatten(0, 1).unsqueeze(0)
+        def put_back(whole: Tensor, parts: list[Tensor | None]) -> Tensor:
+            rows = []
+            for own, part in zip(by_run(whole), parts, strict=True):
+                changed = own[:, prompt:] if part is None else part.transpose(0, 1).to(own.dtype)
+                rows.append(torch.cat([own[:, :prompt], changed], dim=1))
+            return torch.cat(rows).flatten(0, 1).unsqueeze(0)
 
-        done = act(policy, layer, Routing(*map(by_position, routing)), tally)
-        if policy is None:
+        done = [
+            act(run.policy, layer, Routing(*(part.transpose(0, 1)[prompt:] for part in parts)), tally)
+            for run, tally, *parts in zip(runs, tallies, *map(by_run, routing), strict=True)
+        ]
+        if not skipping:
             return None
-        added = None if done.addition is None else put_back(torch.zeros_like(routing.hidden), done.addition)
-        return Decision(put_back(routing.indices, done.indices), put_back(routing.weights, done.weights), added)
+        indices, weights, added = ([getattr(d, name) for d in done] for name in ("indices", "weights", "addition"))
+        nothing = all(part is None for part in added)
+        return Decision(
+            put_back(routing.indices, indices),
+            put_back(routing.weights, weights),
+            None if nothing else put_back(torch.zeros_like(routing.hidden), added),
+        )
 
-    with intercept(model, layers, on_layer):
-        logits = model(input_ids=tokens, use_cache=False).logits
-    return logits[:, prompt:], tally.stats()
+    tokens = runs[0].tokens if len(runs) == 1 else torch.cat([run.tokens for run in runs])
+    # As at decode; where a gradient is wanted, it may be that of an expert whose weight is 0.
+    leaner = skipping and not torch.is_grad_enabled()
+    with intercept(model, layers, on_layer), experts_by_distinct(model) if leaner else nullcontext():
+        logits = model(input_ids=tokens, use_cache=False, **_last(model, positions - prompt)).logits
+    parts = logits[:, prompt - positions :].split(sizes)
+    return [(part, tally.stats()) for part, tally in zip(parts, tallies, strict=True)]
+
+
+def _last(model: nn.Module, positions: int) -> dict[str, Any]:
+    """So that the prompt's logits, a row of the vocabulary for each of its tokens, are not computed where that is known."""
+    return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 class Reference:
@@ -63,14 +113,28 @@ class Reference:
         targets: next tokens `(sequences, positions)`.
     """
 
+    @torch.no_grad()
     def __init__(self, logits: Tensor, targets: Tensor) -> None:
         self.targets = targets = targets.to(logits.device)
-        self.probabilities = functional.softmax(logits.float(), -1).flatten(0, 1)
-        log = functional.log_softmax(logits.float(), -1).flatten(0, 1)
-        self.negative_entropy = (self.probabilities * log).sum(-1)
-        self.target_log = log.gather(-1, targets.flatten().unsqueeze(-1)).squeeze(-1)
-        self.greedy = log.argmax(-1)
+        flat, wanted = logits.flatten(0, 1), targets.flatten().unsqueeze(-1)
+        self.probabilities = torch.empty(flat.shape, device=logits.device)
+        self.negative_entropy, self.target_log = torch.empty(2, len(flat), device=logits.device)
+        self.greedy = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
+        for start in range(0, len(flat), ROWS_AT_A_TIME):
+            part = slice(start, start + ROWS_AT_A_TIME)
+            given = flat[part].float()
+            self.probabilities[part] = functional.softmax(given, -1)
+            log = functional.log_softmax(given, -1)
+            self.negative_entropy[part] = (self.probabilities[part] * log).sum(-1)
+            self.target_log[part] = log.gather(-1, wanted[part]).squeeze(-1)
+            self.greedy[part] = log.argmax(-1)
 
+    @property
+    def bytes(self) -> int:
+        """Of what it holds, about."""
+        return self.probabilities.numel() * self.probabilities.element_size()
+
+    @torch.no_grad()
     def losses(self, logits: Tensor) -> Tensor:
         """Per-sequence means `(sequences, 3)`, in the order of METRICS: nats, nats, share.
 
@@ -133,7 +197,107 @@ class Comparison:
         }
 
 
-@torch.no_grad()
+class Simulation:
+    """Measures policies against the untouched model, whose predictions for the last groups are kept.
+
+    Args:
+        prompt: leading positions of each sequence that are prefill.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[MoeLayer], prompt: int) -> None:
+        self.model, self.layers, self.prompt = model, layers, prompt
+        self.kept: OrderedDict[bytes, tuple[Reference, Stats]] = OrderedDict()
+
+    def untouched(self, tokens: Tensor) -> Stats:
+        """What the untouched model loads for one group."""
+        (found,) = self._untouched([tokens])
+        return found[1]
+
+    @torch.no_grad()
+    def losses(self, runs: Iterable[Run]) -> Iterator[tuple[Tensor, Stats]]:
+        """Losses `(sequences, 3)` as `Reference.losses` gives them, and what skipping did, of each run in turn.
+
+        Runs are drawn, and measured, as their results are asked for: as many at a time as make a full pass.
+
+        Args:
+            runs: their policies are bound already.
+        """
+        for stack in stacks(runs):
+            references = [reference for reference, _ in self._untouched([run.tokens for run in stack])]
+            found = stacked_logits(self.model, self.layers, stack, self.prompt)
+            for reference, (logits, stats) in zip(references, found, strict=True):
+                yield reference.losses(logits[:, :-1]), stats
+
+    def compare(
+        self,
+        groups: Sequence[tuple[Tensor, list[str]]],
+        policies: Sequence[Policy],
+        progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+    ) -> list["Comparison"]:
+        """Measure all policies on the same groups.
+
+        Args:
+            groups: token rows `(sequences, positions)` and the source of each sequence.
+        """
+        for policy in policies:
+            policy.bind(self.layers)
+        found: list[list[tuple[Tensor, Stats]]] = [[] for _ in policies]
+
+        def measured() -> Iterator[int]:
+            # Groups of one pass with all policies, then those of the next: their predictions are not made twice.
+            for part in stacks(Run(tokens, None) for tokens, _ in groups):
+                runs = [Run(run.tokens, policy) for policy in policies for run in part]
+                for place, result in enumerate(self.losses(runs)):
+                    found[place // len(part)].append(result)
+                yield from range(len(part))
+
+        for _ in progress(measured()):
+            pass
+        sources = [names for _, names in groups]
+        scored = sum(part.shape[0] * (part.shape[1] - self.prompt - 1) for part, _ in groups)
+        return [
+            Comparison(
+                p.name, p.setting, torch.stack([loss for loss, _ in rows]), [s for _, s in rows], sources, scored
+            )
+            for p, rows in zip(policies, found, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _untouched(self, groups: list[Tensor]) -> list[tuple[Reference, Stats]]:
+        """Predictions and statistics of each group, from what is kept or made now; groups are no more than a pass."""
+        wanted = {key(tokens): tokens for tokens in groups}
+        if missing := {name: tokens for name, tokens in wanted.items() if name not in self.kept}:
+            runs = [Run(tokens, None) for tokens in missing.values()]
+            made = stacked_logits(self.model, self.layers, runs, self.prompt)
+            for (name, tokens), (logits, stats) in zip(missing.items(), made, strict=True):
+                self.kept[name] = Reference(logits[:, :-1], tokens[:, self.prompt + 1 :]), stats
+        for name in wanted:
+            self.kept.move_to_end(name)
+        while len(self.kept) > len(wanted) and sum(reference.bytes for reference, _ in self.kept.values()) > KEPT_BYTES:
+            self.kept.popitem(last=False)
+        return [self.kept[key(tokens)] for tokens in groups]
+
+
+def key(tokens: Tensor) -> bytes:
+    """What tells a group from others."""
+    return repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
+
+
+def stacks(runs: Iterable[Run]) -> Iterator[list[Run]]:
+    """Runs that share a pass: sequences of one length, TOKENS_AT_A_TIME tokens or a single run."""
+    stack: list[Run] = []
+    for run in runs:
+        if stack and stack[0].tokens.shape[1] != run.tokens.shape[1]:
+            yield stack
+            stack = []
+        stack.append(run)
+        if sum(other.tokens.numel() for other in stack) + run.tokens.numel() > TOKENS_AT_A_TIME:
+            yield stack
+            stack = []
+    if stack:
+        yield stack
+
+
 def compare(
     model: nn.Module,
     layers: list[MoeLayer],
@@ -142,24 +306,5 @@ def compare(
     prompt: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> list[Comparison]:
-    """Measure policies on the same groups, each group's untouched logits computed once.
-
-    Args:
-        groups: token rows `(sequences, positions)` and the source of each sequence.
-    """
-    for policy in policies:
-        policy.bind(layers)
-    found: list[list[tuple[Tensor, Stats]]] = [[] for _ in policies]
-    for index in progress(range(len(groups))):
-        tokens = groups[index][0]
-        base, _ = simulated_logits(model, layers, tokens, None, prompt)
-        reference = Reference(base[:, :-1], tokens[:, prompt + 1 :])
-        for rows, policy in zip(found, policies, strict=True):
-            other, stats = simulated_logits(model, layers, tokens, policy, prompt)
-            rows.append((reference.losses(other[:, :-1]), stats))
-    sources = [names for _, names in groups]
-    scored = sum(part.shape[0] * (part.shape[1] - prompt - 1) for part, _ in groups)
-    return [
-        Comparison(p.name, p.setting, torch.stack([loss for loss, _ in rows]), [s for _, s in rows], sources, scored)
-        for p, rows in zip(policies, found, strict=True)
-    ]
+    """Measure policies on the same groups, as `Simulation.compare`; nothing is kept."""
+    return Simulation(model, layers, prompt).compare(groups, policies, progress)

@@ -52,13 +52,15 @@ def measure_sensitivities(
     prompt: int,
 ) -> list[float]:
     """Set and return each layer's sensitivity, so that predicted costs come out in nats of KL per token."""
+    probes = [HalfOfOneLayer(selector, layer.index) for layer in layers]
+    for probe in probes:
+        selector.layers[probe.layer].sensitivity.fill_(1.0)  # type: ignore[operator]
+    measured = compare(
+        model, layers, groups, probes, prompt, lambda steps: track(steps, "sensitivities", len(groups), unit="groups")
+    )
     found = []
-    for layer in track(layers, "sensitivities", len(layers), unit="layers"):
-        own: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
-        own.sensitivity.fill_(1.0)
-        probe = HalfOfOneLayer(selector, layer.index)
-        measured = compare(model, layers, groups, [probe], prompt)[0].mean("kl")
+    for probe, result in zip(probes, measured, strict=True):
         per_token = probe.cost / max(probe.tokens, 1)
-        found.append(max(measured, 1e-9) / max(per_token, 1e-30))
-        own.sensitivity.fill_(found[-1])
+        found.append(max(result.mean("kl"), 1e-9) / max(per_token, 1e-30))
+        selector.layers[probe.layer].sensitivity.fill_(found[-1])  # type: ignore[operator]
     return found

@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from ..decode.simulate import compare, simulated_logits
+from ..decode.simulate import Simulation, simulated_logits
 from ..errors import SelectorError
-from ..moe.decision import Decision, Policy, Routing
+from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
@@ -105,8 +106,9 @@ def tune(
     _require_gradients(frozen, False)
     rng = random.Random(options.seed)
     sizes = sorted({min(size, len(rows)) for size in options.batch_sizes})
-    spans = {size: _thresholds(model, layers, selector, _batch(rows, size, rng)) for size in sizes}
-    before = _measure(model, layers, selector, check, spans, options.seed)
+    simulations = {size: Simulation(model, layers, _positions(rows, size) // PROMPT_SHARE) for size in sizes}
+    spans = {size: _thresholds(simulations[size], selector, _batch(rows, size, rng)) for size in sizes}
+    before = _measure(simulations, selector, check, spans, options.seed)
     selector.float()  # measuring has put the surrogates into the model's precision
     optimiser = torch.optim.Adam(_parameters(selector, options.rate), betas=(0.9, 0.98))
     shape = get_cosine_schedule_with_warmup(optimiser, min(WARM_UP, options.steps // 5), options.steps)
@@ -129,7 +131,7 @@ def tune(
         _require_gradients(frozen, True)
     for layer, own in zip(layers, selector.layers, strict=True):
         own.surrogates.round_to(layer.dtype)  # type: ignore[union-attr,operator]
-    after = _measure(model, layers, selector, check, spans, options.seed)
+    after = _measure(simulations, selector, check, spans, options.seed)
     return {"steps": options.steps, "batch_sizes": sizes, "before": before, "after": after}
 
 
@@ -151,11 +153,14 @@ def _require_gradients(parameters: list[nn.Parameter], required: bool) -> None:
 
 def _batch(rows: Tensor, size: int, rng: random.Random) -> Tensor:
     """Random sequences, cut at a random place so that a step has about STEP_TOKENS tokens."""
-    length = rows.shape[1]
-    positions = min(length, max(FEWEST_POSITIONS, STEP_TOKENS // size))
-    start = rng.randrange(length - positions + 1)
+    positions = _positions(rows, size)
+    start = rng.randrange(rows.shape[1] - positions + 1)
     chosen = torch.tensor(rng.sample(range(len(rows)), size), device=rows.device)
     return rows[chosen, start : start + positions]
+
+
+def _positions(rows: Tensor, size: int) -> int:
+    return min(rows.shape[1], max(FEWEST_POSITIONS, STEP_TOKENS // size))
 
 
 def _loss(model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, tokens: Tensor, threshold: float) -> Tensor:
@@ -173,27 +178,26 @@ def _loss(model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, toke
     return kl / threshold + kept / size
 
 
-def _thresholds(
-    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, tokens: Tensor
-) -> tuple[float, float]:
+def _thresholds(simulation: Simulation, selector: LynxSelector, tokens: Tensor) -> tuple[float, float]:
     """Thresholds between which the selector loses about LOSSES on these tokens, by bisection."""
+
+    @cache  # both ends begin alike
+    def kl(log_threshold: float) -> float:
+        policy = selector.at_threshold(math.exp(log_threshold))
+        return simulation.compare([(tokens, [""] * len(tokens))], [policy])[0].mean("kl")
+
     ends = []
     for loss in LOSSES:
         low, high = math.log(1e-6), math.log(10.0)
         for _ in range(6):
             middle = (low + high) / 2
-            policy: Policy = selector.at_threshold(math.exp(middle))
-            (result,) = compare(
-                model, layers, [(tokens, [""] * len(tokens))], [policy], tokens.shape[1] // PROMPT_SHARE
-            )
-            low, high = (middle, high) if result.mean("kl") < loss else (low, middle)
+            low, high = (middle, high) if kl(middle) < loss else (low, middle)
         ends.append(math.exp((low + high) / 2))
     return ends[0], max(ends[1], 1.01 * ends[0])
 
 
 def _measure(
-    model: nn.Module,
-    layers: list[MoeLayer],
+    simulations: dict[int, Simulation],
     selector: LynxSelector,
     check: Tensor,
     spans: dict[int, tuple[float, float]],
@@ -204,10 +208,8 @@ def _measure(
     for size, (low, high) in spans.items():
         groups = list(_held_out(check, size, random.Random(seed)))
         taus = [low, math.sqrt(low * high), high]
-        prompt = groups[0][0].shape[1] // PROMPT_SHARE
-        for tau, result in zip(
-            taus, compare(model, layers, groups, [selector.at_threshold(t) for t in taus], prompt), strict=True
-        ):
+        results = simulations[size].compare(groups, [selector.at_threshold(tau) for tau in taus])
+        for tau, result in zip(taus, results, strict=True):
             experts = result.mean_stats()["experts"]
             found.append({"batch_size": size, "threshold": tau, "kl": result.mean("kl"), "experts": experts})
     return found

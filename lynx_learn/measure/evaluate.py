@@ -31,7 +31,7 @@ from ..show.progress import track
 from ..traces import corpus as corpora
 from .report import Cell, make_report
 from .store import Store
-from .sweeps import Run, Setup, Subject, Task, measuring, plan
+from .sweeps import Runner, Setup, Subject, Task, measuring, plan
 
 FEWEST_GROUPS = 8
 # Options that do not decide what is measured.
@@ -198,7 +198,7 @@ def identity(options: EvaluateOptions, subject: Subject, cells: list[Cell]) -> d
     }
 
 
-def finish(cells: list[Cell], store: Store, run: Run, levels: tuple[float, ...]) -> Iterator[None]:
+def finish(cells: list[Cell], store: Store, run: Runner, levels: tuple[float, ...]) -> Iterator[None]:
     """Measure every group that is not stored, and yield once for each group: first groups first, large ones first."""
     cells = sorted(cells, key=lambda cell: -cell.size)
     yield from _store(store, run, [cell.task(0, None) for cell in cells])
@@ -209,7 +209,7 @@ def finish(cells: list[Cell], store: Store, run: Run, levels: tuple[float, ...])
     yield from _store(store, run, rest)
 
 
-def _store(store: Store, run: Run, tasks: list[Task]) -> Iterator[None]:
+def _store(store: Store, run: Runner, tasks: list[Task]) -> Iterator[None]:
     missing = [task for task in tasks if store.read(task.cell, task.index) is None]
     yield from [None] * (len(tasks) - len(missing))
     for task, rows in run(missing):

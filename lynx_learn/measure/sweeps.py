@@ -9,7 +9,7 @@ rule's parameter is chosen by it, and nothing is tuned.
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..decode.simulate import Reference, simulated_logits
+from ..decode.simulate import Run, Simulation
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import find_moe_layers
@@ -111,32 +111,30 @@ class Subject:
         return [self.selector.policy(float(budget)) for budget in self.selector.config.thresholds.get("kl", {})]
 
 
-@torch.no_grad()
 def measure(subject: Subject, task: Task) -> list[Row]:
     """The untouched model, then the policies in the plan, on one group; without plan what `walk` finds."""
     tokens = torch.tensor(task.tokens, device=subject.loaded.input_device)
-    prompt, model, layers = subject.setup.prompt, subject.loaded.model, subject.layers
-    base, untouched = simulated_logits(model, layers, tokens, None, prompt)
-    reference = Reference(base[:, :-1], tokens[:, prompt + 1 :])
-    del base  # large, and no longer needed
+    simulation = Simulation(subject.loaded.model, subject.layers, subject.setup.prompt)
 
-    def score(method: str, curve: int, policy: Policy) -> Row:
-        policy.bind(layers)
-        logits, stats = simulated_logits(model, layers, tokens, policy, prompt)
-        losses = reference.losses(logits[:, :-1]).tolist()
-        return {"method": method, "curve": curve, "setting": policy.setting, "losses": losses, "stats": asdict(stats)}
+    def score(method: str, curve: int, policies: Sequence[Policy]) -> Iterator[Row]:
+        for policy in policies:
+            policy.bind(subject.layers)
+        results = simulation.losses(Run(tokens, policy) for policy in policies)
+        for policy, (losses, stats) in zip(policies, results, strict=True):
+            row = {"method": method, "curve": curve, "setting": policy.setting}
+            yield {**row, "losses": losses.tolist(), "stats": asdict(stats)}
 
     nothing = [[0.0, 0.0, 0.0] for _ in task.tokens]
-    rows: list[Row] = [
-        {"method": "untouched", "curve": 0, "setting": "", "losses": nothing, "stats": asdict(untouched)}
-    ]
+    untouched = asdict(simulation.untouched(tokens))
+    rows: list[Row] = [{"method": "untouched", "curve": 0, "setting": "", "losses": nothing, "stats": untouched}]
     wanted = None if task.plan is None else set(task.plan)
     for (method, number), curve in subject.sweeps(len(tokens), task.index).items():
         if wanted is None:
-            rows += walk((score(method, number, policy) for policy in curve), max(subject.setup.levels))
+            rows += walk(score(method, number, curve), max(subject.setup.levels))
         else:
-            rows += [score(method, number, policy) for policy in curve if (method, number, policy.setting) in wanted]
-    return rows + [score("learned", 0, policy) for policy in subject.budgeted()]
+            rows += score(method, number, [p for p in curve if (method, number, p.setting) in wanted])
+    rows += score("learned", 0, subject.budgeted())
+    return rows
 
 
 def walk(rows: Iterable[Row], highest: float) -> Iterator[Row]:
@@ -192,11 +190,11 @@ def settings_to_measure(losses: list[float], levels: tuple[float, ...]) -> set[i
     return set(kept)
 
 
-Run = Callable[[list[Task]], Iterator[tuple[Task, list[Row]]]]
+Runner = Callable[[list[Task]], Iterator[tuple[Task, list[Row]]]]
 
 
 @contextmanager
-def measuring(subject: Subject, workers: int) -> Iterator[Run]:
+def measuring(subject: Subject, workers: int) -> Iterator[Runner]:
     """What measures tasks, in any order: this process, or several of one thread each with a model of their own.
 
     The processes end with the context, also when it ends by an exception or Ctrl-C, and with this process, whatever
