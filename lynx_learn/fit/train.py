@@ -14,7 +14,7 @@ from ..errors import OptionError, TraceError
 from ..files import check_empty
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
-from ..moe.loading import load_model
+from ..moe.loading import LoadedModel, load_model
 from ..rules.oracle import true_costs
 from ..selector.config import RUN, SelectorConfig
 from ..selector.features import LOG_WEIGHT, assignment_features
@@ -91,12 +91,16 @@ class TrainOptions:
             raise OptionError("--tune_batch_sizes is not usable: expected one number or more, each at least 1")
 
 
-def train(options: TrainOptions) -> LynxSelector:
-    """Fit a selector and write its directory; thresholds come from `calibrate`."""
+def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace | None = None) -> LynxSelector:
+    """Fit a selector and write its directory; thresholds come from `calibrate`.
+
+    Args:
+        loaded, trace: the model and the trace that the options name, where they are loaded and opened already.
+    """
     out = Path(options.out)
     check_empty(out)
-    trace = Trace.open(options.trace)
-    loaded = load_model(options.model or trace.options.model, options.device, options.dtype, tokenizer=False)
+    trace = trace or Trace.open(options.trace)
+    loaded = loaded or load_model(options.model or trace.options.model, options.device, options.dtype, tokenizer=False)
     layers = find_moe_layers(loaded.model)
     if router_fingerprint(layers) != trace.options.router_fingerprint:
         raise TraceError(

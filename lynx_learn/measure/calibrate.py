@@ -21,7 +21,7 @@ from ..decode.simulate import compare
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.loading import load_model
+from ..moe.loading import LoadedModel, load_model
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
@@ -104,13 +104,17 @@ def check_groups(option: str, groups: int) -> None:
         )
 
 
-def calibrate(options: CalibrateOptions) -> LynxSelector:
-    """Find the thresholds and write them into the selector directory."""
+def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> LynxSelector:
+    """Find the thresholds and write them into the selector directory.
+
+    Args:
+        loaded: the model that the options name, where it is loaded already.
+    """
     folder = Path(options.selector)
     metrics = read_metrics(folder)
     check_writable(folder)
     selector = LynxSelector.from_pretrained(options.selector)
-    loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
+    loaded = loaded or load_model(options.model or selector.config.base_model, options.device, options.dtype)
     layers = find_moe_layers(loaded.model)
     selector.check(layers)
     cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}

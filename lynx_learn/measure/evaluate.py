@@ -22,7 +22,7 @@ from typing import Any
 from .. import __version__
 from ..errors import OptionError
 from ..files import check_writable
-from ..moe.loading import environment
+from ..moe.loading import LoadedModel, environment
 from ..rules.grids import METHODS
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
@@ -126,12 +126,16 @@ class EvaluateOptions:
         return Setup(*own, methods, levels, self.prompt, self.seed)
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Measure, write `report.json` and the figure, and return the report."""
+def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dict[str, Any]:
+    """Measure, write `report.json` and the figure, and return the report.
+
+    Args:
+        loaded: the model that the options name, where it is loaded already; workers load their own.
+    """
     metrics = read_metrics(options.selector) if options.card else {}
     for place in (options.out, *([options.selector] if options.card else [])):
         check_writable(Path(place))
-    subject = Subject(options.setup)
+    subject = Subject(options.setup, loaded)
     if options.workers > 1 and subject.loaded.input_device.type != "cpu":
         raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")
     cells = [read_cell(options, subject, *cell) for cell in options.cells]

@@ -23,7 +23,7 @@ from ..decode.simulate import Run, Simulation
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import find_moe_layers
-from ..moe.loading import load_model
+from ..moe.loading import LoadedModel, load_model
 from ..rules.expert_stats import measure_experts
 from ..rules.grids import curves
 from ..selector.selector import LynxSelector
@@ -81,11 +81,11 @@ class Subject:
         SelectorError, ModelError, TraceError: what is named does not load or does not belong together.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, loaded: LoadedModel | None = None) -> None:
         self.setup = setup
         self.selector = LynxSelector.from_pretrained(setup.selector)
         self.trace = Trace.open(setup.trace) if setup.trace else None
-        self.loaded = load_model(setup.model or self.selector.config.base_model, setup.device, setup.dtype)
+        self.loaded = loaded or load_model(setup.model or self.selector.config.base_model, setup.device, setup.dtype)
         self.layers = find_moe_layers(self.loaded.model)
         self.selector.check(self.layers)
         self.curves: dict[tuple[str, int, int], list[list[Policy]]] = {}

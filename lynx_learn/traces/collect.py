@@ -18,7 +18,7 @@ from ..files import check_writable
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
 from ..moe.hooks import intercept
-from ..moe.loading import generate_plainly, load_model
+from ..moe.loading import LoadedModel, generate_plainly, load_model
 from ..show.progress import track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
@@ -94,27 +94,32 @@ class Tracer(Protocol):
         """Give back what does not go away by itself."""
 
 
-def collect(options: CollectOptions) -> Trace:
-    """Write the trace directory `options.out` and return it opened."""
+def collect(options: CollectOptions, loaded: LoadedModel | None = None) -> Trace:
+    """Write the trace directory `options.out` and return it opened.
+
+    Args:
+        loaded: the model that the options name, where it is loaded already.
+    """
     out = Path(options.out)
     check_writable(out)
-    with closing(start(options)) as tracer:
+    with closing(start(options, loaded)) as tracer:
         trace_options = describe(options, tracer.model)
         writer = TraceWriter(out, trace_options)
-        if not writer.complete:
+        was_there = writer.complete
+        if not was_there:
             check_room(out, trace_options)
             _write_shards(writer, tracer)
-    trace = Trace.open(out)
+    trace = Trace.open(out, verify=was_there)
     if trace.collected_tokens < options.tokens:
         text = f"{options.corpus!r} ({options.split} split)"
         print(f"{text} holds {trace.collected_tokens:,} of the {options.tokens:,} tokens asked for")
     return trace
 
 
-def start(options: CollectOptions) -> Tracer:
-    """Load the model in the engine that is asked for."""
+def start(options: CollectOptions, loaded: LoadedModel | None = None) -> Tracer:
+    """Load the model in the engine that is asked for, unless that is transformers and `loaded` is given."""
     if options.engine == "transformers":
-        return TransformersTracer(options)
+        return TransformersTracer(options, loaded)
     known = {entry.name: entry for entry in entry_points(group=ENGINES)}
     if options.engine not in known:
         expected = ", ".join(["transformers", *sorted(known)])
@@ -143,8 +148,8 @@ def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
 class TransformersTracer:
     """A transformers model with hooks on its MoE blocks."""
 
-    def __init__(self, options: CollectOptions) -> None:
-        self.loaded = load_model(options.model, options.device, options.dtype)
+    def __init__(self, options: CollectOptions, loaded: LoadedModel | None = None) -> None:
+        self.loaded = loaded or load_model(options.model, options.device, options.dtype)
         self.tokenizer = self.loaded.tokenizer
         self.layers = find_moe_layers(self.loaded.model)
         first = alike(self.layers)
