@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
         "for tokens in (2_048, 8_192):\n"
         "    trace = f'{out}/t{tokens}'\n"
         "    collect(CollectOptions(model, trace, texts, split='all', tokens=tokens, length=32))\n"
-        "    few = dict(rank=1, epochs=1, reference=False, sensitivity_groups=1)\n"
+        "    few = dict(rank=1, epochs=1, reference=False, sensitivity_groups=1, tune_steps=1)\n"
         "    fit.train(fit.TrainOptions(trace, f'{out}/s{tokens}', **few))\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
     )
