@@ -150,9 +150,15 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     )
     text = ["--corpus", "python-stdlib"]
     small = {
-        "collect": ["--corpus", "python-stdlib", "--tokens", "6000", "--length", "64", "--out", trace],
-        "train": ["--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1", "--reference", "false"],
-        "calibrate": ["--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "2000"],
+        "collect": ["--corpus", "python-stdlib", "--tokens", "3000", "--length", "64", "--out", trace],
+        "train": [
+            *("--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1", "--reference", "false"),
+            *("--sensitivity_groups", "1"),
+        ],
+        "calibrate": [
+            *("--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "1"),
+            *("--length", "32", "--prompt", "8"),
+        ],
         "evaluate": [
             *("--selector", selector, "--trace", trace, "--corpus", "python-stdlib", "--out", report, "--workers", "1"),
             *("--batch_sizes", "16", "--batches", "mixed", "--tokens", "1", "--length", "32", "--prompt", "8"),
@@ -182,7 +188,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     assert set(LynxSelector.from_pretrained(selector).config.thresholds["kl"]) == {"0.003", "0.01", "0.03"}
     variants = {"base": {}, "no surrogates, not tuned": {"rank": 0, "tune_steps": 0}}
     places = ["--config", "train/ablations.yaml", "--trace", trace, *text, "--out", ablations]
-    small_base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 1}
+    small_base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 1, "sensitivity_groups": 1}
     changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", 2, "--tokens", 1]
     said = script("train/ablations.py", *places, *changes)
     assert all(name in said for name in variants)
