@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +29,26 @@ class Tally:
         loads = decision.loads or tuple(
             used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, decision.indices)
         )
+        if type(routing.active) is Tensor and routing.active.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._add_on_host(index, routing.active, decision.answered, *loads)
+            return
         self.batches[index] += len(routing.active)
         self.tokens[index] += routing.active.sum()
         self.loads[index] += torch.stack(loads).sum(1)
         if decision.answered is not None:
             self.answered[index] += decision.answered.sum()
+
+    def _add_on_host(self, index: int, active: Tensor, answered: Tensor | None, wanted: Tensor, run: Tensor) -> None:
+        """The same sums in NumPy, which takes a fraction of the time for so few numbers."""
+        live, sums = active.numpy(), self.loads[index].numpy()
+        batches, tokens = self.batches[index].numpy(), self.tokens[index].numpy()
+        batches += len(live)
+        tokens += np.count_nonzero(live)
+        sums[0] += wanted.numpy().sum(0)
+        sums[1] += run.numpy().sum(0)
+        if answered is not None:
+            count = self.answered[index].numpy()
+            count += np.count_nonzero(answered.numpy() & live[..., None])
 
     def stats(self) -> "Stats":
         batches = [int(self.batches[layer.index]) for layer in self.layers]

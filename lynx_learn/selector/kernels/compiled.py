@@ -120,11 +120,10 @@ class Compiled:
             loads[:, 0],
             addition[0],
         )
-        used, kept = torch.from_numpy(loads)
         return Decision(
             torch.from_numpy(new_indices),
             torch.from_numpy(new_weights).to(routing.weights.dtype),
             torch.from_numpy(addition) if rank and left_out else None,
             torch.from_numpy(answered) if rank else None,
-            (used, kept),
+            (torch.from_numpy(loads[0]), torch.from_numpy(loads[1])),
         )
