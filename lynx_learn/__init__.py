@@ -3,23 +3,87 @@
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["LynxError", "LynxSelector", "Skipping", "find_moe_layers", "load_model", "reference_moe", "skip_experts"]
+__all__ = [
+    "BenchOptions",
+    "CalibrateOptions",
+    "CollectOptions",
+    "CorpusError",
+    "CoverageOptions",
+    "EvaluateOptions",
+    "ExportOptions",
+    "InspectOptions",
+    "LynxError",
+    "LynxSelector",
+    "ModelError",
+    "OnnxSelector",
+    "OptionError",
+    "SelectorError",
+    "Skipping",
+    "Trace",
+    "TraceError",
+    "TrainOptions",
+    "bench",
+    "calibrate",
+    "collect",
+    "coverage",
+    "evaluate",
+    "export",
+    "find_moe_layers",
+    "inspect_model",
+    "load_model",
+    "reference_moe",
+    "skip_experts",
+    "train",
+]
 
 if TYPE_CHECKING:
+    from .decode.bench import BenchOptions, bench
     from .decode.runtime import Skipping, skip_experts
-    from .errors import LynxError
+    from .errors import CorpusError, LynxError, ModelError, OptionError, SelectorError, TraceError
+    from .fit.train import TrainOptions, train
+    from .graph.export import ExportOptions, export
+    from .graph.onnx_runtime import OnnxSelector
+    from .inspection import InspectOptions, inspect_model
+    from .measure.calibrate import CalibrateOptions, calibrate
+    from .measure.coverage import CoverageOptions, coverage
+    from .measure.evaluate import EvaluateOptions, evaluate
     from .moe.families import find_moe_layers
     from .moe.loading import load_model, reference_moe
     from .selector.selector import LynxSelector
+    from .traces.collect import CollectOptions, collect
+    from .traces.format import Trace
 
 _HOMES = {
+    "BenchOptions": "decode.bench",
+    "CalibrateOptions": "measure.calibrate",
+    "CollectOptions": "traces.collect",
+    "CorpusError": "errors",
+    "CoverageOptions": "measure.coverage",
+    "EvaluateOptions": "measure.evaluate",
+    "ExportOptions": "graph.export",
+    "InspectOptions": "inspection",
     "LynxError": "errors",
     "LynxSelector": "selector.selector",
+    "ModelError": "errors",
+    "OnnxSelector": "graph.onnx_runtime",
+    "OptionError": "errors",
+    "SelectorError": "errors",
     "Skipping": "decode.runtime",
+    "Trace": "traces.format",
+    "TraceError": "errors",
+    "TrainOptions": "fit.train",
+    "bench": "decode.bench",
+    "calibrate": "measure.calibrate",
+    "collect": "traces.collect",
+    "coverage": "measure.coverage",
+    "evaluate": "measure.evaluate",
+    "export": "graph.export",
     "find_moe_layers": "moe.families",
+    "inspect_model": "inspection",
     "load_model": "moe.loading",
     "reference_moe": "moe.loading",
     "skip_experts": "decode.runtime",
+    "train": "fit.train",
 }
 
 

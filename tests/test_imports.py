@@ -1,6 +1,7 @@
 """Who may import whom, and what is loaded when."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from lynx_learn.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lynx_learn"
@@ -158,6 +161,17 @@ def test_public_names_are_there() -> None:
     assert all(getattr(lynx_learn, name) is not None for name in lynx_learn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'skip_all'"):
         lynx_learn.skip_all  # noqa: B018
+    # What the pages import from the package is public, and so are the function and options of every command.
+    pages = " ".join(page.read_text(encoding="utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    named = {
+        name
+        for line in re.findall(r"from lynx_learn import (.+)", pages)
+        for name in re.findall(r"\w+", line.partition("#")[0])
+    }
+    steps = {name for c in COMMANDS.values() for name in (c.options, c.function) if c.module.partition(".")[2]}
+    steps -= {"ServerOptions", "bench_server"}
+    assert len(named) > 5
+    assert named | steps <= set(lynx_learn.__all__)
 
 
 def test_folders_of_files_are_no_packages() -> None:

@@ -2,28 +2,45 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Columns of a page, and those between two columns of a table.
+WIDTH, GAP = 80, 2
+
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    """A table whose first column is left-aligned, the others right-aligned."""
-    made = Table(title=title, title_justify="left")
-    for index, name in enumerate(head):
-        made.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    """A table of at most 80 columns whose first column is left-aligned, the others right-aligned."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    widths = fit([[name, *(row[index] for row in rows)] for index, name in enumerate(head)])
+    for index, (name, width) in enumerate(zip(head, widths, strict=True)):
+        made.add_column(name, justify="left" if index == 0 else "right", width=width, overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
 
 
+def fit(columns: list[list[str]]) -> list[int]:
+    """Widths with which columns fit: cells wrap between words, first where that narrows most, then within words."""
+    words = [max((len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+    widths = [max(least, *map(len, column[1:] or [""])) for least, column in zip(words, columns, strict=True)]
+    while (excess := sum(widths) + GAP * len(widths) - 1 - WIDTH) > 0:
+        most = max(range(len(widths)), key=lambda i: (widths[i] - words[i], widths[i]))
+        least = words[most] if widths[most] > words[most] else 1
+        widths[most] = max(least, widths[most] - excess) if least > 1 else widths[most] - 1
+    return widths
+
+
 def show(*parts: object) -> None:
-    """Print to standard output, at full width where that is no terminal."""
+    """Print to standard output; paths and other lines of text stay whole, so that they can be copied."""
     plain: dict[str, Any] = {"markup": False, "emoji": False}  # names may hold brackets and colons
     console = Console(**plain)
     if not console.is_terminal:
-        console = Console(width=140, **plain)
+        console = Console(width=WIDTH, **plain)
     for part in parts:
-        console.print(part, highlight=False)
+        is_text = isinstance(part, str)
+        console.print(part, highlight=False, soft_wrap=is_text, end="\n" if is_text else "\n\n")
 
 
 def evaluation_table(report: dict[str, Any]) -> Table:
@@ -34,8 +51,8 @@ def evaluation_table(report: dict[str, Any]) -> Table:
             place(p),
             f"{p['experts']:.1f}",
             f"{p['bytes']:.0%}",
-            f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
-            f"{p['nll']:+.4f} ± {p['nll_margin']:.4f}",
+            f"{p['kl']:.4f} ±{p['kl_margin']:.4f}",
+            f"{p['nll']:+.4f} ±{p['nll_margin']:.4f}",
             f"{1 - p['agreement']:.1%}",
             f"{p['by_source']['kl'][p['worst_source']]:.4f} {p['worst_source']}" if "worst_source" in p else "",
         ]
@@ -60,11 +77,11 @@ def matched_table(report: dict[str, Any]) -> Table:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in report["matched"]:
         reached = row["bytes"] is not None
-        cell = f"{row['bytes']:.0%} / {row['experts']:.1f}" if reached else "not reached"
+        cell = f"{row['bytes']:.0%}/{row['experts']:.1f}" if reached else "not reached"
         cells.setdefault((row["method"], place(row)), {})[loss(row)] = cell
     losses = list(dict.fromkeys(loss(row) for row in report["matched"]))
     rows = [[method, batch, *(cell[name] for name in losses)] for (method, batch), cell in cells.items()]
-    return table("Bytes / experts at equal loss (on each method's measured curve)", ["method", "batch", *losses], rows)
+    return table("Bytes/experts at equal loss (on each method's measured curve)", ["method", "batch", *losses], rows)
 
 
 def ratios_table(report: dict[str, Any]) -> Table:
@@ -93,7 +110,7 @@ def interval(found: dict[str, float | None] | None) -> str:
         return "not reached"
     if found["low"] is None:
         return f"{found['ratio']:.3f}"
-    return f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{found['ratio']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
 
 
 def calibration_table(calibration: dict[str, Any]) -> Table:
@@ -125,7 +142,7 @@ def coverage_table(report: dict[str, Any]) -> Table:
 
     def percents(row: dict[str, Any], key: str) -> str:
         low, high = row[f"{key}_interval"]
-        return f"{row[key]:.1%} ({low:.1%}–{high:.1%})"
+        return f"{row[key]:.1%} {100 * low:.1f}–{high:.1%}"
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else f"{value:{form}}"
@@ -146,7 +163,7 @@ def coverage_table(report: dict[str, Any]) -> Table:
     ]
     exact = report["exact"]
     allowed = ["exact", "", *(f"{exact[key]:.1%}" for key in ("test_over", "pool_over", "true_over", "true_over"))]
-    head = ["budget", "batch", "test over", "pool over", "true mean over", "bound misses", "nothing", "test", "bound"]
+    head = ["budget", "batch", "test over", "pool over", "true mean over", "bound misses", "none", "test", "bound"]
     title = f"Calibration repeated, {report['options']['metric']}; loss and bound relative to the budget"
     return table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
 
@@ -197,7 +214,7 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
     ]
     return table(
         "Held-out traces: gamma deviance / correlation of predicted and true cost",
-        ["layer", "unexplained", "sensitivity", *kinds],
+        ["layer", "left open", "sensitivity", *(kind.replace("_", " ") for kind in kinds)],
         rows,
     )
 
