@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -134,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"lynx-learn: {' '.join(message.split())}", file=sys.stderr)
+    # Options are spelled as they are typed.
+    line = re.sub(r"--\w+", lambda option: option[0].replace("_", "-"), " ".join(message.split()))
+    print(f"lynx-learn: {line}", file=sys.stderr)
     return USAGE_ERROR
 
 

@@ -121,7 +121,7 @@ def test_packages_that_are_not_installed(
     [
         (["--format", "tflite"], '"format"'),
         (["--provider", "tpu"], '"provider"'),
-        (["--time-tokens", "-1"], "--time_tokens -1 "),
+        (["--time-tokens", "-1"], "--time-tokens -1 "),
     ],
 )
 def test_bad_words(words: list[str], reason: str, folder: Path, refused: Callable[..., str]) -> None:

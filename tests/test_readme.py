@@ -5,9 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from lynx_learn.cli import COMMANDS
 
 from lynx_learn.cli import main
 
@@ -86,6 +90,20 @@ def test_second_command_is_what_ci_runs() -> None:
     assert command.startswith("python3 -m venv .venv && ")
     script = (ROOT / ".ci" / "run").read_text()
     assert "grep -F '.venv/bin/pytest' README.md" in script
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_commands_have_the_options_that_pages_write(page: str) -> None:
+    for line in re.findall(r"lynx-learn [a-z]+[^`\n]*", (ROOT / page).read_text(encoding="utf-8")):
+        words = line.split()
+        name = "bench --url" if words[1] == "bench" and "--url" in words else words[1]
+        if name not in COMMANDS:
+            continue
+        command = COMMANDS[name]
+        options = getattr(import_module(f"lynx_learn.{command.module}"), command.options)
+        known = {f.name.replace("_", "-") for f in fields(options)} | {"help", "config", "print-config", "quiet"}
+        for option in re.findall(r"--([a-z][\w-]*)", line):
+            assert option in known, f"{page}: {line}"
 
 
 def test_links_to_files_exist() -> None:
