@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lynx_learn.cli import COMMANDS
-
-from lynx_learn.cli import main
+from lynx_learn.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
