@@ -15,6 +15,7 @@ from lynx_learn import reference_moe
 from lynx_learn.decode.bench import BenchOptions, keeping
 from lynx_learn.decode.shapes import random_selector, shaped_model
 from lynx_learn.decode.timing import with_threads
+from lynx_learn.moe.loading import fast_dtype
 
 BUDGET = "1.0"
 
@@ -40,8 +41,10 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
     selector = random_selector(model, options.rank)
     length = options.prompt + options.steps
     tokens = torch.randint(3, len(tokenizer), (batch_size, length), generator=torch.Generator().manual_seed(0))
+    model.to(fast_dtype(torch.bfloat16, torch.device("cpu")))  # an emulated type would take minutes
     with with_threads(1):
         policy = keeping(model, selector, tokens, options)
+    model.to(torch.bfloat16)
     model.save_pretrained(folder / "model")  # type: ignore[operator]
     tokenizer.save_pretrained(folder / "model")
     threshold = max(policy.thresholds.items())[1]
