@@ -274,9 +274,13 @@ def _first_reason(message: str) -> str:
 
 
 def _spread(options: type, argv: list[str]) -> list[str]:
-    """Dashes to underscores, a leading word to `--model`, and `--list 1 2 3` to `--list [1, 2, 3]`."""
+    """Dashes to underscores, a leading word to `--model`, `--list 1 2 3` to `--list [1, 2, 3]`, and `--dict a=1 b=2` to
+    `--dict {"a": 1, "b": 2}`."""
     hints = typing.get_type_hints(options)
     lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
+    dicts = {
+        name for name, hint in hints.items() if dict in [typing.get_origin(h) for h in (hint, *typing.get_args(hint))]
+    }
     if argv and not argv[0].startswith("-") and "model" in hints:
         argv = ["--model", *argv]
     found: list[str] = []
@@ -289,12 +293,14 @@ def _spread(options: type, argv: list[str]) -> list[str]:
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name in lists and not equals:
+        if (name in lists or name in dicts) and not equals:
             end = position
             while end < len(argv) and not argv[end].startswith("--"):
                 end += 1
             values = argv[position:end]
-            if not (len(values) == 1 and values[0].startswith("[")):
+            if name in dicts and all("=" in v and not v.startswith("{") for v in values):
+                values = [json.dumps({k: _number(v) for k, _, v in (word.partition("=") for word in values)})]
+            elif name in lists and not (len(values) == 1 and values[0].startswith("[")):
                 values = [json.dumps([_number(v) for v in values])]
             found += [f"--{name}", *values]
             position = end

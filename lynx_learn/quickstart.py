@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .decode.runtime import skip_experts
+from .decode.served import Mode
 from .decode.timing import paired_ratio, take_turns
 from .errors import OptionError
 from .files import check_empty, write_json
@@ -20,8 +21,11 @@ from .selector.selector import LynxSelector
 from .show.tables import calibration_table, matched_table, show, table, training_table
 from .traces import corpus as corpora
 from .traces.collect import CollectOptions, collect
+from .traces.groups import decode_groups
 
 BATCH = 16
+# Of the sequences, in tokens.
+LENGTH = 128
 # Fewer than `train` takes by default, for the sake of time.
 TUNE_STEPS = 40
 PROMPT = "def read_lines(path):\n"
@@ -43,6 +47,8 @@ class QuickstartOptions:
     """decode tokens that the test scores for each point, at least"""
     budget: float = 0.01
     """nats of KL per token for the closing table"""
+    mode: Mode = "generate"
+    """text to calibrate and test on, as in calibrate"""
     device: str = "auto"
     """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
@@ -91,6 +97,8 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             budgets=budgets,
             batch_sizes=[BATCH],
             groups=24,
+            mode=options.mode,
+            length=LENGTH,
             device=device,
             dtype=dtype,
         ),
@@ -107,6 +115,8 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             batch_sizes=[BATCH],
             tokens=options.test_tokens,
             levels=budgets,
+            mode=options.mode,
+            length=LENGTH,
             card=True,
             device=device,
             dtype=dtype,
@@ -128,7 +138,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
 
 
 def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> dict[str, float]:
-    rows, _ = corpora.decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, 160, 1, 3, fewest=1)[0]
+    rows, _ = decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, 160, 1, 3, fewest=1)[0]
     steps = take_turns(
         loaded.model, {"off": None, "on": selector.policy(options.budget)}, rows.to(loaded.input_device), prompt=64
     )
@@ -168,7 +178,7 @@ def _closing_table(report: dict[str, Any], times: dict[str, float], options: Qui
 @torch.no_grad()
 def _continue(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> list[str]:
     """One prompt in a batch of 16 continued greedily with and without skipping."""
-    rows, _ = corpora.decode_groups(options.corpus, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
+    rows, _ = decode_groups(options.corpus, loaded.tokenizer, "test", BATCH - 1, 48, 1, 4, fewest=1)[0]
     texts = [PROMPT, *loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)]
     loaded.tokenizer.padding_side = "left"
     batch = loaded.tokenizer(texts, return_tensors="pt", padding=True).to(loaded.input_device)

@@ -84,7 +84,9 @@ def calibrated() -> Path:
 
     def make(folder: Path) -> None:
         shutil.copytree(tiny_flow().selector, folder, dirs_exist_ok=True)
-        options = CalibrateOptions(str(folder), corpus=str(tiny_flow().texts), length=LENGTH, prompt=PROMPT)
+        options = CalibrateOptions(
+            str(folder), corpus=str(tiny_flow().texts), length=LENGTH, prompt=PROMPT, mode="teacher"
+        )
         calibrate(replace(options, budgets=BUDGETS, batch_sizes=SIZES, groups=12))
 
     return SHARED.folder("calibrated", make)
@@ -126,7 +128,7 @@ def save_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def save_texts(folder: Path, documents: int = 400) -> Path:
+def save_texts(folder: Path, documents: int = 800) -> Path:
     """Two files of random sentences."""
     folder.mkdir(parents=True)
     for seed, name in enumerate(("even", "odd")):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from flows import (
     LENGTH,
     PROMPT,
@@ -38,11 +37,11 @@ from lynx_learn.measure.calibrate import (
 )
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.moe.loading import REFERENCE, load_model
+from lynx_learn.moe.loading import REFERENCE, LoadedModel, load_model
 from lynx_learn.selector.config import SelectorConfig
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
-from lynx_learn.traces.corpus import decode_groups
+from lynx_learn.traces.groups import decode_groups
 
 
 def choices(selector: Path, **changes: Any) -> CalibrateOptions:
@@ -54,6 +53,7 @@ def choices(selector: Path, **changes: Any) -> CalibrateOptions:
         groups=12,
         length=LENGTH,
         prompt=PROMPT,
+        mode="teacher",
     )
     return replace(options, **changes)
 
@@ -91,7 +91,7 @@ def test_the_pilot_reads_larger_thresholds_off_for_larger_losses(
 class Ready(NamedTuple):
     """What `certify` works on."""
 
-    model: torch.nn.Module
+    loaded: LoadedModel
     layers: list[MoeLayer]
     selector: LynxSelector
     groups: list[Group]
@@ -102,7 +102,7 @@ def ready(size: int, count: int) -> Ready:
     loaded = load_model(str(flow.model), "cpu")
     groups = decode_groups(str(flow.texts), loaded.tokenizer, "calibrate", size, LENGTH, count, seed=1)
     assert len(groups) == count
-    return Ready(loaded.model, find_moe_layers(loaded.model), LynxSelector.from_pretrained(flow.selector), groups)
+    return Ready(loaded, find_moe_layers(loaded.model), LynxSelector.from_pretrained(flow.selector), groups)
 
 
 class Dented:
@@ -116,27 +116,31 @@ class Dented:
 
 
 def test_the_last_threshold_before_the_first_failure_is_taken() -> None:
-    model, layers, selector, groups = ready(6, 16)
+    loaded, layers, selector, groups = ready(6, 16)
     budget = 0.1
-    options = CalibrateOptions("unused", budgets=[budget], prompt=PROMPT, length=LENGTH)
-    curve = pilot_curve(model, layers, selector, groups[:PILOT_GROUPS], options)
+    options = CalibrateOptions("unused", mode="teacher", budgets=[budget], prompt=PROMPT, length=LENGTH)
+    curve = pilot_curve(loaded, layers, selector, groups[:PILOT_GROUPS], options)
     taus = [threshold_at(curve, share * budget) for share in FRACTIONS]
     assert taus == sorted(set(taus))
     rest = groups[PILOT_GROUPS:]
-    measured = compare(model, layers, rest, [selector.at_threshold(tau) for tau in taus], PROMPT)
-    passes = [upper_bound(result.group_means("kl"), 0.95) <= budget for result in measured]
+    measured = compare(loaded.model, layers, rest, [selector.at_threshold(tau) for tau in taus], PROMPT)
+    uppers = [
+        max(upper_bound(values, 0.95) for values in (result.group_means("kl"), result.last_part("kl")))
+        for result in measured
+    ]
+    passes = [upper <= budget for upper in uppers]
     last = passes.index(False) - 1 if False in passes else len(passes) - 1
     assert last >= 2  # otherwise the dent below could not be told from the end
-    found = certify(model, layers, selector, groups, options)[budget]
+    found = certify(loaded, layers, selector, groups, options)[budget]
     assert found["threshold"] == taus[last]
-    assert found["upper"] == upper_bound(measured[last].group_means("kl"), 0.95) <= budget
+    assert found["upper"] == uppers[last] <= budget
     assert found["mean"] == measured[last].mean("kl") < found["upper"]
     assert found["experts"] == measured[last].mean_stats()["experts"]
     assert found["by_source"] == measured[last].by_source("kl")
     assert found["groups"] == len(rest)
     for dent in range(last):
         dented: Any = Dented(selector, taus[dent])
-        found = certify(model, layers, dented, groups, options)[budget]
+        found = certify(loaded, layers, dented, groups, options)[budget]
         assert found["threshold"] == (taus[dent - 1] if dent else 0.0)  # though later ones would pass again
 
 
@@ -170,10 +174,10 @@ class SeeingPolicy:
 
 
 def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> None:
-    model, layers, selector, groups = ready(2, 12)
+    loaded, layers, selector, groups = ready(2, 12)
     seeing: Any = Seeing(selector)
-    options = CalibrateOptions("unused", budgets=[0.02, 0.1], prompt=PROMPT, length=LENGTH)
-    certify(model, layers, seeing, groups, options)
+    options = CalibrateOptions("unused", mode="teacher", budgets=[0.02, 0.1], prompt=PROMPT, length=LENGTH)
+    certify(loaded, layers, seeing, groups, options)
     chosen, tested = (
         [seen for seen in seeing.seen.values() if len(seen) == count] for count in (PILOT_GROUPS, 12 - PILOT_GROUPS)
     )
@@ -186,11 +190,11 @@ def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> Non
 
 def test_no_sequence_is_in_two_groups(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the model in a whole run: each sequence in one group alone."""
-    from lynx_learn.traces import corpus
+    from lynx_learn.decode import served
 
     made: list[Sequence[Group]] = []
-    make = corpus.decode_groups
-    monkeypatch.setattr(corpus, "decode_groups", lambda *args, **named: made.append(make(*args, **named)) or made[-1])
+    make = served.group_units
+    monkeypatch.setattr(served, "group_units", lambda *args, **named: made.append(make(*args, **named)) or made[-1])
     calibrate(choices(selector, batch_sizes=[2, 4]))
     assert [(len(groups), groups[0][0].shape) for groups in made] == [(12, (2, LENGTH)), (12, (4, LENGTH))]
     for groups in made:
@@ -259,13 +263,13 @@ def test_equal_seeds_find_equal_thresholds(selector: Path) -> None:
 @pytest.mark.parametrize("metric", ["nll", "agreement"])
 def test_other_metrics_stand_beside_kl(metric: str, selector: Path) -> None:
     first, measured = calibrate(choices(selector)).config, cells(selector)
-    second = calibrate(choices(selector, metric=metric, budgets=[0.2])).config
+    second = calibrate(choices(selector, metric=metric, budgets=[0.3])).config
     assert cells(selector) == measured
     assert second.thresholds["kl"] == first.thresholds["kl"]
     assert second.calibration["kl"] == first.calibration["kl"]
-    assert second.thresholds[metric]["0.2"]["2"] > 0
+    assert second.thresholds[metric]["0.3"]["2"] > 0
     loaded = LynxSelector.from_pretrained(selector)
-    assert loaded.policy(0.2, metric).thresholds[2] == pytest.approx(second.thresholds[metric]["0.2"]["2"])
+    assert loaded.policy(0.3, metric).thresholds[2] == pytest.approx(second.thresholds[metric]["0.3"]["2"])
     card = (selector / "README.md").read_text()
     assert "Metric `kl`" in card
     assert f"Metric `{metric}`" in card

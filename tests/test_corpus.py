@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from texts import Bytes, Endless, jsonl
 
 from lynx_learn.errors import CorpusError, OptionError
-from lynx_learn.traces.corpus import LONGEST, decode_groups, read_sequences
+from lynx_learn.traces.corpus import LONGEST, read_sequences
 from lynx_learn.traces.documents import Split, read_documents
 
 SPLITS: tuple[Split, ...] = ("fit", "calibrate", "test")
@@ -101,53 +101,6 @@ def test_shorter_than_one_sequence(tmp_path: Path) -> None:
     assert "5 tokens" in one_line(error)
 
 
-def test_groups_that_decode_together_mix_the_sources(tmp_path: Path) -> None:
-    for name in "abc":
-        jsonl(tmp_path / f"{name}.jsonl", [name * 7] * 10)
-
-    def groups(seed: int, most: int = 6) -> list[tuple[list[list[int]], list[str]]]:
-        made = decode_groups(str(tmp_path), Bytes(), "all", 4, 8, most, seed)
-        return [(rows.tolist(), names) for rows, names in made]
-
-    made = groups(0)
-    assert len(made) == 6
-    assert all(len(rows) == len(names) == 4 for rows, names in made)
-    assert all(set(row) == {ord(name), 256} for rows, names in made for row, name in zip(rows, names, strict=True))
-    assert sorted(name for _, names in made for name in names) == sorted("abc" * 8)
-    assert [names for _, names in made] != [list(("abc" * 8)[i : i + 4]) for i in range(0, 24, 4)]
-    assert groups(0) == made != groups(1)
-    assert len(groups(0, 100)) == 30 // 4
-
-
-def test_groups_of_a_single_source_take_turns(tmp_path: Path) -> None:
-    for name, count in (("a", 30), ("b", 9), ("c", 3)):
-        jsonl(tmp_path / f"{name}.jsonl", [f"{name * 5}{i:02d}" for i in range(count)])
-
-    def groups(seed: int, most: int) -> list[tuple[list[list[int]], list[str]]]:
-        made = decode_groups(str(tmp_path), Bytes(), "all", 4, 8, most, seed, batches="single")
-        return [(rows.tolist(), names) for rows, names in made]
-
-    made = groups(0, 100)
-    assert "".join(names[0] for _, names in made) == "ababaaaaa"
-    assert all(len(rows) == len(names) == 4 and len(set(names)) == 1 for rows, names in made)
-    assert all(set(row[:5]) == {ord(name)} for rows, names in made for row, name in zip(rows, names, strict=True))
-    texts = [tuple(row) for rows, _ in made for row in rows]
-    assert len(set(texts)) == len(texts) == 36
-    assert made == groups(0, 100) != groups(1, 100)
-    assert [row[5:7] for row in made[0][0]] != [[48, 48 + i] for i in range(4)]  # not in the order of the file
-    assert [names[0] for _, names in groups(0, 5)] == list("ababa")
-    with pytest.raises(CorpusError, match="40 groups of 4 from one source each are needed"):
-        decode_groups(str(tmp_path), Bytes(), "all", 4, 8, 50, 0, fewest=40, batches="single")
-
-
-def test_too_little_text_for_two_groups_is_refused(tmp_path: Path) -> None:
-    corpus = jsonl(tmp_path / "a.jsonl", ["1234567"] * 7)
-    with pytest.raises(CorpusError, match="holds 7 sequences of 8 tokens, 2 groups of 4 are needed") as error:
-        decode_groups(corpus, Bytes(), "all", 4, 8, 10, 0)
-    one_line(error)
-    assert len(decode_groups(corpus, Bytes(), "all", 4, 8, 10, 0, fewest=1)) == 1
-
-
 def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
     """Llama and Gemma put one token before every text, GLM two; most put none, though they may have a BOS token."""
     corpus = jsonl(tmp_path / "a.jsonl", ["abcdefgh", "ijklmnop"])
@@ -160,8 +113,6 @@ def test_every_sequence_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) ->
         assert [tokens for tokens, _ in read_sequences(corpus, tokenizer, 6, bos="no")] == [
             text[i : i + 6] for i in (0, 6, 12)
         ]
-        rows, _ = decode_groups(corpus, tokenizer, "all", 2, 6, 1, 0, fewest=1)[0]
-        assert all(tuple(row[: len(first)]) == first for row in rows.tolist())
     with_bos = Bytes()
     with_bos.bos_token_id = 299
     assert {tokens[0] for tokens, _ in read_sequences(corpus, with_bos, 6, bos="yes")} == {299}

@@ -57,7 +57,12 @@ def made_up(groups: int, seed: int, spread: float = 0.15, scale: float = 1.0) ->
     factors = np.random.default_rng(seed).gamma(spread**-2, spread**2, size=groups) * scale
     losses = doubles([[0.0] * groups, *((loss_at(tau) * factors).tolist() for tau in taus)])
     kept = doubles([[1.0] * groups, *([1 / (1 + 50 * tau)] * groups for tau in taus)])
-    return Pool(doubles([0.0, *taus]), losses, kept)
+    return pool_of([0.0, *taus], losses, kept)
+
+
+def pool_of(taus: list[float], losses: Tensor, kept: Tensor) -> Pool:
+    """One in which every group has one token, and the mean is all that is guarded."""
+    return Pool(doubles(taus), losses.unsqueeze(1), torch.ones(1, losses.shape[1]), kept)
 
 
 def doubles(values: Any) -> Tensor:
@@ -85,8 +90,8 @@ def test_a_right_bound_holds_and_is_used_well() -> None:
     """The share of overruns stays below what the confidence allows, and the bound on its own comes close to it."""
     pool, options = made_up(96, seed=0), drawing()
     for over, missed in bootstrap(pool, None, options, SIZE).values():
-        assert over <= 0.05 * options.bootstraps
-        assert 0.03 * options.bootstraps < missed < 0.08 * options.bootstraps
+        assert over.sum() <= 0.05 * options.bootstraps
+        assert 0.015 * options.bootstraps < missed < 0.05 * options.bootstraps
     for budget, outcomes in resplit(pool, None, options, SIZE).items():
         assert sum(o.whole > budget for o in outcomes) <= 0.03 * options.resplits
         assert sum(o.test > budget for o in outcomes) <= 0.06 * options.resplits
@@ -97,18 +102,18 @@ def test_a_right_bound_holds_and_is_used_well() -> None:
 def test_a_wrong_bound_is_shown_to_fail() -> None:
     pool, options = made_up(96, seed=0), drawing()
     for over, missed in bootstrap(pool, None, options, SIZE, plain_mean).values():
-        assert clopper_pearson(over, options.bootstraps)[0] > 0.05
+        assert clopper_pearson(int(over.sum()), options.bootstraps)[0] > 0.05
         assert 0.4 * options.bootstraps < missed < 0.6 * options.bootstraps
     for budget, outcomes in resplit(pool, None, options, SIZE, plain_mean).items():
-        assert sum(o.whole > budget for o in outcomes) > 0.08 * options.resplits
-        assert sum(o.test > budget for o in outcomes) > 0.12 * options.resplits
+        assert sum(o.whole > budget for o in outcomes) > 0.04 * options.resplits
+        assert sum(o.test > budget for o in outcomes) > 0.07 * options.resplits
 
 
 def test_a_lower_confidence_is_less_careful() -> None:
     pool = made_up(96, seed=1)
     careful, bold = (bootstrap(pool, None, drawing(confidence=c), SIZE) for c in (0.99, 0.8))
     for budget in careful:
-        assert careful[budget][0] < bold[budget][0]
+        assert careful[budget][0].sum() < bold[budget][0].sum()
         assert careful[budget][1] < 0.03 * 600 < 0.15 * 600 < bold[budget][1]
 
 
@@ -125,7 +130,7 @@ def loss_at_true_mean(tau: float) -> float:
     """The expected loss of a made-up group, by the same straight lines as the pools'."""
     pool = made_up(1, 0)
     exact = [[loss_at(t) if t else 0.0] for t in pool.thresholds.tolist()]
-    return float(replace(pool, losses=doubles(exact)).losses_at(tau))
+    return replace(pool, sums=doubles(exact).unsqueeze(1)).worst_at(tau)
 
 
 def test_other_groups_that_lose_more_show_as_overruns() -> None:
@@ -146,7 +151,7 @@ def test_a_pool_that_loses_too_much_certifies_nothing() -> None:
     """As of a selector that takes every expert to be free: any threshold leaves out all it may."""
     taus = [0.0, *grid([(tau, 1.0) for tau in pilot_thresholds(BUDGETS, SIZE)], BUDGETS)]
     losses = doubles([[float(tau > 0)] * 40 for tau in taus])
-    for row in figures(Pool(doubles(taus), losses, losses), None, drawing(bootstraps=20, budgets=BUDGETS), SIZE):
+    for row in figures(pool_of(taus, losses, losses), None, drawing(bootstraps=20, budgets=BUDGETS), SIZE):
         assert row["nothing"] == 1.0
         assert row["test_over"] == row["true_over"] == 0.0
         assert row["test_share"] is row["upper_share"] is row["bytes"] is None
@@ -155,7 +160,7 @@ def test_a_pool_that_loses_too_much_certifies_nothing() -> None:
 def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
     """Shares of all splits, means of those that certified something; few groups that differ much, so that all occur."""
     pool, options = made_up(32, seed=4, spread=0.5), drawing(confidence=0.8, bootstraps=50, groups=32)
-    pool = replace(pool, losses=pool.losses * 1.5)
+    pool = replace(pool, sums=pool.sums * 1.5)
     drawn = bootstrap(pool, None, options, SIZE)
     for row, (budget, outcomes) in zip(
         figures(pool, None, options, SIZE), resplit(pool, None, options, SIZE).items(), strict=True
@@ -166,7 +171,7 @@ def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
         assert row["test_over"] == sum(test > budget for test in tests) / 200
         assert row["pool_over"] == sum(whole > budget for whole in wholes) / 200
         assert row["test_over"] > row["pool_over"]
-        over, missed = drawn[budget]
+        over, missed = int(drawn[budget][0].sum()), drawn[budget][1]
         assert (row["true_over"], row["bound_misses"]) == (over / 50, missed / 50)
         assert row["true_over_interval"] == clopper_pearson(over, 50)
         assert row["bound_misses_interval"] == clopper_pearson(missed, 50)
@@ -197,8 +202,8 @@ def test_a_split_uses_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not pilot & tested
         rest = [g for g in range(40) if g not in pilot | tested]
         assert len(rest) == 40 - options.calibration_groups
-        assert outcome.test == pytest.approx(float(pool.losses_at(0.02)[rest].mean()))
-        assert outcome.whole == pytest.approx(float(pool.losses_at(0.02).mean()))
+        assert outcome.test == pytest.approx(pool.worst_at(0.02, torch.tensor(rest)))
+        assert outcome.whole == pytest.approx(pool.worst_at(0.02))
         assert outcome.bytes == pytest.approx(float(pool.bytes_at(0.02).mean()))
     assert len({frozenset(pilot) for pilot, _ in drawn}) == 5
 
@@ -268,12 +273,12 @@ def test_between_thresholds_losses_lie_on_straight_lines(tau: float, seed: int) 
     pool = made_up(3, seed)
     taus = pool.thresholds.tolist()
     for group in range(3):
-        wanted = np.interp(tau, taus, pool.losses[:, group])
-        assert float(pool.losses_at(tau)[group]) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
+        wanted = np.interp(tau, taus, pool.sums[:, 0, group])
+        assert float(pool.losses_at(tau)[0][group]) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
     index = seed % len(taus)
-    assert torch.equal(pool.losses_at(taus[index]), pool.losses[index])
+    assert torch.allclose(pool.losses_at(taus[index])[0], pool.sums[index, 0], rtol=1e-12)
     assert torch.equal(pool.bytes_at(taus[index]), pool.bytes[index])
-    assert torch.equal(pool.losses_at(0.0), torch.zeros(3).double())
+    assert torch.equal(pool.losses_at(0.0)[0], torch.zeros(3).double())
     assert torch.equal(pool.bytes_at(0.0), torch.ones(3).double())
 
 
@@ -293,6 +298,7 @@ def choices(out: Path, **changes: Any) -> CoverageOptions:
         bootstraps=20,
         length=LENGTH,
         prompt=PROMPT,
+        mode="teacher",
     )
     return replace(options, **changes)
 
@@ -350,8 +356,8 @@ def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
     for seed in range(2):
         order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]
         own = [groups[i] for i in order]
-        cells = certify(loaded.model, layers, selector, own, options.procedure())
-        plans = plan(pilot_curve(loaded.model, layers, selector, own[:PILOT_GROUPS], options.procedure()), BUDGETS)
+        cells = certify(loaded, layers, selector, own, options.procedure())
+        plans = plan(pilot_curve(loaded, layers, selector, own[:PILOT_GROUPS], options.procedure()), BUDGETS)
         again = recertify(pool, order[:PILOT_GROUPS], order[PILOT_GROUPS:], options, SIZE, upper_bound)
         for budget, (tau, upper) in again.items():
             steps = [0.0, *plans[budget]]
@@ -362,7 +368,8 @@ def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
                 result = simulate.compare(
                     loaded.model, layers, own[PILOT_GROUPS:], [selector.at_threshold(tau)], PROMPT
                 )[0]
-                assert upper == pytest.approx(upper_bound(result.group_means("kl"), 0.95), rel=0.05)
+                guarded = (result.group_means("kl"), result.last_part("kl"))
+                assert upper == pytest.approx(max(upper_bound(values, 0.95) for values in guarded), rel=0.05)
                 found += 1
     assert found >= 3
 
@@ -413,7 +420,7 @@ def test_another_selector_or_text_is_measured(tmp_path: Path) -> None:
     with not_measuring():
         coverage(options)  # moved, but equal
     text = (tmp_path / "texts" / "even.jsonl").read_text()
-    (tmp_path / "texts" / "even.jsonl").write_text("\n".join(reversed(text.splitlines())))
+    (tmp_path / "texts" / "even.jsonl").write_text(text.replace("router", "batch"))
     with not_measuring(), pytest.raises(Measuring):
         coverage(options)
     (tmp_path / "texts" / "even.jsonl").write_text(text)
@@ -472,10 +479,13 @@ def test_groups_of_a_pool_are_of_all_splits_and_share_no_sequence() -> None:
     groups = read_groups(options, loaded, SIZE, None, 24)
     found = [tuple(row) for tokens, _ in groups for row in tokens.tolist()]
     assert len(set(found)) == len(found) == 24 * SIZE
+    shared = 0
     for split in ("calibrate", "test"):
         alone = read_groups(replace(options, split=[split]), loaded, SIZE, None, 24)
         own = {tuple(row) for tokens, _ in alone for row in tokens.tolist()}
-        assert len(own & set(found)) == 24 * SIZE // 2
+        assert own & set(found)
+        shared += len(own & set(found))
+    assert shared == 24 * SIZE
     fitted = read_groups(replace(options, split=["fit"]), loaded, SIZE, None, 100)
     assert not {tuple(row) for tokens, _ in fitted for row in tokens.tolist()} & set(found)
 
@@ -501,9 +511,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = (
         f"--selector {tiny_flow().selector} --out {tmp_path / 'out'} --corpus {tiny_flow().texts} --length {LENGTH} "
     )
-    words += (
-        f"--prompt {PROMPT} --groups 24 --calibration-groups 12 --resplits 20 --bootstraps 20 --batch-sizes {SIZE} "
-    )
+    words += f"--prompt {PROMPT} --mode teacher --groups 24 --calibration-groups 12 --resplits 20 --bootstraps 20 --batch-sizes {SIZE} "
     given = [*words.split(), "--budgets", "0.05", "0.1", "--split", "calibrate", "test", "--shift", json.dumps(SHIFT)]
     assert parse("coverage", CoverageOptions, given) == choices(tmp_path / "out", shift=SHIFT)
     capsys.readouterr()

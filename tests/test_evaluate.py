@@ -43,7 +43,7 @@ from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.tables import evaluation_table, matched_table, ratios_table, show
 from lynx_learn.traces.collect import CollectOptions, collect
-from lynx_learn.traces.corpus import Batches, decode_groups
+from lynx_learn.traces.groups import Batches, decode_groups
 
 TOP_K, SEED = 2, 2
 SCORED = LENGTH - PROMPT - 1
@@ -64,6 +64,7 @@ def choices(out: Path, **changes: Any) -> EvaluateOptions:
         levels=LEVELS,
         length=LENGTH,
         prompt=PROMPT,
+        mode="teacher",
     )
     return replace(options, **changes)
 

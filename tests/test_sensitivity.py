@@ -9,13 +9,13 @@ from flows import (
 from tiny import random_selector, randomise, tiny_model, words
 
 from lynx_learn.decode.simulate import compare
-from lynx_learn.fit.sensitivity import measure_sensitivities
+from lynx_learn.fit.sensitivity import LEVEL, measure_sensitivities, scale_to_nats
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, load_model
 from lynx_learn.selector.layer import LayerSelector
 from lynx_learn.selector.selector import LynxSelector
-from lynx_learn.traces.corpus import decode_groups
+from lynx_learn.traces.groups import decode_groups
 
 
 class Predicted:
@@ -69,3 +69,25 @@ def test_sensitivities_are_positive_and_undo_the_scale_of_the_scorer() -> None:
         layer.scorer.log_residual += math.log(4)  # type: ignore[union-attr,operator]
     louder = measure_sensitivities(model, layers, selector, groups, prompt=4)
     assert [4 * value for value in louder] == pytest.approx(plain, rel=1e-3)
+
+
+def test_after_scaling_predicted_costs_sum_to_the_loss_and_no_decision_changes() -> None:
+    """Scaled from any start to the same sensitivities; at the level the sum is the measured loss."""
+    model = tiny_model("qwen3_moe")
+    layers, groups = find_moe_layers(model), [(words(4, 24, seed), ["a"] * 4) for seed in range(2)]
+    selector = random_selector(model)
+    measure_sensitivities(model, layers, selector, groups, prompt=4)  # within the range that thresholds are sought in
+    found = scale_to_nats(model, layers, selector, groups, prompt=4)
+    scaled = [float(layer.sensitivity) for layer in selector.layers]  # type: ignore[arg-type]
+    assert [row["name"] for row in found["layers"]] == [layer.name for layer in layers]
+    assert all(row["measured"] > 0 for row in found["curve"])
+    near = min(found["curve"], key=lambda row: abs(math.log(row["measured"] / LEVEL)))
+    policy = Predicted(selector, near["threshold"])
+    result = compare(model, layers, groups, [policy], prompt=4)[0]
+    assert result.mean("kl") == pytest.approx(near["measured"], rel=1e-4)
+    assert policy.cost / (policy.decided / len(layers)) == pytest.approx(near["predicted"], rel=1e-4)
+    for layer in selector.layers:
+        layer.sensitivity.mul_(3.0)  # type: ignore[operator]
+    again = scale_to_nats(model, layers, selector, groups, prompt=4)
+    assert [float(layer.sensitivity) for layer in selector.layers] == pytest.approx(scaled, rel=0.4)  # type: ignore[arg-type]
+    assert again["factor"] == pytest.approx(1 / 3, rel=0.4)

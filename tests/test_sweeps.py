@@ -36,7 +36,7 @@ from lynx_learn.measure.sweeps import (
     walk,
 )
 from lynx_learn.rules.grids import curves
-from lynx_learn.traces.corpus import decode_groups
+from lynx_learn.traces.groups import decode_groups
 
 LEVELS, SEED = (0.02, 0.1), 5
 
@@ -97,7 +97,10 @@ def test_neighbours_of_the_range(losses: list[float], expected: set[int]) -> Non
 
 
 def rows_of(losses: list[float]) -> list[Row]:
-    return [{"method": "m", "curve": 0, "setting": str(i), "losses": [[x, 0.0, 0.0]]} for i, x in enumerate(losses)]
+    return [
+        {"method": "m", "curve": 0, "setting": str(i), "sums": [[x, 0.0, 0.0]], "tokens": [1]}
+        for i, x in enumerate(losses)
+    ]
 
 
 @pytest.mark.parametrize("beyond", [0.21, math.nan])
@@ -111,9 +114,9 @@ def test_a_walk_ends_with_the_first_setting_that_is_too_harsh(beyond: float) -> 
 
 def test_a_plan_keeps_budgets_and_the_untouched_model_whatever_they_lose() -> None:
     rows = [
-        {"method": "untouched", "curve": 0, "setting": "", "losses": [[0.0, 0.0, 0.0]]},
+        {"method": "untouched", "curve": 0, "setting": "", "sums": [[0.0, 0.0, 0.0]], "tokens": [1]},
         *rows_of([0.0, 0.00001, 0.05, 0.9]),
-        {"method": "learned", "curve": 0, "setting": "budget=9", "losses": [[2.0, 0.0, 0.0]]},
+        {"method": "learned", "curve": 0, "setting": "budget=9", "sums": [[2.0, 0.0, 0.0]], "tokens": [1]},
     ]
     assert plan(rows, LEVELS) == [("untouched", 0, ""), *(("m", 0, i) for i in "123"), ("learned", 0, "budget=9")]
 
@@ -145,7 +148,8 @@ def test_what_is_measured_is_what_a_comparison_measures() -> None:
         policy = curves(method, subject.layers, 4, subject.stats, subject.selector, seed)[0][0]
         (result,) = compare(subject.loaded.model, subject.layers, [(group, [""] * 4)], [policy], PROMPT)
         row = rows[method, 0, policy.setting]
-        torch.testing.assert_close(torch.tensor(row["losses"]).double(), result.losses[0], rtol=1e-4, atol=1e-6)
+        for name, wanted in (("sums", result.sums[0]), ("part_sums", result.part_sums[0])):
+            torch.testing.assert_close(torch.tensor(row[name]).double(), wanted, rtol=1e-4, atol=1e-5)
         assert row["stats"]["experts_after"] == result.stats[0].experts_after
     untouched = rows["untouched", 0, ""]
     assert untouched["stats"]["bytes_ratio"] == 1.0

@@ -24,6 +24,7 @@ from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
 from ..traces import corpus as corpora
+from ..traces.groups import decode_groups
 from .runtime import skip_experts
 from .shapes import SHAPES, random_selector, shaped_model
 from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, with_threads
@@ -240,7 +241,7 @@ def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: to
         vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr,arg-type]
         tokens = torch.randint(3, vocabulary, (size, length), generator=generator)
     else:
-        tokens, _ = corpora.decode_groups(
+        tokens, _ = decode_groups(
             options.corpus, tokenizer, "test", size, length, 1, options.seed + 1, fewest=1, bos=options.bos
         )[0]
     tokens = tokens.to(device)

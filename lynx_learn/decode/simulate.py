@@ -7,7 +7,7 @@ run untouched and are not scored.
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from .runtime import act
 from .tally import Stats, Tally
 
 METRICS = ("kl", "nll", "agreement")
+# Parts, of equal length, that the scored positions are split into to see whether losses grow along a decode.
+PARTS = 4
 # Rows of logits compared at a time, so that float32 copies of a large vocabulary stay small.
 ROWS_AT_A_TIME = 512
 # Tokens of a pass, unless one group has more: fewer leave products small, more no longer fit a CPU's caches.
@@ -105,17 +107,47 @@ def _last(model: nn.Module, positions: int) -> dict[str, Any]:
     return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def scored_positions(tokens: Tensor, prompt: int, ends: Collection[int] = ()) -> Tensor:
+    """Which predictions of a decode count `(sequences, positions - prompt - 1)`: those up to the first end-of-text token.
+
+    What a row holds after it stands for the next request in its place: it votes, and its loss is another request's.
+
+    Args:
+        tokens: `(sequences, positions)`.
+        prompt: leading positions that are prefill.
+        ends: tokens that end a sequence; none: every prediction counts.
+    """
+    targets = tokens[:, prompt + 1 :]
+    ended = torch.isin(tokens[:, prompt:-1], torch.tensor(list(ends), dtype=tokens.dtype, device=tokens.device))
+    return (ended.cumsum(1) == 0) & torch.ones_like(targets, dtype=torch.bool)
+
+
+class Losses(NamedTuple):
+    """Sums over the scored positions of one group, in the order of METRICS: nats, nats, changed greedy choices."""
+
+    sums: Tensor
+    """(sequences, 3)."""
+    tokens: Tensor
+    """(sequences,), how many positions these are."""
+    part_sums: Tensor
+    """(PARTS, 3), along the decode."""
+    part_tokens: Tensor
+    """(PARTS,)."""
+
+
 class Reference:
     """The untouched model's predictions of one group, against which others are measured.
 
     Args:
         logits: `(sequences, positions, vocabulary)`.
         targets: next tokens `(sequences, positions)`.
+        scored: which of them count `(sequences, positions)`; None: all.
     """
 
     @torch.no_grad()
-    def __init__(self, logits: Tensor, targets: Tensor) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor, scored: Tensor | None = None) -> None:
         self.targets = targets = targets.to(logits.device)
+        self.scored = torch.ones_like(targets, dtype=torch.bool) if scored is None else scored.to(logits.device)
         flat, wanted = logits.flatten(0, 1), targets.flatten().unsqueeze(-1)
         self.probabilities = torch.empty(flat.shape, device=logits.device)
         self.negative_entropy, self.target_log = torch.empty(2, len(flat), device=logits.device)
@@ -135,11 +167,8 @@ class Reference:
         return self.probabilities.numel() * self.probabilities.element_size()
 
     @torch.no_grad()
-    def losses(self, logits: Tensor) -> Tensor:
-        """Per-sequence means `(sequences, 3)`, in the order of METRICS: nats, nats, share.
-
-        KL(untouched, other), the rise of the negative log-likelihood, and the share of changed greedy choices.
-        """
+    def losses(self, logits: Tensor) -> Losses:
+        """KL(untouched, other), the rise of the negative log-likelihood, and whether the greedy choice changed."""
         rows = []
         flat, targets = logits.flatten(0, 1), self.targets.flatten().unsqueeze(-1)
         for start in range(0, len(flat), ROWS_AT_A_TIME):
@@ -150,37 +179,82 @@ class Reference:
             kl = self.negative_entropy[part] - expected + partition
             rise = self.target_log[part] - other.gather(-1, targets[part]).squeeze(-1) + partition
             rows.append(torch.stack([kl, rise, (other.argmax(-1) != self.greedy[part]).float()], dim=-1))
-        return torch.cat(rows).unflatten(0, self.targets.shape).double().mean(dim=1).cpu()
+        return self.losses_of(torch.cat(rows).unflatten(0, self.targets.shape))
+
+    def losses_of(self, values: Tensor) -> Losses:
+        """Sums of losses `(sequences, positions, 3)` over what is scored."""
+        scored = self.scored.cpu()
+        values = torch.where(scored.unsqueeze(-1), values.double().cpu(), 0.0)
+        parts = [part.sum((0, 1)) for part in values.tensor_split(PARTS, dim=1)]
+        counts = [part.sum() for part in scored.tensor_split(PARTS, dim=1)]
+        return Losses(values.sum(1), scored.sum(1), torch.stack(parts), torch.stack(counts))
+
+
+def per_token(sums: Tensor, counts: Tensor) -> Tensor:
+    """One value per group whose mean is the loss per token of all groups: sums and counts `(groups,)`.
+
+    Groups may hold different numbers of tokens; the linearised ratio (Cochran 1977, section 6) spreads as the ratio does.
+    With equal counts these are the groups' own means. Groups without a token say nothing and are left out.
+    """
+    sums, counts = sums[counts > 0].double(), counts[counts > 0].double()
+    if not len(counts):
+        return sums
+    rate = sums.sum() / counts.sum()
+    return rate + (sums - rate * counts) / counts.mean()
 
 
 @dataclass
 class Comparison:
     """Losses of one policy against the untouched model over groups of sequences decoded together.
 
-    `losses` is `(groups, sequences, 3)`, `sources` names the source of each sequence `[groups][sequences]`.
+    All are sums over scored tokens, in the order of METRICS, with the number of tokens beside them.
     """
 
     name: str
     setting: str
-    losses: Tensor
+    sums: Tensor
+    """(groups, sequences, 3)."""
+    counts: Tensor
+    """(groups, sequences)."""
+    part_sums: Tensor
+    """(groups, PARTS, 3), along the decode."""
+    part_counts: Tensor
+    """(groups, PARTS)."""
     stats: list[Stats]
     sources: list[list[str]]
-    tokens: int
-    """Decode tokens scored."""
+    """Of each sequence `[groups][sequences]`."""
+
+    @property
+    def tokens(self) -> int:
+        """Decode tokens scored."""
+        return int(self.counts.sum())
 
     def group_means(self, metric: str) -> Tensor:
-        """One value per group: the unit of independence."""
-        return self.losses[:, :, METRICS.index(metric)].mean(dim=1)
+        """One value per group, which is the unit of independence, see `per_token`."""
+        return per_token(self.sums[:, :, METRICS.index(metric)].sum(1), self.counts.sum(1))
+
+    def last_part(self, metric: str) -> Tensor:
+        """The same of the last part of the positions."""
+        return per_token(self.part_sums[:, -1, METRICS.index(metric)], self.part_counts[:, -1])
+
+    def source_means(self, metric: str) -> dict[str, Tensor]:
+        """The same of each source's sequences."""
+        sums, found = self.sums[:, :, METRICS.index(metric)], {}
+        for source in sorted({name for names in self.sources for name in names}):
+            own = torch.tensor([[name == source for name in names] for names in self.sources])
+            found[source] = per_token((sums * own).sum(1), (self.counts * own).sum(1))
+        return found
 
     def mean(self, metric: str) -> float:
-        return float(self.group_means(metric).mean())
+        return float(self.sums[:, :, METRICS.index(metric)].sum() / self.counts.sum())
 
     def by_source(self, metric: str) -> dict[str, float]:
-        values = self.losses[:, :, METRICS.index(metric)].flatten().tolist()
-        found: dict[str, list[float]] = {}
-        for source, value in zip([s for group in self.sources for s in group], values, strict=True):
-            found.setdefault(source, []).append(value)
-        return {source: sum(v) / len(v) for source, v in sorted(found.items())}
+        return {source: float(values.mean()) for source, values in self.source_means(metric).items() if len(values)}
+
+    def by_part(self, metric: str) -> list[float]:
+        """Loss per token in each part of the positions, along the decode."""
+        sums = self.part_sums[:, :, METRICS.index(metric)].sum(0)
+        return (sums / self.part_counts.sum(0).clamp_min(1)).tolist()
 
     def mean_stats(self) -> dict[str, float]:
         """Mean distinct experts per layer before and after, bytes relative to untouched, share answered."""
@@ -197,25 +271,36 @@ class Comparison:
         }
 
 
+def comparison(policy: Policy, losses: list[Losses], stats: list[Stats], sources: list[list[str]]) -> Comparison:
+    """What was measured of one policy, group by group."""
+    sums, tokens, part_sums, part_tokens = map(torch.stack, zip(*losses, strict=True))
+    return Comparison(policy.name, policy.setting, sums, tokens, part_sums, part_tokens, stats, sources)
+
+
 class Simulation:
     """Measures policies against the untouched model, whose predictions for the last groups are kept.
 
     Args:
         prompt: leading positions of each sequence that are prefill.
+        ends: see `scored_positions`.
     """
 
-    def __init__(self, model: nn.Module, layers: list[MoeLayer], prompt: int) -> None:
-        self.model, self.layers, self.prompt = model, layers, prompt
+    def __init__(self, model: nn.Module, layers: list[MoeLayer], prompt: int, ends: Collection[int] = ()) -> None:
+        self.model, self.layers, self.prompt, self.ends = model, layers, prompt, ends
         self.kept: OrderedDict[bytes, tuple[Reference, Stats]] = OrderedDict()
 
     def untouched(self, tokens: Tensor) -> Stats:
         """What the untouched model loads for one group."""
-        (found,) = self._untouched([tokens])
-        return found[1]
+        return self._untouched([tokens])[0][1]
+
+    def nothing(self, tokens: Tensor) -> Losses:
+        """What is lost on one group where nothing is skipped."""
+        reference = self._untouched([tokens])[0][0]
+        return reference.losses_of(torch.zeros(*reference.targets.shape, len(METRICS)))
 
     @torch.no_grad()
-    def losses(self, runs: Iterable[Run]) -> Iterator[tuple[Tensor, Stats]]:
-        """Losses `(sequences, 3)` as `Reference.losses` gives them, and what skipping did, of each run in turn.
+    def losses(self, runs: Iterable[Run]) -> Iterator[tuple[Losses, Stats]]:
+        """Losses as `Reference.losses` gives them, and what skipping did, of each run in turn.
 
         Runs are drawn, and measured, as their results are asked for: as many at a time as make a full pass.
 
@@ -241,7 +326,7 @@ class Simulation:
         """
         for policy in policies:
             policy.bind(self.layers)
-        found: list[list[tuple[Tensor, Stats]]] = [[] for _ in policies]
+        found: list[list[tuple[Losses, Stats]]] = [[] for _ in policies]
 
         def measured() -> Iterator[int]:
             # Groups of one pass with all policies, then those of the next: their predictions are not made twice.
@@ -254,11 +339,8 @@ class Simulation:
         for _ in progress(measured()):
             pass
         sources = [names for _, names in groups]
-        scored = sum(part.shape[0] * (part.shape[1] - self.prompt - 1) for part, _ in groups)
         return [
-            Comparison(
-                p.name, p.setting, torch.stack([loss for loss, _ in rows]), [s for _, s in rows], sources, scored
-            )
+            comparison(p, [own for own, _ in rows], [s for _, s in rows], sources)
             for p, rows in zip(policies, found, strict=True)
         ]
 
@@ -270,7 +352,8 @@ class Simulation:
             runs = [Run(tokens, None) for tokens in missing.values()]
             made = stacked_logits(self.model, self.layers, runs, self.prompt)
             for (name, tokens), (logits, stats) in zip(missing.items(), made, strict=True):
-                self.kept[name] = Reference(logits[:, :-1], tokens[:, self.prompt + 1 :]), stats
+                scored = scored_positions(tokens, self.prompt, self.ends)
+                self.kept[name] = Reference(logits[:, :-1], tokens[:, self.prompt + 1 :], scored), stats
         for name in wanted:
             self.kept.move_to_end(name)
         while len(self.kept) > len(wanted) and sum(reference.bytes for reference, _ in self.kept.values()) > KEPT_BYTES:
@@ -305,6 +388,11 @@ def compare(
     policies: Sequence[Policy],
     prompt: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+    ends: Collection[int] = (),
 ) -> list[Comparison]:
-    """Measure policies on the same groups, as `Simulation.compare`; nothing is kept."""
-    return Simulation(model, layers, prompt).compare(groups, policies, progress)
+    """Measure policies on the same groups, as `Simulation.compare`; nothing is kept.
+
+    Args:
+        ends: see `scored_positions`.
+    """
+    return Simulation(model, layers, prompt, ends).compare(groups, policies, progress)

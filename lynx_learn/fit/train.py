@@ -25,7 +25,7 @@ from ..selector.surrogates import Moments, Surrogates, fit_surrogate
 from ..show.progress import track
 from ..traces.format import Trace
 from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
-from .sensitivity import measure_sensitivities
+from .sensitivity import measure_sensitivities, scale_to_nats
 from .tuning import TuneOptions, tune
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
@@ -130,6 +130,8 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         learn, check = (rows[part].to(loaded.input_device) for part in (own_tenth != HELD_OUT, own_tenth == HELD_OUT))
         tuning = TuneOptions(options.tune_steps, options.tune_rate, tuple(options.tune_batch_sizes), options.seed)
         metrics["train"]["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
+    metrics["train"]["nats"] = scale_to_nats(loaded.model, layers, selector, groups, prompt=groups[0][0].shape[1] // 8)
+    selector.float()  # measuring has put the surrogates into the model's precision
     write_card(out, selector, metrics, {RUN: run_record("train", asdict(options)), **losses})
     return selector
 

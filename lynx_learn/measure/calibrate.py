@@ -2,22 +2,23 @@
 
 Learn then Test (Angelopoulos et al., arXiv 2110.01052) with fixed-sequence testing: thresholds are chosen on pilot
 groups, then tested in increasing order on other groups, and the last one before the first failure is taken. The test of
-one threshold is a one-sided upper confidence bound of the mean loss over groups by Student's t with Hall's correction
-for skewness (Hall 1983, Annals of Statistics 11, 569–576); the unit is a group of sequences decoded together, since
-the tokens of a group share their fate. The bound is asymptotic in the number of groups and holds for text like the
-calibration text.
+one threshold is a one-sided upper confidence bound of the mean loss (`bound.upper_bound`); the unit is a group of
+sequences decoded together, and no two groups share a document. Both the mean over all scored positions and that over
+the last quarter of them have to stay within the budget. The bound is asymptotic in the number of groups, and holds for
+text like the calibration text, by default what the model itself writes when it is sampled.
 """
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..decode.simulate import compare
+from ..decode.served import Mode, ServedText
+from ..decode.simulate import Comparison, compare
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
@@ -25,15 +26,17 @@ from ..moe.loading import LoadedModel, load_model
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
-from ..traces import corpus as corpora
-from .bound import BOUND, Curve, last_within, plan, rising
+from ..traces.corpus import BUILT_IN, Bos, Split
+from ..traces.groups import Group
+from ..traces.sampling import Sampling
+from .bound import BOUND, Curve, count_bound, last_within, plan, rising, upper_bound
 
 # The pilot's thresholds go down from twice the largest budget times the root of the batch size, by this factor.
 PILOT_STEP, PILOT_POINTS = 3.0, 8
 PILOT_GROUPS = 4
 FEWEST_GROUPS = 8
 
-Group = tuple[Tensor, list[str]]
+Guarantee = Literal["cell", "sizes", "all", "worst-source"]
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,48 @@ class CalibrateOptions:
     """selector folder; its thresholds for this metric are replaced"""
     model: str | None = None
     """folder or Hub id; by default the model that the selector names"""
-    corpus: str = corpora.BUILT_IN
+    corpus: str = BUILT_IN
     """calibration text; must not be text that the selector was fitted on, nor test text"""
-    split: corpora.Split = "calibrate"
+    split: Split = "calibrate"
     """part of the corpus to read, by document"""
+    mix: dict[str, float] | None = None
+    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
+    mode: Mode = "generate"
+    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
+    it skips; teacher, the text of the corpus itself"""
+    temperature: float = 1.0
+    """temperature of the sampling, as it is served; 0 is greedy"""
+    top_p: float = 1.0
+    """share of the probability that is sampled from, as it is served"""
+    ignore_eos: bool = False
+    """score what follows an end-of-text token, too"""
     budgets: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
     """budgets to find thresholds for, in units of the metric per token"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
     """what a budget counts: kl (nats), nll (rise of the loss, nats) or agreement (share of changed greedy tokens)"""
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    """decode batch sizes to find thresholds for"""
+    guarantee: Guarantee = "cell"
+    """what holds together at the confidence: each budget and batch size on its own (cell), all sizes of a budget (sizes),
+    all sizes and budgets (all), or each source of each cell (worst-source)"""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
+    """decode batch sizes to find thresholds for; in between they are interpolated"""
     confidence: float = 0.95
     """confidence of the bound"""
     groups: int = 64
     """groups measured for a batch size, at most; 4 of them choose thresholds, the others test them"""
     tokens: int = 60_000
     """tokens measured for a batch size, at most; but 12 groups are, whatever they hold"""
-    length: int = 128
+    length: int = 512
     """tokens of a sequence"""
     prompt: int = 32
     """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: corpora.Bos = "auto"
+    bos: Bos = "auto"
     """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     device: str = "auto"
     """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 1
-    """seed of the grouping"""
+    """seed of the documents and the sampling"""
 
     def __post_init__(self) -> None:
         for name in ("budgets", "batch_sizes"):
@@ -86,8 +103,39 @@ class CalibrateOptions:
         if not 0.5 < self.confidence < 1:
             raise OptionError(f"--confidence {self.confidence:g} is not usable: expected above 0.5 and below 1")
         check_groups("groups", self.groups)
-        if not 0 < self.prompt < self.length - 1:
-            raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 2 ({self.length - 2})")
+        self.text  # noqa: B018  # refuses what cannot be used
+
+    @property
+    def text(self) -> ServedText:
+        """What the losses are measured on."""
+        return served(self, (self.split,))
+
+    @property
+    def confidence_of_each(self) -> float:
+        """Of a single bound, so that what is guaranteed together holds at `confidence` (Bonferroni)."""
+        together = {"sizes": len(self.batch_sizes), "all": len(self.batch_sizes) * len(self.budgets)}
+        return 1 - (1 - self.confidence) / together.get(self.guarantee, 1)
+
+    def most_groups(self, size: int) -> int:
+        """Groups of `size` sequences that are measured."""
+        return max(FEWEST_GROUPS + PILOT_GROUPS, min(self.groups, self.tokens // (size * self.length)))
+
+
+def served(options: Any, splits: tuple[Split, ...]) -> ServedText:
+    """The text of a command's options, which are named alike in all commands."""
+    sampling = Sampling(options.temperature, options.top_p)
+    return ServedText(
+        options.corpus,
+        splits,
+        options.mode,
+        options.length,
+        options.prompt,
+        sampling,
+        options.ignore_eos,
+        options.mix,
+        options.bos,
+        options.seed,
+    )
 
 
 def check_groups(option: str, groups: int) -> None:
@@ -119,27 +167,19 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     selector.check(layers)
     cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}
     sources: Counter[str] = Counter()
-    for size in track(sorted(options.batch_sizes), "calibrate", len(options.batch_sizes), unit="batch sizes"):
-        most = max(FEWEST_GROUPS + PILOT_GROUPS, min(options.groups, options.tokens // (size * options.length)))
-        groups = corpora.decode_groups(
-            options.corpus,
-            loaded.tokenizer,
-            options.split,
-            size,
-            options.length,
-            most,
-            options.seed,
-            FEWEST_GROUPS + PILOT_GROUPS,
-            bos=options.bos,
-        )
-        groups = [(tokens.to(loaded.input_device), names) for tokens, names in groups]
+    for size, groups in read_groups(options, loaded, sorted(set(options.batch_sizes))):
         sources.update(name for _, names in groups for name in names)
-        for budget, cell in certify(loaded.model, layers, selector, groups, options).items():
+        for budget, cell in certify(loaded, layers, selector, groups, options).items():
             cells[str(budget)][str(size)] = cell
     thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
-    figures = {"bound": BOUND, "corpus": options.corpus, "split": options.split, "cells": cells}
+    figures = {"bound": BOUND, "cells": cells}
     metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
-    limits = {"confidence": options.confidence, "sources": shares(sources)}
+    limits = {
+        "confidence": options.confidence,
+        "guarantee": options.guarantee,
+        **options.text.describe(loaded),
+        "sources": shares(sources),
+    }
     config = selector.config
     # Read again: what ran has been rounded to the precision that the model was loaded in.
     selector = LynxSelector.from_pretrained(options.selector).with_config(
@@ -155,31 +195,85 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     return selector
 
 
+def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]) -> Iterator[tuple[int, list[Group]]]:
+    """Each batch size with its groups, all out of one draw of documents; there is enough for all, or nothing is given.
+
+    Raises:
+        CorpusError: there is too little text.
+    """
+    text = options.text
+    units = text.units(loaded, max(size * options.most_groups(size) for size in sizes))
+    fewest = FEWEST_GROUPS + PILOT_GROUPS
+    given = [(size, text.groups(loaded, units, size, options.most_groups(size), fewest)) for size in sizes]
+    yield from track(given, "calibrate", len(given), unit="batch sizes")
+
+
 def shares(counts: Counter[str]) -> dict[str, float]:
     """Each source's share of what was counted, by name."""
     return {name: count / counts.total() for name, count in sorted(counts.items())}
 
 
 def certify(
-    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
+    loaded: LoadedModel,
+    layers: list[MoeLayer],
+    selector: LynxSelector,
+    groups: Sequence[Group],
+    options: CalibrateOptions,
 ) -> dict[float, dict[str, Any]]:
     """For each budget the certified threshold of one batch size, with what was measured at it."""
-    pilot, rest = groups[:PILOT_GROUPS], groups[PILOT_GROUPS:]
-    curve = pilot_curve(model, layers, selector, pilot, options)
-    planned = plan(curve, options.budgets)
-    distinct = sorted({tau for taus in planned.values() for tau in taus})
-    measured = compare(model, layers, rest, [selector.at_threshold(tau) for tau in distinct], options.prompt)
-    results = dict(zip(distinct, measured, strict=True))
+    pilot, rest = groups[:PILOT_GROUPS], list(groups[PILOT_GROUPS:])
+    planned = plan(pilot_curve(loaded, layers, selector, pilot, options), options.budgets)
+
+    def measure(taus: list[float], tested: list[Group]) -> dict[float, Comparison]:
+        policies = [selector.at_threshold(tau) for tau in taus]
+        ends = options.text.ends(loaded)
+        return dict(zip(taus, compare(loaded.model, layers, tested, policies, options.prompt, ends=ends), strict=True))
+
+    results = {}
+    if options.mode != "skipping":
+        results = measure(sorted({tau for taus in planned.values() for tau in taus}), rest)
     found = {}
     for budget, taus in planned.items():
-        tau, upper = last_within(taus, lambda tau: results[tau].group_means(options.metric), budget, options.confidence)
-        cell: dict[str, Any] = {"threshold": tau, "mean": 0.0, "upper": upper, "groups": len(rest)}
-        if tau:
-            result = results[tau]
-            cell |= {"mean": result.mean(options.metric), "by_source": result.by_source(options.metric)}
-            cell |= result.mean_stats()
-        found[budget] = cell
+        if options.mode == "skipping":  # text as the largest of them leaves it, which is the furthest from untouched
+            results = measure(taus, options.text.while_skipping(loaded, rest, selector.at_threshold(taus[-1])))
+        tau, uppers = last_within(taus, lambda tau: bounds(results[tau], options), budget)  # noqa: B023
+        found[budget] = describe(results[tau] if tau else None, tau, uppers, len(rest), options)
     return found
+
+
+def bounds(result: Comparison, options: CalibrateOptions) -> list[float]:
+    """Upper bounds of all that shall stay within the budget, see `guarded`."""
+    metric, confidence = options.metric, options.confidence_of_each
+    found = [upper_bound(values, confidence) for values in guarded(result, options)]
+    if metric == "agreement":  # with no token changed a bound by the spread would be 0
+        found.append(count_bound(round(result.mean(metric) * result.tokens), result.tokens, confidence))
+    return found
+
+
+def guarded(result: Comparison, options: CalibrateOptions) -> list[Tensor]:
+    """Losses whose means shall stay within the budget, each `(groups,)`: of all positions, of the last part of them, and
+    of every source where that is guaranteed."""
+    found = [result.group_means(options.metric), result.last_part(options.metric)]
+    if options.guarantee == "worst-source":
+        found += result.source_means(options.metric).values()
+    return found
+
+
+def describe(
+    result: Comparison | None, tau: float, uppers: Sequence[float], groups: int, options: CalibrateOptions
+) -> dict[str, Any]:
+    """One cell of the certificate; without a result nothing was certified."""
+    cell: dict[str, Any] = {"threshold": tau, "mean": 0.0, "upper": 0.0, "groups": groups}
+    if result is None:
+        return cell
+    cell |= {
+        "mean": result.mean(options.metric),
+        "upper": max(uppers),
+        "last_part": float(result.last_part(options.metric).mean()),
+        "by_part": result.by_part(options.metric),
+        "by_source": result.by_source(options.metric),
+    }
+    return cell | result.mean_stats()
 
 
 def pilot_thresholds(budgets: list[float], size: int) -> list[float]:
@@ -189,9 +283,14 @@ def pilot_thresholds(budgets: list[float], size: int) -> list[float]:
 
 
 def pilot_curve(
-    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, groups: Sequence[Group], options: CalibrateOptions
+    loaded: LoadedModel,
+    layers: list[MoeLayer],
+    selector: LynxSelector,
+    groups: Sequence[Group],
+    options: CalibrateOptions,
 ) -> Curve:
     """What the pilot groups lose at thresholds that span the budgets."""
     taus = pilot_thresholds(options.budgets, groups[0][0].shape[0])
-    measured = compare(model, layers, groups, [selector.at_threshold(tau) for tau in taus], options.prompt)
+    policies = [selector.at_threshold(tau) for tau in taus]
+    measured = compare(loaded.model, layers, groups, policies, options.prompt, ends=options.text.ends(loaded))
     return rising(taus, [result.mean(options.metric) for result in measured])

@@ -19,8 +19,9 @@ smaller where the plan's thresholds stay away from the budget. What the bound do
 often, at the threshold whose true mean is the budget, it lies below that mean.
 
 With `shift` both are repeated with calibration groups of some sources and test groups of others, where nothing is
-guaranteed. Groups of one pool may hold parts of one document, in `calibrate` as here: what is examined is the sampling of
-groups out of given documents.
+guaranteed. No two groups of a pool share a document, in `calibrate` as here, so to draw groups is to draw documents.
+What is guaranteed of a cell is all that `calibrate` guards there: the mean, that of the last quarter of the positions,
+and with `worst-source` that of every source. With `sizes` and `all` it is counted, too, how often any cell fails.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,25 +38,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..decode.simulate import compare
-from ..errors import CorpusError, OptionError
+from ..decode.served import Mode, ServedText
+from ..decode.simulate import METRICS, Comparison, compare, per_token
+from ..errors import OptionError
 from ..files import check_writable, write, write_json
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel, load_model
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
-from ..traces import corpus as corpora
+from ..traces.corpus import BUILT_IN, Bos, Split, open_sources
+from ..traces.groups import Group
 from .bound import FRACTIONS, Bound, Curve, clopper_pearson, last_within, plan, rising, threshold_at, upper_bound
 from .calibrate import (
     FEWEST_GROUPS,
     PILOT_GROUPS,
     PILOT_STEP,
     CalibrateOptions,
-    Group,
+    Guarantee,
     check_groups,
     pilot_curve,
     pilot_thresholds,
+    served,
     shares,
 )
 
@@ -75,14 +79,28 @@ class CoverageOptions:
     """folder for coverage.json and the measured pools; a run that was broken off goes on there"""
     model: str | None = None
     """folder or Hub id; by default the model that the selector names"""
-    corpus: str = corpora.BUILT_IN
+    corpus: str = BUILT_IN
     """text of the pools; must not be text that the selector was fitted on"""
-    split: list[corpora.Split] = field(default_factory=lambda: ["calibrate", "test"])
+    split: list[Split] = field(default_factory=lambda: ["calibrate", "test"])
     """parts of the corpus to read, by document"""
+    mix: dict[str, float] | None = None
+    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
+    mode: Mode = "generate"
+    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
+    it skips; teacher, the text of the corpus itself"""
+    temperature: float = 1.0
+    """temperature of the sampling, as it is served; 0 is greedy"""
+    top_p: float = 1.0
+    """share of the probability that is sampled from, as it is served"""
+    ignore_eos: bool = False
+    """score what follows an end-of-text token, too"""
     budgets: list[float] = field(default_factory=lambda: [0.01, 0.03])
     """budgets, as in calibrate"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
     """what a budget counts, as in calibrate"""
+    guarantee: Guarantee = "cell"
+    """what holds together at the confidence: each budget and batch size on its own (cell), all sizes of a budget (sizes),
+    all sizes and budgets (all), or each source of each cell (worst-source)"""
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32])
     """decode batch sizes"""
     confidence: float = 0.95
@@ -103,17 +121,19 @@ class CoverageOptions:
     """tokens of a sequence"""
     prompt: int = 32
     """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: corpora.Bos = "auto"
+    bos: Bos = "auto"
     """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     device: str = "auto"
     """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 3
-    """seed of the grouping and the draws"""
+    """seed of the documents, the sampling and the draws"""
 
     def __post_init__(self) -> None:
         check_groups("calibration_groups", self.calibration_groups)
+        if self.mode == "skipping":
+            raise OptionError("--mode skipping is not usable here: expected generate or teacher")
         self.procedure()
         fewest = self.calibration_groups + FEWEST_GROUPS
         if self.groups < fewest:
@@ -154,11 +174,22 @@ class CoverageOptions:
             budgets=self.budgets,
             metric=self.metric,
             batch_sizes=self.batch_sizes,
+            guarantee=self.guarantee,
             confidence=self.confidence,
             groups=self.calibration_groups,
+            mix=self.mix,
+            mode=self.mode,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            ignore_eos=self.ignore_eos,
             length=self.length,
             prompt=self.prompt,
         )
+
+    @property
+    def text(self) -> ServedText:
+        """What the losses are measured on."""
+        return served(self, tuple(self.split))
 
 
 def coverage(options: CoverageOptions) -> dict[str, Any]:
@@ -173,11 +204,13 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
     # All text before the first measurement, so that too little of it is found out at once.
     texts = [read_texts(options, loaded, size) for size in sorted(set(options.batch_sizes))]
     rows: list[dict[str, Any]] = []
+    pools: list[tuple[int, Pool]] = []
     sources: Counter[str] = Counter()
     for whole, *shifted in texts:
         size = len(whole[0][1])
         sources.update(name for _, names in whole for name in names)
-        rows += figures(meter.pool(whole), None, options, size)
+        pools.append((size, meter.pool(whole)))
+        rows += figures(pools[-1][1], None, options, size)
         if shifted:
             first = meter.pool(shifted[0])
             rows += figures(first, meter.pool(shifted[1], first.thresholds.tolist()[1:]), options, size)
@@ -188,6 +221,7 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
         "sources": shares(sources),
         "exact": exact_levels(tested, options.groups - options.calibration_groups, options.groups, options.confidence),
         "rows": sorted(rows, key=lambda row: row["shift"]),
+        "together": together(pools, options),
     }
     write_json(Path(options.out) / "coverage.json", report)
     if options.card:
@@ -209,7 +243,7 @@ def check_sources(options: CoverageOptions) -> None:
     """
     if not options.shift:
         return
-    streams = (stream for split in options.split for stream in corpora.open_sources(options.corpus, split))
+    streams = (stream for split in options.split for stream in open_sources(options.corpus, split))
     known = sorted({document.source for stream in streams for document in islice(stream, 1)})
     if unknown := sorted({name for names in options.shift.values() for name in names} - set(known)):
         raise OptionError(
@@ -227,20 +261,29 @@ class Pool:
 
     Attributes:
         thresholds: `(points,)`, rising from 0, where nothing is skipped.
-        losses, bytes: `(points, groups)`; the mean loss of a group, and bytes read relative to the untouched model.
+        sums: `(points, guarded, groups)`; losses summed over the tokens of each part of a group whose mean shall stay
+            within the budget: all of them, those of the last quarter of the positions, and those of each source.
+        counts: `(guarded, groups)`; how many tokens these are.
+        bytes: `(points, groups)`; bytes read relative to the untouched model.
     """
 
     thresholds: Tensor
-    losses: Tensor
+    sums: Tensor
+    counts: Tensor
     bytes: Tensor
 
     @property
     def groups(self) -> int:
-        return self.losses.shape[1]
+        return self.counts.shape[1]
 
-    def losses_at(self, threshold: float) -> Tensor:
-        """Loss of every group `(groups,)`."""
-        return self._between(self.losses, threshold)
+    def losses_at(self, threshold: float, chosen: Tensor | slice = slice(None)) -> list[Tensor]:
+        """Of everything that is guarded one value per chosen group, see `per_token`."""
+        sums = self._between(self.sums, threshold)[:, chosen]
+        return [per_token(*pair) for pair in zip(sums, self.counts[:, chosen], strict=True)]
+
+    def worst_at(self, threshold: float, chosen: Tensor | slice = slice(None)) -> float:
+        """The largest mean loss of what is guarded, over the chosen groups."""
+        return max(float(values.mean()) for values in self.losses_at(threshold, chosen) if len(values))
 
     def bytes_at(self, threshold: float) -> Tensor:
         """Bytes of every group `(groups,)`."""
@@ -250,6 +293,19 @@ class Pool:
         above = int(torch.searchsorted(self.thresholds, threshold).clamp(1, len(self.thresholds) - 1))
         low, high = self.thresholds[above - 1 : above + 1].tolist()
         return torch.lerp(values[above - 1], values[above], min(1.0, (threshold - low) / (high - low)))
+
+
+def guarded_sums(result: Comparison, options: "CoverageOptions") -> tuple[Tensor, Tensor]:
+    """Sums and counts of tokens, both `(guarded, groups)`, in the order of `calibrate.guarded`."""
+    place = METRICS.index(options.metric)
+    rows = [(result.sums[:, :, place].sum(1), result.counts.sum(1))]
+    rows.append((result.part_sums[:, -1, place], result.part_counts[:, -1]))
+    if options.guarantee == "worst-source":
+        for source in sorted({name for names in result.sources for name in names}):
+            own = torch.tensor([[name == source for name in names] for names in result.sources])
+            rows.append(((result.sums[:, :, place] * own).sum(1), (result.counts * own).sum(1)))
+    sums, counts = zip(*rows, strict=True)
+    return torch.stack(sums), torch.stack(counts)
 
 
 class Meter:
@@ -267,6 +323,8 @@ class Meter:
             "dtype": str(self.layers[0].dtype),
             "prompt": options.prompt,
             "metric": options.metric,
+            "guarantee": options.guarantee,
+            "ends": options.text.ends(loaded),
             "budgets": sorted(options.budgets),
         }
 
@@ -287,7 +345,7 @@ class Meter:
         loaded, options, (count, size) = self.loaded, self.options, (len(groups), len(groups[0][1]))
         if thresholds is None:
             first = groups[:PILOT_GROUPS]
-            curve = pilot_curve(loaded.model, self.layers, self.selector, first, options.procedure())
+            curve = pilot_curve(loaded, self.layers, self.selector, first, options.procedure())
             thresholds = grid(curve, options.budgets)
         results = compare(
             loaded.model,
@@ -296,10 +354,13 @@ class Meter:
             [self.selector.at_threshold(tau) for tau in thresholds],
             options.prompt,
             lambda steps: track(steps, f"coverage, batch {size}", count, unit="groups"),
+            options.text.ends(loaded),
         )
+        sums, counts = zip(*(guarded_sums(result, options) for result in results), strict=True)
         return {
             "thresholds": torch.tensor([0.0, *thresholds], dtype=torch.float64),
-            "losses": torch.stack([torch.zeros(count).double(), *(r.group_means(options.metric) for r in results)]),
+            "sums": torch.stack([torch.zeros_like(sums[0]), *sums]),
+            "counts": counts[0],
             "bytes": torch.tensor(
                 [[1.0] * count, *([s.bytes_ratio for s in r.stats] for r in results)], dtype=torch.float64
             ),
@@ -310,7 +371,7 @@ def read_tensors(path: Path) -> dict[str, Tensor] | None:
     """What was measured before, or None; a crash of the machine may have damaged the file."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in ("thresholds", "losses", "bytes")}
+            return {name: file.get_tensor(name) for name in ("thresholds", "sums", "counts", "bytes")}
     except (OSError, SafetensorError):
         return None
 
@@ -331,30 +392,13 @@ def read_texts(options: CoverageOptions, loaded: LoadedModel, size: int) -> list
 def read_groups(
     options: CoverageOptions, loaded: LoadedModel, size: int, sources: list[str] | None, count: int
 ) -> list[Group]:
-    """`count` groups of `size` sequences of these sources, the splits taking turns and the sources mixed at random.
+    """`count` groups of `size` sequences of these sources, without a common document.
 
     Raises:
         CorpusError: there is too little text.
     """
-    streams = [
-        corpora.read_sequences(options.corpus, loaded.tokenizer, options.length, split, options.bos)
-        for split in options.split
-    ]
-    turns = (row for turn in zip_longest(*streams) for row in turn if row is not None)
-    rows = list(islice((row for row in turns if sources is None or row[1] in sources), count * size))
-    if len(rows) < count * size:
-        raise CorpusError(
-            f"corpus {options.corpus!r} ({', '.join(sources or ['all sources'])}; {', '.join(options.split)} split) holds "
-            f"{len(rows)} sequences of {options.length} tokens, {count} groups of {size} are needed: give more text, "
-            "shorter sequences, smaller batches or fewer --groups"
-        )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    groups = []
-    for start in range(0, len(order), size):
-        chosen = [rows[i] for i in order[start : start + size]]
-        tokens = torch.tensor([tokens for tokens, _ in chosen]).to(loaded.input_device)
-        groups.append((tokens, [source for _, source in chosen]))
-    return groups
+    units = options.text.units(loaded, count * size, sources)
+    return options.text.groups(loaded, units, size, count, count)
 
 
 def grid(curve: Curve, budgets: list[float]) -> list[float]:
@@ -381,23 +425,29 @@ class Outcome(NamedTuple):
     threshold: float
     upper: float
     test: float
-    """Mean loss of the groups that were not used."""
+    """Mean loss of the groups that were not used; of all that is guarded the largest."""
     whole: float
-    """Mean loss of all groups."""
+    """The same of all groups."""
     bytes: float
 
 
 def recertify(
     pool: Pool, pilot: Tensor, tested: Tensor, options: CoverageOptions, size: int, bound: Bound
 ) -> dict[float, tuple[float, float]]:
-    """What `calibrate` certifies from these groups of the pool: threshold and bound for each budget."""
+    """What `calibrate` certifies from these groups of the pool: threshold and largest bound for each budget."""
+    confidence = options.procedure().confidence_of_each
     known = set(pool.thresholds.tolist())
     taus = [tau for tau in pilot_thresholds(options.budgets, size) if tau in known]
-    curve = rising(taus, [float(pool.losses_at(tau)[pilot].mean()) for tau in taus])
-    return {
-        budget: last_within(planned, lambda tau: pool.losses_at(tau)[tested], budget, options.confidence, bound)
-        for budget, planned in plan(curve, options.budgets).items()
-    }
+    curve = rising(taus, [float(pool.losses_at(tau, pilot)[0].mean()) for tau in taus])
+
+    def uppers(tau: float) -> list[float]:
+        return [bound(values, confidence) for values in pool.losses_at(tau, tested)]
+
+    found = {}
+    for budget, planned in plan(curve, options.budgets).items():
+        tau, upper = last_within(planned, uppers, budget)
+        found[budget] = (tau, max(upper, default=0.0))
+    return found
 
 
 def resplit(
@@ -411,35 +461,54 @@ def resplit(
         pilot, tested, rest = order.tensor_split([PILOT_GROUPS, options.calibration_groups])
         for budget, (tau, upper) in recertify(pool, pilot, tested, options, size, bound).items():
             target = other or pool
-            losses = target.losses_at(tau)
-            test = losses if other else losses[rest]
-            outcome = (float(test.mean()), float(losses.mean()), float(target.bytes_at(tau).mean()))
+            test = target.worst_at(tau) if other else target.worst_at(tau, rest)
+            outcome = (test, target.worst_at(tau), float(target.bytes_at(tau).mean()))
             found[budget].append(Outcome(tau, upper, *outcome))
     return found
 
 
 def bootstrap(
     pool: Pool, other: Pool | None, options: CoverageOptions, size: int, bound: Bound = upper_bound
-) -> dict[float, tuple[int, int]]:
+) -> dict[float, tuple[Tensor, int]]:
     """Calibrate on independent draws from the pool, which stands for the population that its groups came from.
 
     Returns:
-        For each budget, the draws whose certified threshold has a true mean (the `other` pool's, if given) above the
-        budget, and those whose bound at the threshold that loses the budget lies below the true mean.
+        For each budget, in which draws `(bootstraps,)` the certified threshold has a true mean (the `other` pool's, if
+        given) above the budget, and the number of those whose bound at the threshold that loses the budget lies below
+        the true mean.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    over = dict.fromkeys(sorted(options.budgets), 0)
+    over = {budget: torch.zeros(options.bootstraps, dtype=torch.bool) for budget in sorted(options.budgets)}
     missed = dict.fromkeys(over, 0)
-    whole = rising(pool.thresholds.tolist()[1:], pool.losses.mean(1).tolist()[1:])
-    at_budget = {budget: pool.losses_at(threshold_at(whole, budget)) for budget in over}
-    for _ in track(range(options.bootstraps), f"coverage, batch {size}: draws", options.bootstraps, unit="draws"):
+    points = pool.thresholds.tolist()[1:]
+    whole = rising(points, [float(pool.losses_at(tau)[0].mean()) for tau in points])
+    at_budget = {budget: threshold_at(whole, budget) for budget in over}
+    true = {budget: float(pool.losses_at(tau)[0].mean()) for budget, tau in at_budget.items()}
+    steps = track(range(options.bootstraps), f"coverage, batch {size}: draws", options.bootstraps, unit="draws")
+    for draw in steps:
         chosen = torch.randint(pool.groups, (options.calibration_groups,), generator=generator)
         pilot, tested = chosen.tensor_split([PILOT_GROUPS])
         for budget, (tau, _) in recertify(pool, pilot, tested, options, size, bound).items():
-            over[budget] += float((other or pool).losses_at(tau).mean()) > budget
-            losses = at_budget[budget]
-            missed[budget] += bound(losses[tested], options.confidence) < float(losses.mean())
+            over[budget][draw] = (other or pool).worst_at(tau) > budget
+            missed[budget] += bound(pool.losses_at(at_budget[budget], tested)[0], options.confidence) < true[budget]
     return {budget: (over[budget], missed[budget]) for budget in over}
+
+
+def together(pools: list[tuple[int, Pool]], options: CoverageOptions) -> list[dict[str, Any]]:
+    """How often what a joint guarantee covers fails anywhere, in independent draws for each batch size."""
+    if options.guarantee not in ("sizes", "all"):
+        return []
+    drawn = [bootstrap(pool, None, options, size) for size, pool in pools]
+    over = {budget: torch.stack([found[budget][0] for found in drawn]).any(0) for budget in sorted(options.budgets)}
+    joint = {"any": torch.stack(list(over.values())).any(0)} if options.guarantee == "all" else over
+    return [
+        {
+            "budget": budget,
+            "true_over": float(fails.double().mean()),
+            "true_over_interval": clopper_pearson(int(fails.sum()), options.bootstraps),
+        }
+        for budget, fails in joint.items()
+    ]
 
 
 def exact_levels(tested: int, rest: int, groups: int, confidence: float) -> dict[str, float]:
@@ -469,7 +538,8 @@ def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int)
     drawn = bootstrap(pool, other, options, size)
     rows = []
     for budget, outcomes in resplit(pool, other, options, size).items():
-        over, missed = drawn[budget]
+        fails, missed = drawn[budget]
+        over = int(fails.sum())
         certified = [o for o in outcomes if o.threshold > 0]
         rows.append(
             {

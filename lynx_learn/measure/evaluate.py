@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..decode.served import Mode, ServedText
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.loading import LoadedModel, environment
@@ -28,7 +29,9 @@ from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.figures import frontier
 from ..show.progress import track
-from ..traces import corpus as corpora
+from ..traces.corpus import BUILT_IN, Bos, Split
+from ..traces.groups import Batches
+from .calibrate import served
 from .report import Cell, make_report
 from .store import Store
 from .sweeps import Runner, Setup, Subject, Task, measuring, plan
@@ -50,10 +53,23 @@ class EvaluateOptions:
     """folder or Hub id; by default the model that the selector names"""
     trace: str | None = None
     """trace of the same model, for rules that need statistics of its experts"""
-    corpus: str = corpora.BUILT_IN
+    corpus: str = BUILT_IN
     """test text; must be used for nothing else"""
-    split: corpora.Split = "test"
+    split: Split = "test"
     """part of the corpus to read, by document"""
+    mix: dict[str, float] | None = None
+    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
+    mode: Mode = "generate"
+    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
+    it skips; teacher, the text of the corpus itself"""
+    temperature: float = 1.0
+    """temperature of the sampling, as it is served; 0 is greedy"""
+    top_p: float = 1.0
+    """share of the probability that is sampled from, as it is served"""
+    ignore_eos: bool = False
+    """score what follows an end-of-text token, too"""
+    skipping_budget: float = 0.01
+    """budget at which text is sampled in mode skipping"""
     methods: list[str] = field(default_factory=lambda: ["random", "xshare", "gate_sq", "learned"])
     """methods to measure; untouched is always there"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
@@ -68,7 +84,7 @@ class EvaluateOptions:
     """tokens of a sequence"""
     prompt: int = 32
     """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: corpora.Bos = "auto"
+    bos: Bos = "auto"
     """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     card: bool = False
     """also put the figures into the selector's card"""
@@ -94,8 +110,7 @@ class EvaluateOptions:
         for level in self.levels:
             if not (level > 0 and math.isfinite(level)):
                 raise OptionError(f"--levels {level:g} is not usable: expected numbers above 0")
-        if not 0 < self.prompt < self.length - 1:
-            raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 2 ({self.length - 2})")
+        self.text  # noqa: B018  # refuses what cannot be used
         for size in self.batch_sizes:
             if size < 1:
                 raise OptionError(f"--batch_sizes {size} is not usable: expected 1 or more")
@@ -107,10 +122,15 @@ class EvaluateOptions:
                 )
 
     @property
-    def cells(self) -> list[tuple[int, corpora.Batches]]:
+    def text(self) -> ServedText:
+        """What the losses are measured on."""
+        return served(self, (self.split,))
+
+    @property
+    def cells(self) -> list[tuple[int, Batches]]:
         """Batch size and kind of batches of each cell, in the order of the report."""
         wanted = {(kind, size) for kind, _, size in (text.partition(":") for text in self.batches)}
-        kinds: tuple[corpora.Batches, ...] = ("mixed", "single")
+        kinds: tuple[Batches, ...] = ("mixed", "single")
         return [
             (size, kind)
             for kind in kinds
@@ -161,27 +181,20 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     return report
 
 
-def read_cell(options: EvaluateOptions, subject: Subject, size: int, batches: corpora.Batches) -> Cell:
-    """The text of one cell: as many groups as it takes to score `options.tokens`."""
+def read_cell(options: EvaluateOptions, subject: Subject, size: int, batches: Batches) -> Cell:
+    """The text of one cell: as many groups as it takes to score `options.tokens`, if no sequence ends early."""
     scored = size * (options.length - options.prompt - 1)
     most = max(FEWEST_GROUPS, -(-options.tokens // scored))
-    tokenizer = subject.loaded.tokenizer
-    groups = corpora.decode_groups(
-        options.corpus,
-        tokenizer,
-        options.split,
-        size,
-        options.length,
-        most,
-        options.seed,
-        FEWEST_GROUPS,
-        batches,
-        options.bos,
-    )
+    text, loaded = options.text, subject.loaded
+    units = text.units(loaded, size * most, block=size if batches == "single" else 1)
+    groups = text.groups(loaded, units, size, most, FEWEST_GROUPS, batches)
+    if options.mode == "skipping":
+        groups = text.while_skipping(loaded, groups, subject.selector.policy(options.skipping_budget))
     if len(groups) < most:
-        text = f"{options.corpus!r} ({options.split} split)"
-        print(f"{text} holds {len(groups) * scored:,} of the {options.tokens:,} tokens asked for in batches of {size}")
-    return Cell(size, batches, groups)
+        print(
+            f"{text.name} holds {len(groups) * scored:,} of the {options.tokens:,} tokens asked for in batches of {size}"
+        )
+    return Cell(size, batches, [(tokens.cpu(), names) for tokens, names in groups], text.ends(loaded))
 
 
 def identity(options: EvaluateOptions, subject: Subject, cells: list[Cell]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..decode.simulate import METRICS, Comparison
 from ..decode.tally import Stats
 from ..moe.loading import environment
-from ..traces import corpus as corpora
+from ..traces.groups import Batches, Group
 from .bound import margin
 from .equal_loss import Readings, Sweep, matched, ratios
 from .store import Store
@@ -18,11 +18,12 @@ from .sweeps import Key, Row, Subject, Task, key
 
 @dataclass(frozen=True)
 class Cell:
-    """The groups of one batch size: token rows and the source of each."""
+    """The groups of one batch size: token rows and the source of each, and tokens after which a row is not scored."""
 
     size: int
-    batches: corpora.Batches
-    groups: list[tuple[Tensor, list[str]]]
+    batches: Batches
+    groups: list[Group]
+    ends: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -33,7 +34,7 @@ class Cell:
         return {"batch_size": self.size, "batches": self.batches}
 
     def task(self, index: int, wanted: list[Key] | None) -> Task:
-        return Task(self.name, index, self.groups[index][0].tolist(), wanted)
+        return Task(self.name, index, self.groups[index][0].tolist(), wanted, self.ends)
 
 
 def make_report(options: dict[str, Any], subject: Subject, cells: list[Cell], store: Store) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def make_report(options: dict[str, Any], subject: Subject, cells: list[Cell], st
     at_loss: dict[str, list[dict[str, Any]]] = {"matched": [], "ratios": []}
     for cell in cells:
         stored = [{key(row): row for row in store.read(cell.name, i) or []} for i in range(len(cell.groups))]
-        measured = {k: Measured(cell, [rows[k] for rows in stored], options, layer_bytes) for k in stored[-1]}
+        measured = {k: Measured(cell, [rows[k] for rows in stored], layer_bytes) for k in stored[-1]}
         untouched = next(iter(measured.values())).loaded
         points += [m.point(untouched) for m in measured.values()]
         curves: dict[tuple[str, int], list[Measured]] = {}
@@ -71,13 +72,16 @@ class Measured:
         loaded: bytes read in a step, by group `(groups,)`.
     """
 
-    def __init__(self, cell: Cell, rows: list[Row], options: dict[str, Any], layer_bytes: Tensor) -> None:
+    def __init__(self, cell: Cell, rows: list[Row], layer_bytes: Tensor) -> None:
         self.cell, self.method, self.curve = cell, rows[0]["method"], rows[0]["curve"]
-        losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
         stats = [Stats(**row["stats"]) for row in rows]
-        tokens = len(rows) * cell.size * (options["length"] - options["prompt"] - 1)
         sources = [names for _, names in cell.groups]
-        self.result = Comparison(self.method, rows[0]["setting"], losses, stats, sources, tokens)
+        sums, counts, part_sums, part_counts = (
+            torch.tensor([row[name] for row in rows], dtype=torch.float64)
+            for name in ("sums", "tokens", "part_sums", "part_tokens")
+        )
+        name = rows[0]["setting"]
+        self.result = Comparison(self.method, name, sums, counts, part_sums, part_counts, stats, sources)
         before = torch.tensor([s.experts_before for s in stats], dtype=torch.float64) @ layer_bytes
         self.loaded = before * torch.tensor([s.bytes_ratio for s in stats], dtype=torch.float64)
 
@@ -97,6 +101,7 @@ class Measured:
             **{f"{metric}_margin": margin(result.group_means(metric)) for metric in METRICS},
         }
         if self.method != "untouched":
+            row["kl_by_part"] = result.by_part("kl")
             by_source = {metric: result.by_source(metric) for metric in METRICS}
             row |= {"by_source": by_source, "worst_source": max(by_source["kl"], key=by_source["kl"].__getitem__)}
         return row

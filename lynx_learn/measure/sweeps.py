@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ..decode.simulate import Run, Simulation
+from ..decode.simulate import Losses, Run, Simulation
+from ..decode.tally import Stats
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import find_moe_layers
@@ -66,12 +67,14 @@ class Task:
         cell: folder of its results.
         tokens: `[sequences][positions]`.
         plan: what to measure; None for the first group, which decides that.
+        ends: tokens after which a sequence is not scored.
     """
 
     cell: str
     index: int
     tokens: list[list[int]]
     plan: list[Key] | None
+    ends: tuple[int, ...] = ()
 
 
 class Subject:
@@ -114,19 +117,16 @@ class Subject:
 def measure(subject: Subject, task: Task) -> list[Row]:
     """The untouched model, then the policies in the plan, on one group; without plan what `walk` finds."""
     tokens = torch.tensor(task.tokens, device=subject.loaded.input_device)
-    simulation = Simulation(subject.loaded.model, subject.layers, subject.setup.prompt)
+    simulation = Simulation(subject.loaded.model, subject.layers, subject.setup.prompt, task.ends)
 
     def score(method: str, curve: int, policies: Sequence[Policy]) -> Iterator[Row]:
         for policy in policies:
             policy.bind(subject.layers)
         results = simulation.losses(Run(tokens, policy) for policy in policies)
         for policy, (losses, stats) in zip(policies, results, strict=True):
-            row = {"method": method, "curve": curve, "setting": policy.setting}
-            yield {**row, "losses": losses.tolist(), "stats": asdict(stats)}
+            yield make_row(method, curve, policy.setting, losses, stats)
 
-    nothing = [[0.0, 0.0, 0.0] for _ in task.tokens]
-    untouched = asdict(simulation.untouched(tokens))
-    rows: list[Row] = [{"method": "untouched", "curve": 0, "setting": "", "losses": nothing, "stats": untouched}]
+    rows = [make_row("untouched", 0, "", simulation.nothing(tokens), simulation.untouched(tokens))]
     wanted = None if task.plan is None else set(task.plan)
     for (method, number), curve in subject.sweeps(len(tokens), task.index).items():
         if wanted is None:
@@ -135,6 +135,12 @@ def measure(subject: Subject, task: Task) -> list[Row]:
             rows += score(method, number, [p for p in curve if (method, number, p.setting) in wanted])
     rows += score("learned", 0, subject.budgeted())
     return rows
+
+
+def make_row(method: str, curve: int, setting: str, losses: Losses, stats: Stats) -> Row:
+    """What is stored of one policy on one group."""
+    figures = {name: part.tolist() for name, part in losses._asdict().items()}
+    return {"method": method, "curve": curve, "setting": setting, **figures, "stats": asdict(stats)}
 
 
 def walk(rows: Iterable[Row], highest: float) -> Iterator[Row]:
@@ -146,8 +152,8 @@ def walk(rows: Iterable[Row], highest: float) -> Iterator[Row]:
 
 
 def kl(row: Row) -> float:
-    """Mean KL of one policy on one group."""
-    return sum(losses[0] for losses in row["losses"]) / len(row["losses"])
+    """KL per token of one policy on one group."""
+    return float(sum(losses[0] for losses in row["sums"]) / sum(row["tokens"]))
 
 
 def plan(rows: list[Row], levels: tuple[float, ...]) -> list[Key]:

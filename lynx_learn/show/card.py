@@ -25,8 +25,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         _coverage(metrics.get("coverage")),
         _evaluation(metrics.get("evaluate"), c["calibration"]),
         _training(metrics.get("train"), c["scorer"]),
-        "## Limits\n\nThe budget is a bound on a mean over text like the calibration text, decoded in batches of the sizes named; "
-        "it says nothing of other text, of single requests, or of tasks. Figures are of teacher-forced simulated decode.\n",
+        _limits(c["calibration"]),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -44,6 +43,52 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+PROMISE = (
+    "1. For {text}, decoded in a batch of a size that the table names, the mean KL per token that skipping adds stays within "
+    "the budget, over the whole decode and over its last quarter; a calibration that goes as this one did puts its threshold "
+    "too high in at most {error:.0%} of all cases.\n"
+    "2. That covers {scope}; it is a mean over many requests, so one request, one source or one stretch of text may lose more, "
+    "and it says nothing of how well the model does a task.\n"
+    "3. Other text, other sampling, longer decodes, other precision or another device are not covered: run `lynx-learn "
+    "calibrate` on your own prompts, with your own settings.\n"
+)
+SCOPES = {
+    "cell": "each budget and batch size on its own, not all of them at once",
+    "sizes": "all batch sizes of a budget at once",
+    "all": "all budgets and batch sizes at once",
+    "worst-source": "every source of the table's text, for each budget and batch size on its own",
+}
+
+
+def _limits(calibration: dict[str, Any]) -> str:
+    """What is promised and what is not, in three sentences for each metric that was calibrated."""
+    parts = ["## Limits\n"]
+    for metric, how in calibration.items():
+        promise = PROMISE.format(text=_text(how), error=1 - how["confidence"], scope=SCOPES[how["guarantee"]])
+        parts.append(promise if metric == "kl" else promise.replace("KL per token", NAMES[metric]))
+    parts.append(
+        "Figures are of simulated decode: one pass over the text, in which each step sees what earlier ones left.\n"
+    )
+    return "\n".join(parts)
+
+
+NAMES = {"nll": "rise of the loss (ΔNLL) per token", "agreement": "share of changed greedy tokens"}
+
+
+def _text(how: dict[str, Any]) -> str:
+    """The text that a calibration is of, in words."""
+    where = f"prompts like those of `{how['corpus']}` ({_shares(how['sources'])})"
+    size = f"{how['prompt']} tokens of prompt and {how['length'] - how['prompt']} of decode, in {how['dtype']} on {how['device']}"
+    if how["mode"] == "teacher":
+        return f"text like that of `{how['corpus']}` ({_shares(how['sources'])}) fed to the model, {size}"
+    sampled = (
+        "greedily" if how["temperature"] == 0 else f"at temperature {how['temperature']:g}, top-p {how['top_p']:g}"
+    )
+    writer = "the model itself" if how["mode"] == "generate" else "the skipping model itself"
+    stop = "" if how["ignore_eos"] else " up to its end-of-text token"
+    return f"what {writer} writes{stop}, sampled {sampled}, after {where}: {size}"
+
+
 def _calibration(figures: dict[str, Any] | None, calibration: dict[str, Any]) -> str:
     if not figures:
         return "## Budgets\n\nNot calibrated yet: `lynx-learn calibrate`.\n"
@@ -56,25 +101,37 @@ def _calibration(figures: dict[str, Any] | None, calibration: dict[str, Any]) ->
                 if cell["threshold"] > 0:
                     row = [
                         f"{cell['mean']:.4f}",
+                        " ".join(f"{value:.4f}" for value in cell.get("by_part", ())) or "–",
                         f"{cell['upper']:.4f}",
                         f"{cell['experts_before']:.1f} → {cell['experts']:.1f}",
                         f"{cell['bytes']:.0%}",
                     ]
                 else:
-                    row = ["–", "–", "nothing is skipped: no threshold qualified", "100%"]
+                    row = ["–", "–", "–", "nothing is skipped: no threshold qualified", "100%"]
                 rows.append([budget, size, *row, str(cell["groups"])])
         parts.append(
-            f"Metric `{metric}`; bound: {how['bound']}, confidence {limits['confidence']:.0%}; text: `{how['corpus']}`, split `{how['split']}`.\n\n"
+            f"Metric `{metric}`; text: {_text(limits)}; guarantee `{limits['guarantee']}`, confidence {limits['confidence']:.0%}; "
+            f"bound: {how['bound']}.\n\n"
             + _table(
-                ["budget", "batch", "measured", "upper bound", "distinct experts per layer", "bytes", "groups"], rows
+                [
+                    "budget",
+                    "batch",
+                    "measured",
+                    "by quarter of the decode",
+                    "upper bound",
+                    "distinct experts per layer",
+                    "bytes",
+                    "groups",
+                ],
+                rows,
             )
         )
-        parts += _certified_text(how["cells"], limits.get("sources"))
+        parts += _certified_text(how["cells"])
     return "\n".join(parts)
 
 
-def _certified_text(table: dict[str, Any], sources: dict[str, float] | None) -> list[str]:
-    """What text the budgets are certified for, and each budget's source with the highest loss."""
+def _certified_text(table: dict[str, Any]) -> list[str]:
+    """Each budget's source with the highest loss."""
     parts = []
     highest = []
     for budget, cells in table.items():
@@ -84,11 +141,6 @@ def _certified_text(table: dict[str, Any], sources: dict[str, float] | None) -> 
             highest.append(f"- budget {budget}: highest by source at batch {size}: {name} {value:.4f}\n")
     if highest:
         parts.append("".join(highest))
-    if sources:
-        parts.append(
-            f"**The budget is certified for text like: {_shares(sources)}. On other text the loss can exceed it.** It bounds "
-            "the mean over such text; single sources can lie above it.\n"
-        )
     return parts
 
 
@@ -130,9 +182,16 @@ def _coverage(report: dict[str, Any] | None) -> str:
         f"mean is the budget, lies below it. Of both {exact['true_over']:.1%} is allowed."
         + (" On other sources all groups tested on count in the first three.\n" if shift else "\n"),
     ]
+    parts += [_together(row, o["guarantee"], exact["true_over"]) for row in report.get("together", ())]
     if shift:
         parts.append(_under_shift([row for row in report["rows"] if row["shift"]], o["shift"]))
     return "\n".join(parts)
+
+
+def _together(row: dict[str, Any], guarantee: str, allowed: float) -> str:
+    """How often what a joint guarantee covers failed anywhere."""
+    over = f"{row['true_over']:.1%} ({_percents(row['true_over_interval'])})"
+    return f"Guarantee `{guarantee}`, budget {row['budget']}: some cell's true mean over it in {over} of the draws, of {allowed:.0%} allowed.\n"
 
 
 def _percents(interval: list[float]) -> str:
@@ -212,6 +271,21 @@ def _training(train: dict[str, Any] | None, scorer: str) -> str:
         "unexplained; gamma deviance (less is better) / correlation of predicted and true cost.\n\n"
         + _table(["layer", "unexplained", "sensitivity", *kinds], rows)
         + _tuning(train.get("tuning"))
+        + _nats(train.get("nats"))
+    )
+
+
+def _nats(nats: dict[str, Any] | None) -> str:
+    """Predicted against measured loss."""
+    if not nats or not nats["curve"]:
+        return ""
+    curve = [[f"{p['threshold']:.2g}", f"{p['predicted']:.4f}", f"{p['measured']:.4f}"] for p in nats["curve"]]
+    layers = [[p["name"], f"{p['predicted']:.4f}", f"{p['measured']:.4f}"] for p in nats["layers"]]
+    return (
+        "\nPredicted costs of what is left out, summed, and the KL it causes, both in nats per token; batches of the trace:\n\n"
+        + _table(["threshold", "predicted", "measured"], curve)
+        + "\nAt the threshold that loses .01 in all, by layer, when it alone skips:\n\n"
+        + _table(["layer", "predicted", "measured"], layers)
     )
 
 

@@ -18,10 +18,11 @@ from ..files import check_writable
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
 from ..moe.hooks import intercept
-from ..moe.loading import LoadedModel, generate_plainly, load_model
+from ..moe.loading import LoadedModel, load_model
 from ..show.progress import track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
+from .sampling import Sampling, continue_rows
 
 # Entry points by which other engines are found: each a function of CollectOptions that gives a Tracer.
 ENGINES = "lynx_learn.engines"
@@ -168,32 +169,14 @@ class TransformersTracer:
 
     def run(self, rows: Tensor, options: TraceOptions, shard: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         if rows.shape[1] < options.length:
-            rows = self._continue(rows, options, shard)
+            # Seeded by the shard alone, so that a resumed run samples the same.
+            seed = options.seed * 1_000_003 + shard
+            rows = rows.to(self.loaded.input_device)
+            rows = continue_rows(self.loaded.model, rows, options.length, Sampling(), seed).cpu()
         return rows, record(self.loaded.model, self.layers, rows)
 
     def close(self) -> None:
         """Nothing: hooks are there only while a model runs."""
-
-    @torch.no_grad()
-    def _continue(self, prompts: Tensor, options: TraceOptions, shard: int) -> Tensor:
-        """The model's own continuation of each prompt, sampled at temperature 1, to the full length.
-
-        Seeded by the shard alone, so that a resumed run samples the same.
-        """
-        torch.manual_seed(options.seed * 1_000_003 + shard)
-        prompts = prompts.to(self.loaded.input_device)
-        out = generate_plainly(
-            self.loaded.model,
-            prompts,
-            torch.ones_like(prompts),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=options.length - options.prompt,
-            max_new_tokens=options.length - options.prompt,
-        )
-        return out.cpu()
 
 
 def check_room(out: Path, options: TraceOptions) -> None:

@@ -1,19 +1,14 @@
 """Token sequences of a corpus, one beside the other: what models are run on."""
 
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ..errors import CorpusError, OptionError
 from .documents import BUILT_IN, Document, Split, open_sources, read_documents
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["BUILT_IN", "Bos", "Split", "open_sources", "opening", "read_sequences"]
 
-__all__ = ["BUILT_IN", "Batches", "Bos", "Split", "decode_groups", "open_sources", "opening", "read_sequences"]
-
-Batches = Literal["mixed", "single"]
 Bos = Literal["auto", "yes", "no"]
 # Sequences of one document that are used at most.
 LONGEST = 8
@@ -121,52 +116,3 @@ def _cut(tokens: list[int], size: int) -> Iterator[list[int]]:
         part = tokens[:size]
         del tokens[:size]
         yield part
-
-
-def decode_groups(
-    corpus: str,
-    tokenizer: Encoder,
-    split: Split,
-    size: int,
-    length: int,
-    most: int,
-    seed: int,
-    fewest: int = 2,
-    batches: Batches = "mixed",
-    bos: Bos = "auto",
-) -> list[tuple["torch.Tensor", list[str]]]:
-    """Groups of `size` sequences that decode together: token rows and each row's source.
-
-    Args:
-        length: tokens of a sequence.
-        most, fewest: groups wanted, and without which there is nothing to compute.
-        batches: `mixed`: each group draws from all sources at random; `single`: each from one, sources taking turns.
-        bos: as in `opening`.
-
-    Raises:
-        CorpusError: the split holds too few sequences.
-    """
-    import torch
-
-    pools: dict[str, list[tuple[list[int], str]]] = {}
-    full = 0
-    for row in read_sequences(corpus, tokenizer, length, split, bos):
-        pool = pools.setdefault(row[1] if batches == "single" else "", [])
-        pool.append(row)
-        full += len(pool) % size == 0
-        if full == most:
-            break
-    if full < fewest:
-        count = sum(map(len, pools.values()))
-        each = " from one source each" if batches == "single" else ""
-        raise CorpusError(
-            f"corpus {corpus!r} ({split} split) holds {count} sequences of {length} tokens, {fewest} groups of {size}{each} "
-            "are needed: give more text, shorter sequences or smaller batches"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    by_pool = []
-    for pool in pools.values():
-        order = torch.randperm(len(pool), generator=generator).tolist()
-        rows = [[pool[i] for i in order[end - size : end]] for end in range(size, len(pool) + 1, size)]
-        by_pool.append([(torch.tensor([tokens for tokens, _ in group]), [name for _, name in group]) for group in rows])
-    return [group for turn in zip_longest(*by_pool) for group in turn if group is not None]
