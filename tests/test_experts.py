@@ -62,3 +62,23 @@ def test_a_layer_that_runs_nothing_gives_zeros() -> None:
     with torch.no_grad(), experts_by_distinct(model):
         found = layer.experts(torch.randn(3, HIDDEN), torch.zeros(3, TOP_K, dtype=torch.int64), torch.zeros(3, TOP_K))
     assert torch.equal(found, torch.zeros(3, HIDDEN))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_few_rows_and_many_are_multiplied_as_eager_experts_do(name: str, rows: int) -> None:
+    model = tiny_model(name)
+    layer = find_moe_layers(model)[0]
+    hidden, weights = torch.randn(rows, HIDDEN), torch.rand(rows, TOP_K)
+    weights[0, 0] = 0.0  # where nothing is left out, BLAS multiplies, as in the untouched model
+    indices = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(rows)])
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        wanted = layer.experts(hidden, indices, weights)
+        model.set_experts_implementation("grouped_mm")
+        with experts_by_distinct(model):
+            torch.testing.assert_close(layer.experts(hidden, indices, weights), wanted)
+            hidden[0, 0] = math.nan
+            found = layer.experts(hidden, indices, weights)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()

@@ -44,7 +44,7 @@ RESERVED = {
     "onnxscript": {"graph.export"},
     "onnxruntime": {"graph.onnx_runtime"},
     "triton": {"selector.kernels.triton"},
-    "numba": {"selector.kernels.cpu"},
+    "numba": {"selector.kernels.cpu", "moe.kernels.products"},
 }
 
 

@@ -265,13 +265,13 @@ def test_without_a_folder_that_can_be_written_it_is_compiled_each_time() -> None
 
     real = cpu.numba.njit
 
-    def njit(**options: Any) -> Any:
+    def njit(*signature: str, **options: Any) -> Any:
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
+        return real(*signature, **options)
 
     with mock.patch.object(cpu.numba, "njit", njit):
-        assert cpu._kept_on_disk(lambda x: x + 1)(1) == 2
+        assert cpu.kept_on_disk(lambda x: x + 1)(1) == 2
 
 
 def test_without_numba_pytorch_decides(monkeypatch: pytest.MonkeyPatch) -> None:

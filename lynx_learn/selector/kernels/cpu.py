@@ -10,6 +10,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
+from ...moe.kernels.products import OPTIONS, kept_on_disk
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
 from ..scorers import LOWEST_LOG_COST
 
@@ -26,17 +27,8 @@ _EXP_LOW, _EXP_HIGH, _HALF = np.float32(-87.0), np.float32(88.0), np.float32(0.5
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
 
 
-# Sums may be taken in another order, but what is no number or infinite stays so.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 # Small functions: what Numba takes to compile one grows faster than its length.
-_part = numba.njit(**_OPTIONS)
-
-
-def _kept_on_disk(function: Any) -> Any:
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder at all can be written to
-        return _part(function)
+_part = numba.njit(**OPTIONS)
 
 
 class Arrays(NamedTuple):
@@ -289,7 +281,7 @@ def _answer_one(x, weight, down, up, constant, codes, out):
             out[h] += code * _wide(row[h])
 
 
-@_kept_on_disk
+@kept_on_disk
 def decide(
     hidden,
     logits,
