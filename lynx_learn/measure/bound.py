@@ -28,7 +28,7 @@ def upper_bound(values: Tensor, confidence: float) -> float:
     """One-sided upper confidence bound of the mean of independent `values` `(n,)`; infinite for fewer than two.
 
     Student's t with the correction of Hall (1983, Annals of Statistics 11, 569-576) for the skewness that losses have.
-    With 8 to 30 values of such losses that alone lies below the mean more often than it may (`train/bounds.py`), so a
+    With 8 to 30 values of such losses that alone lies below the mean more often than it may (`docs/bounds.py`), so a
     sample whose skewness happens to be negative takes nothing off, and the margin is widened by WIDER/n. Bounds that
     hold for every distribution with a known largest value (empirical Bernstein, betting) need hundreds of groups.
     """

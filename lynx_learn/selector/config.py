@@ -1,6 +1,7 @@
 """What a selector directory says of itself, read strictly."""
 
 import json
+import math
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -118,12 +119,25 @@ class SelectorConfig:
 def by_active(thresholds: dict[int, float]) -> list[float]:
     """The threshold (nats) for 0, 1, 2, … active tokens; the last one holds for any number beyond, too.
 
-    It is that of the largest calibrated size not above: costs add up over tokens, so a smaller size's threshold is the
-    careful one. Below the smallest size it is 0, which skips nothing.
+    Between two calibrated sizes it is read off the straight line of log threshold over log size, since thresholds follow a
+    power of the size. Where the smaller one skips nothing, nor do sizes up to the larger one; below the smallest size
+    nothing is skipped.
     """
     sizes = sorted(thresholds)
-    places = (bisect_right(sizes, active) for active in range(max(sizes, default=0) + 1))
-    return [thresholds[sizes[place - 1]] if place else 0.0 for place in places]
+    return [_between(thresholds, sizes, active) for active in range(max(sizes, default=0) + 1)]
+
+
+def _between(thresholds: dict[int, float], sizes: list[int], active: int) -> float:
+    place = bisect_right(sizes, active)
+    if not place:
+        return 0.0
+    low, tau = sizes[place - 1], thresholds[sizes[place - 1]]
+    if low == active or place == len(sizes) or not tau:
+        return tau
+    high = sizes[place]
+    if not thresholds[high] > tau:
+        return min(tau, thresholds[high])
+    return float(tau * (thresholds[high] / tau) ** (math.log(active / low) / math.log(high / low)))
 
 
 def _unreadable(path: str, error: Exception) -> SelectorError:
