@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lynx_learn.selector.config import by_active
+from lynx_learn.selector.config import by_active, outside
 
 
 def test_a_power_law_is_met_between_calibrated_sizes_and_each_size_keeps_its_own() -> None:
@@ -32,3 +32,13 @@ def test_nothing_between_two_sizes_exceeds_the_larger_of_their_thresholds(table:
             assert all(math.isfinite(value) and value <= max(tau, table[high]) for value in between)
             assert all(value <= table[high] for value in between)
             assert tau > 0 or not any(between)
+
+
+def test_a_use_that_is_not_certified_is_named() -> None:
+    limits = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "top_p": None, "length": 512}
+    assert outside(limits, {"dtype": "float32", "device": "cpu", "temperature": 1.0, "top_p": 0.9, "length": 512}) == []
+    assert outside(limits, {"temperature": 0.7, "length": 513}) == [
+        "temperature 0.7 (certified: 1.0)",
+        "length 513 (certified: up to 512)",
+    ]
+    assert outside({}, {"dtype": "bfloat16", "length": 9}) == []

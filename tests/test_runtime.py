@@ -1,5 +1,7 @@
 """Skipping in transformers: what it leaves alone, what it changes, and that it goes away without a trace."""
 
+import warnings
+
 import pytest
 import torch
 from tiny import EXPERTS, FAMILIES, PAD, TOP_K, Seen, decode, random_selector, tiny_model, watching, words
@@ -403,3 +405,23 @@ def test_a_token_on_a_fresh_cache_of_fixed_size_is_prefill() -> None:
         assert skipping.stats.steps == 0
         model(input_ids=words(SMALL, 1), past_key_values=cache)
         assert skipping.stats.steps == 1
+
+
+def test_use_beyond_what_is_certified_is_said_once() -> None:
+    """A longer decode when it comes to that, another precision when attaching; within the limits nothing is said."""
+    model = tiny_model("qwen3_moe")
+    limits = {"dtype": "float32", "device": "cpu", "length": 8}
+    selector = random_selector(model, thresholds={"kl": {"0.1": {"1": 0.5}}})
+    prompts = words(2, 4)
+    wanted = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "min_new_tokens": 8}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        skipping = skip_experts(model, selector.with_config(calibration={"kl": limits}), 0.1)
+        with skipping:
+            model.generate(prompts, **{**wanted, "min_new_tokens": 4}, max_new_tokens=4)
+    with skipping, pytest.warns(UserWarning, match=r"not certified for length 9 \(certified: up to 8\)") as said:
+        model.generate(prompts, **wanted, max_new_tokens=8)
+    assert len(said) == 1
+    other = selector.with_config(calibration={"kl": {**limits, "dtype": "bfloat16"}})
+    with pytest.warns(UserWarning, match=r"not certified for dtype float32 \(certified: bfloat16\)"):
+        skip_experts(model, other, 0.1)

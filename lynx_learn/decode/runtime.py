@@ -15,6 +15,7 @@ from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.hooks import intercept
 from ..moe.loading import fast_dtype
+from ..selector.config import outside
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .tally import Stats, Tally
 
@@ -40,6 +41,26 @@ def warn_of_emulation(layer: MoeLayer) -> None:
         )
 
 
+def warn_of_other_use(limits: dict[str, Any], use: dict[str, Any]) -> bool:
+    """Say what of a use the budget is not certified for; whether anything was said."""
+    found = outside(limits, use)
+    if found:
+        warnings.warn(
+            f"the budget is not certified for {', '.join(found)}: run `lynx-learn calibrate` as you serve", stacklevel=4
+        )
+    return bool(found)
+
+
+def use_of(model: nn.Module, layer: MoeLayer) -> dict[str, Any]:
+    """How a model is about to be used, as far as it says so itself."""
+    use: dict[str, Any] = {"dtype": str(layer.dtype).removeprefix("torch."), "device": layer.device.type}
+    generation = getattr(model, "generation_config", None)
+    if getattr(generation, "do_sample", None):
+        defaults = {"temperature": 1.0, "top_p": 1.0}
+        use |= {name: getattr(generation, name, None) or value for name, value in defaults.items()}
+    return use
+
+
 # Models something is attached to: two policies on one model would act on each other's output.
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -55,6 +76,8 @@ class Skipping:
         self.tally = Tally(self.layers, policy)
         self.stack: ExitStack | None = None
         self.call: DecodeCall | None = None
+        self.limits: dict[str, Any] = {}
+        """What the policy's budget is certified for; see `SelectorConfig.calibration`."""
 
     @property
     def stats(self) -> Stats:
@@ -94,6 +117,11 @@ class Skipping:
 
     def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call = read_call(self.model, args, kwargs)
+        if self.call is not None and "length" in self.limits:
+            past = kwargs["past_key_values"].get_seq_length()
+            # Static caches count on the device, and asking would wait for it.
+            if isinstance(past, int) and warn_of_other_use(self.limits, {"length": past + 1}):
+                self.limits = {}
 
     def _on_layer(self, layer: MoeLayer, routing: Routing) -> Decision | None:
         if self.call is None:
@@ -127,7 +155,10 @@ def skip_experts(
     if isinstance(selector, LynxSelector):
         if budget is None:
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
-        return Skipping(model, selector.policy(budget, metric, kernel))
+        skipping = Skipping(model, selector.policy(budget, metric, kernel))
+        skipping.limits = selector.config.calibration.get(metric, {}) if budget else {}
+        warn_of_other_use(skipping.limits, use_of(model, skipping.layers[0]))
+        return skipping
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")
     return Skipping(model, selector)

@@ -116,6 +116,21 @@ class SelectorConfig:
         )
 
 
+def outside(limits: dict[str, Any], use: dict[str, Any]) -> list[str]:
+    """What of a use no budget is certified for, in words.
+
+    Args:
+        limits: what `SelectorConfig.calibration` says of a metric.
+        use: what is known of `dtype`, `device`, `temperature`, `top_p` and `length`, by these names.
+    """
+    found = []
+    for name, value in use.items():
+        own = limits.get(name)
+        if own is not None and (value > own if name == "length" else value != own):
+            found.append(f"{name} {value} (certified: {'up to ' if name == 'length' else ''}{own})")
+    return found
+
+
 def by_active(thresholds: dict[int, float]) -> list[float]:
     """The threshold (nats) for 0, 1, 2, … active tokens; the last one holds for any number beyond, too.
 
