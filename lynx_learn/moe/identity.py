@@ -1,0 +1,171 @@
+"""Whether a model is the one that something was made for: its routing rule, routers, experts and all other weights.
+
+Weights are compared by sketches: eight fixed random projections of a fixed sample of their values, scaled so that the
+mean squared distance of two sketches is an estimate of the mean squared distance of the weights (Johnson and
+Lindenstrauss 1984). Unlike a hash that tolerates rounding: loading bfloat16 weights as float16 or float32 moves them by
+less than 0.001%, loading float32 ones as bfloat16 by 0.12%, rounding to 8 bits by 2 to 3%, a short fine-tuning by 0.5%
+or more.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .families import Layer, MoeLayer
+
+PROJECTIONS = 8
+# Values looked at of one tensor.
+SAMPLE = 2**14
+# Relative distance (root of the mean square) up to which weights count as the same.
+SAME = 0.003
+Sketch = list[float]
+"""Root mean square of the values, then the projections."""
+Identity = dict[str, Any]
+"""JSON: `rules` [text by layer], `routers` and `experts` [{name: sketch} by layer], `rest` {name: sketch}; what an engine cannot see of its model is left out."""
+
+
+def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identity:
+    """What is compared of a model; without `model` not the weights outside of its MoE layers."""
+    found: Identity = {"routers": [{} for _ in layers]}
+    for layer, own in zip(layers, found["routers"], strict=True):
+        with in_memory(layer.router):
+            own |= {key: sketch([value]) for key, value in layer.router.state_dict().items()}
+    whole = [layer for layer in layers if isinstance(layer, MoeLayer)]
+    if len(whole) < len(layers):
+        return found
+    found |= {"rules": [describe(layer) for layer in whole], "experts": [{} for _ in whole]}
+    for layer, routers, experts in zip(whole, found["routers"], found["experts"], strict=True):
+        parts = {"choice bias": layer.rule.bias, "expert scale": layer.rule.expert_scale}
+        routers |= {name: sketch([value]) for name, value in parts.items() if value is not None}
+        with in_memory(layer.experts):
+            experts |= {name: sketch([value]) for name, value in layer.experts.named_parameters()}
+    if model is not None:
+        found["rest"] = dict(_rest(model, whole))
+    return found
+
+
+def describe(layer: MoeLayer) -> str:
+    """What a layer does with its logits and its experts' products, as far as it is no matter of weights."""
+    activation = getattr(layer.experts, "act_fn", None)
+    kind = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "")
+    numbers = {name: value for name, value in vars(layer.experts).items() if isinstance(value, float)}
+    parts = [f"top-{layer.top_k}", layer.rule.describe()]
+    parts += [f"near {layer.rule.nearness:g}"] if layer.rule.nearness else []
+    parts += [kind] if kind else []
+    return ", ".join([*parts, *(f"{name} {value:g}" for name, value in sorted(numbers.items()))])
+
+
+def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, Sketch]]:
+    """Sketches of all other floating-point weights, those of one name in all layers together."""
+    taken = {id(p) for layer in layers for part in (layer.router, layer.experts) for p in part.parameters()}
+    alike: dict[str, list[Tensor]] = {}
+    with in_memory(model, but=[part for layer in layers for part in (layer.router, layer.experts)]):
+        for name, value in model.named_parameters():
+            if id(value) not in taken and value.is_floating_point() and value.itemsize > 1 and ".lora_" not in name:
+                plain = re.sub(r"\b\d+\b", "*", name.replace(".base_layer.", ".").removeprefix("base_model.model."))
+                alike.setdefault(plain, []).append(_sample(value))
+    for name, parts in sorted(alike.items()):
+        yield name, sketch(parts)
+
+
+def sketch(values: Sequence[Tensor]) -> Sketch:
+    """Of one or several tensors as one."""
+    sample = torch.cat([_sample(value) for value in values]).double().cpu().numpy()
+    if not len(sample):
+        return [0.0] * (PROJECTIONS + 1)
+    projected = sample @ _signs(len(sample)) / math.sqrt(len(sample))
+    numbers = [float(np.sqrt(np.mean(sample**2))), *projected.tolist()]
+    return [float(f"{number:.6g}") for number in numbers]
+
+
+def _sample(value: Tensor) -> Tensor:
+    """At most `SAMPLE` values, always at the same places of a shape."""
+    value = value.detach()
+    if value.numel() <= SAMPLE:
+        return value.reshape(-1).float()
+    places = np.unravel_index(_places(value.numel()), tuple(value.shape))
+    return value[tuple(torch.from_numpy(axis).to(value.device) for axis in places)].float()
+
+
+# numpy promises that RandomState gives the same numbers in every version.
+@lru_cache(maxsize=64)
+def _places(count: int) -> Any:
+    return np.sort(np.random.RandomState(1).randint(0, count, SAMPLE, dtype=np.int64))
+
+
+@lru_cache(maxsize=64)
+def _signs(count: int) -> Any:
+    return np.random.RandomState(2).randint(0, 2, (count, PROJECTIONS)).astype(np.float64) * 2 - 1
+
+
+def distance(a: Sketch, b: Sketch) -> float:
+    """Relative distance of the weights behind two sketches."""
+    scale = max(a[0], b[0])
+    if not scale:
+        return 0.0
+    squares = [(x - y) ** 2 for x, y in zip(a[1:], b[1:], strict=True)]
+    return max(math.sqrt(sum(squares) / PROJECTIONS), abs(a[0] - b[0])) / scale
+
+
+def differences(stored: Identity, found: Identity) -> list[str]:
+    """What of a model is not as `stored` says, for people; what only one of the two knows is not compared."""
+    said = []
+    for there, here in zip(stored.get("rules", ()), found.get("rules", ()), strict=False):
+        if there != here:
+            said.append(f"its routing rule ({here}; expected {there})")
+            break
+    for part in ("routers", "experts"):
+        pairs = list(zip(stored.get(part, ()), found.get(part, ()), strict=False))
+        if far := _farthest(pairs):
+            said.append(f"its {part} ({far})")
+        elif any(there and here and not there.keys() & here.keys() for there, here in pairs):
+            said.append(f"its {part} (other tensors)")
+    if far := _farthest([(stored.get("rest", {}), found.get("rest", {}))]):
+        said.append(f"other weights ({far})")
+    return said
+
+
+def _farthest(pairs: Iterable[tuple[dict[str, Sketch], dict[str, Sketch]]]) -> str:
+    """The largest distance of what both know, if it is one, and where."""
+    pairs = list(pairs)
+    all_found = [
+        (distance(there[name], here[name]), name, place)
+        for place, (there, here) in enumerate(pairs)
+        for name in there.keys() & here.keys()
+    ]
+    far, name, place = max(all_found, default=(0.0, "", 0))
+    if not far > SAME:
+        return ""
+    where = f"{name} of MoE layer {place}" if len(pairs) > 1 else name
+    return f"by {far:.1%}, {where}"
+
+
+def is_identity(value: object) -> bool:
+    """Whether JSON has the shape of an `Identity`."""
+
+    def sketches(part: object) -> bool:
+        return isinstance(part, dict) and all(
+            isinstance(key, str)
+            and isinstance(numbers, list)
+            and len(numbers) == PROJECTIONS + 1
+            and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+            for key, numbers in part.items()
+        )
+
+    if not isinstance(value, dict) or "routers" not in value or value.keys() - {"rules", "routers", "experts", "rest"}:
+        return False
+    lists = [value[key] for key in ("rules", "routers", "experts") if key in value]
+    if not all(isinstance(part, list) for part in lists):
+        return False
+    return (
+        all(isinstance(rule, str) for rule in value.get("rules", ()))
+        and all(sketches(part) for key in ("routers", "experts") for part in value.get(key, ()))
+        and sketches(value.get("rest", {}))
+    )
