@@ -5,7 +5,6 @@ gives its experts is seen by running it on random tokens, the scoring rule is th
 reproduces that from the router's logits, and a model that does not fit is refused with the reason.
 """
 
-import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .loading import device_of, in_memory
 from .routing_rules import ScoringRule, matching_rule
 
 # Tokens in the probe that tells a router's scoring rule.
@@ -87,7 +87,7 @@ class MoeLayer:
 
     @property
     def device(self) -> torch.device:
-        return next(self.router.parameters()).device
+        return device_of(self.router)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +120,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """
     layers: list[MoeLayer] = []
     refusal = f"model type {model_type(model)!r} is not supported: "
+    _refuse_adapters(model)
     for name, module, experts in moe_blocks(model):
         try:
             layers.append(_read_block(len(layers), name, module, experts))
@@ -140,6 +141,19 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
         if count > 1 and not isinstance(model.get_submodule(name), nn.ModuleList):
             raise ModelError(f"{refusal}{name} has {count} MoE blocks, and which of them runs depends on the token")
     return layers
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Adapters change what the model computes, and are switched while it runs."""
+    for module in model.modules():
+        names = getattr(module, "active_adapters", None)
+        if not hasattr(module, "base_layer") or not isinstance(names, list) or not names:
+            continue
+        if not getattr(module, "disable_adapters", False):
+            raise ModelError(
+                f"the model has an active adapter ({', '.join(map(str, names))}), which makes another model of it: merge it "
+                "(merge_and_unload) and train a selector for the merged model, or disable it"
+            )
 
 
 def alike(layers: Sequence[Layer]) -> Layer:
@@ -175,6 +189,12 @@ def _read_block(index: int, name: str, block: nn.Module, experts: nn.Module) -> 
     if not isinstance(router, nn.Module):
         raise ModelError("has experts but no child `gate` or `router`")
     stacked = [p for p in experts.parameters(recurse=False) if p.ndim == 3]
+    small = sorted({str(p.dtype).removeprefix("torch.") for p in experts.parameters() if p.itemsize < 2})
+    if small:
+        raise ModelError(
+            f"keeps its experts in {small[0]}; surrogates and the experts' own functions need 16 or 32 bits: load the "
+            "model with its weights dequantized"
+        )
     if len(stacked) < 2:
         raise ModelError("does not keep its expert weights as stacked 3-D parameters")
     arguments = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -185,8 +205,9 @@ def _read_block(index: int, name: str, block: nn.Module, experts: nn.Module) -> 
     num_experts = min(p.shape[0] for p in stacked)
     if num_experts < 2:
         raise ModelError("has a single expert, so there is nothing to skip")
-    seen, place = _read_router(block, router, experts, num_experts)
-    rule = matching_rule(block, router, place.logits, seen.indices, seen.weights)
+    with in_memory(router), in_memory(block, recurse=False):
+        seen, place = _read_router(block, router, experts, num_experts)
+        rule = matching_rule(block, router, place.logits, seen.indices, seen.weights)
     if rule is None:
         raise ModelError(f"scores experts in an unknown way ({type(router).__name__}); no known rule gives its output")
     top_k, width = seen.indices.shape[1], seen.hidden.shape[1]
@@ -225,7 +246,7 @@ def _read_router(block: nn.Module, router: nn.Module, experts: nn.Module, num_ex
     dtype = next(experts.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator)
-    probe = probe.to(weight.device, dtype if dtype.itemsize > 1 else weight.dtype)
+    probe = probe.to(device_of(router), dtype if dtype.itemsize > 1 else weight.dtype)
     place = _find_logits(_run(block, router, experts, probe), num_experts)
     # Large enough for logits to spread, whatever the scale the weights were initialised with.
     spread = place.logits.float().std(dim=0).mean().clamp_min(1e-6)
@@ -252,8 +273,8 @@ def _run(block: nn.Module, router: nn.Module, experts: nn.Module, hidden: Tensor
         block(hidden.unsqueeze(0))
     except _Reached:
         pass
-    except Exception:  # a block that is a whole decoder layer needs more than hidden states; its router may not
-        call = _call_of(router, hidden)
+    except Exception as error:  # a block that is a whole decoder layer needs more than hidden states; its router may not
+        call = _call_of(router, hidden, error)
     finally:
         for handle in handles:
             handle.remove()
@@ -264,7 +285,7 @@ def _run(block: nn.Module, router: nn.Module, experts: nn.Module, hidden: Tensor
     return _Seen(output[-1], *tensors)
 
 
-def _call_of(router: nn.Module, hidden: Tensor) -> list[Any]:
+def _call_of(router: nn.Module, hidden: Tensor, reason: Exception) -> list[Any]:
     """What a router that is called with hidden states alone says the experts are to be given."""
     more = [p for p in list(inspect.signature(router.forward).parameters.values())[1:] if p.default is p.empty]
     needed = ", ".join(p.name for p in more if p.kind is p.POSITIONAL_OR_KEYWORD)
@@ -272,10 +293,9 @@ def _call_of(router: nn.Module, hidden: Tensor) -> list[Any]:
         raise ModelError(f"has a router that needs more than hidden states: {needed}")
     try:
         output = router(hidden)
-    except Exception as error:
-        raise ModelError(
-            f"has a router that cannot be called with hidden states alone ({type(error).__name__})"
-        ) from None
+    except Exception:  # then the block did not get as far as that
+        said = (str(reason).strip().splitlines() or [""])[0]
+        raise ModelError(f"cannot be run on hidden states only ({type(reason).__name__}: {said})") from reason
     parts = [p for p in output if isinstance(p, Tensor)] if isinstance(output, tuple | list) else []
     indices = next((p for p in parts if not p.is_floating_point() and p.ndim == 2), None)
     weights = next(
@@ -305,13 +325,3 @@ def _find_logits(seen: _Seen, num_experts: int) -> _Place:
 
 def _log(probabilities: Tensor) -> Tensor:
     return probabilities.float().clamp_min(torch.finfo(torch.float32).tiny).log()
-
-
-def router_fingerprint(layers: Sequence[Layer]) -> str:
-    """SHA-256 over all router weights and biases, rounded to bfloat16 so that the dtype a model is loaded in does not matter."""
-    digest = hashlib.sha256()
-    for layer in layers:
-        for key, tensor in sorted(layer.router.state_dict().items()):
-            digest.update(f"{layer.name}.{key}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

@@ -10,15 +10,15 @@ or more.
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .families import Layer, MoeLayer
+from .loading import in_memory
 
 PROJECTIONS = 8
 # Values looked at of one tensor.
@@ -66,11 +66,16 @@ def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, S
     """Sketches of all other floating-point weights, those of one name in all layers together."""
     taken = {id(p) for layer in layers for part in (layer.router, layer.experts) for p in part.parameters()}
     alike: dict[str, list[Tensor]] = {}
-    with in_memory(model, but=[part for layer in layers for part in (layer.router, layer.experts)]):
-        for name, value in model.named_parameters():
-            if id(value) not in taken and value.is_floating_point() and value.itemsize > 1 and ".lora_" not in name:
-                plain = re.sub(r"\b\d+\b", "*", name.replace(".base_layer.", ".").removeprefix("base_model.model."))
-                alike.setdefault(plain, []).append(_sample(value))
+    for path, module in model.named_modules():
+        own = [name for name, p in module.named_parameters(path, recurse=False) if id(p) not in taken]
+        if not own:
+            continue
+        taken |= {id(p) for p in module.parameters(recurse=False)}  # embeddings that are the head too
+        with in_memory(module, recurse=False):
+            for name, value in module.named_parameters(path, recurse=False):
+                if name in own and value.is_floating_point() and value.itemsize > 1 and ".lora_" not in name:
+                    plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
+                    alike.setdefault(re.sub(r"\b\d+\b", "*", plain), []).append(_sample(value))
     for name, parts in sorted(alike.items()):
         yield name, sketch(parts)
 

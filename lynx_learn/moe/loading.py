@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -28,12 +30,33 @@ class LoadedModel:
 
     @property
     def input_device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model.get_input_embeddings())  # type: ignore[operator]
 
 
 def reference_moe() -> str:
     """Folder of the small trained MoE that ships with this package."""
     return str(files("lynx_learn") / "reference_moe")
+
+
+@contextmanager
+def in_memory(module: nn.Module, recurse: bool = True) -> Iterator[None]:
+    """While open, weights that accelerate keeps elsewhere (on disk, or in other memory) are where the module runs."""
+    with ExitStack() as stack:
+        for part in module.modules() if recurse else [module]:
+            if getattr(getattr(part, "_hf_hook", None), "offload", False):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs, also when its weights lie elsewhere until then."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        if getattr(hook, "offload", False) and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)  # type: ignore[union-attr]
+    return next(module.parameters()).device
 
 
 def pick_device(name: str) -> torch.device:
