@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import ModelError
-from .moe.families import find_moe_layers, model_type, router_fingerprint
+from .moe.families import find_moe_layers, model_type
+from .moe.identity import describe
 from .moe.loading import load_model
 from .show.tables import show, table
 
@@ -35,17 +36,16 @@ def inspect_model(options: InspectOptions) -> dict[str, Any]:
             str(la.top_k),
             str(la.hidden_size),
             f"{la.expert_bytes / 1e6:.2f} MB",
-            la.rule.describe(),
+            describe(la),
         ]
         for la in layers
     ]
-    fingerprint = router_fingerprint(layers)
     show(
         table(
             f"{options.model} ({model_type(loaded.model)}): supported",
-            ["MoE block", "router", "experts", "top-k", "width", "per expert", "scoring rule"],
+            ["MoE block", "router", "experts", "top-k", "width", "per expert", "rule"],
             rows,
         ),
-        f"routers {fingerprint[:12]}, revision {loaded.revision}",
+        f"revision {loaded.revision}",
     )
-    return {"model_type": model_type(loaded.model), "layers": len(layers), "router_fingerprint": fingerprint}
+    return {"model_type": model_type(loaded.model), "layers": len(layers), "revision": loaded.revision}

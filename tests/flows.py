@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
-from lynx_learn.moe.families import find_moe_layers, router_fingerprint
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.identity import identify
 from lynx_learn.moe.loading import REFERENCE
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.traces.collect import CollectOptions, collect, record
@@ -175,7 +176,7 @@ def trace_of(model: nn.Module, folder: Path) -> Trace:
         model="tiny",
         revision="local",
         model_type="tiny",
-        router_fingerprint=router_fingerprint(layers),
+        identity=identify(layers, model),
         layers=tuple(layer.name for layer in layers),
         num_experts=layers[0].num_experts,
         top_k=layers[0].top_k,

@@ -20,7 +20,7 @@ OPTIONS = TraceOptions(
     model="some/model",
     revision="local",
     model_type="tiny_moe",
-    router_fingerprint="00ff",
+    identity={"routers": [{"weight": [1.0] * 9}] * 2},
     layers=("model.layers.1.mlp", "model.layers.2.mlp"),
     num_experts=6,
     top_k=2,
@@ -297,7 +297,15 @@ def test_the_same_content_gives_the_same_bytes(trace: Path, tmp_path: Path) -> N
 
 def changed(name: str) -> TraceOptions:
     value = getattr(OPTIONS, name)
-    other: Any = ("other",) if isinstance(value, tuple) else value + 1 if isinstance(value, int) else value + "x"
+    other: Any = (
+        ("other",)
+        if isinstance(value, tuple)
+        else {}
+        if isinstance(value, dict)
+        else value + 1
+        if isinstance(value, int)
+        else value + "x"
+    )
     return replace(OPTIONS, **{name: other})
 
 

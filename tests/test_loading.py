@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lynx_learn import LynxSelector, reference_moe, skip_experts
 from lynx_learn.errors import ModelError
 from lynx_learn.moe import loading as models
-from lynx_learn.moe.families import find_moe_layers, router_fingerprint
 
 
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch, architecture: str, capability: str, *features: str) -> None:
@@ -98,8 +97,33 @@ def test_attaching_to_emulated_products_warns_once_with_the_cure(native: bool, m
         assert all("dtype=torch.float32" in text for text in said)
 
 
-def test_a_selector_knows_its_model_in_either_type() -> None:
-    selector = LynxSelector.from_pretrained("selectors/reference-moe")
-    for dtype in (torch.float32, torch.bfloat16):
-        model = AutoModelForCausalLM.from_pretrained(reference_moe(), dtype=dtype)
-        assert router_fingerprint(find_moe_layers(model)) == selector.config.router_fingerprint
+def as_from_the_hub(home: Path, commit: str) -> Path:
+    """The reference MoE laid out as the Hub's cache holds a model."""
+    repository = home / "hub" / "models--acme--moe"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for file in Path(reference_moe()).iterdir():
+        if file.name != "training.json":
+            (snapshot / file.name).symlink_to(file)
+    return snapshot
+
+
+def test_the_commit_that_was_loaded_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    first, later = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+    snapshot = as_from_the_hub(tmp_path, first)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert models.load_model("acme/moe", "cpu").revision == first
+    assert models.load_model(str(snapshot), "cpu").revision == first
+    # The main branch has moved on; what a selector names is still loaded.
+    shutil.copytree(snapshot, snapshot.with_name(later), symlinks=True)
+    (snapshot.parents[1] / "refs" / "main").write_text(later)
+    assert models.load_model("acme/moe", "cpu").revision == later
+    assert models.load_base(None, "acme/moe", first, "cpu", "auto").revision == first
+    assert models.load_base("acme/moe", "other", first, "cpu", "auto").revision == later
+    with pytest.raises(ModelError, match="'acme/other' cannot be loaded"):
+        models.load_model("acme/other", "cpu")

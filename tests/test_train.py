@@ -169,7 +169,7 @@ def test_a_selector_directory_says_how_it_was_made(tmp_path: Path) -> None:
     assert run["train"] == asdict(options)
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
     config, trace = selector.config, Trace.open(flow.trace).options
-    assert (config.base_model, config.router_fingerprint) == (str(flow.model), trace.router_fingerprint)
+    assert (config.base_model, config.identity) == (str(flow.model), trace.identity)
     assert (config.rank, config.keep_top1, config.thresholds) == (RANK, True, {})
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 

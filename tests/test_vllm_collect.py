@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from vllm_cases import environment
 
 from lynx_learn.fit.train import TrainOptions, train
-from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.identity import identify
 from lynx_learn.moe.loading import reference_moe
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.traces.collect import record
@@ -87,7 +88,8 @@ def test_as_transformers_runs_the_same_tokens(
     loaded, layers = model
     trace = Trace.open(folder / mode)
     options = trace.options
-    assert (options.engine, options.router_fingerprint) == ("vllm", router_fingerprint(layers))
+    assert options.engine == "vllm"
+    assert options.identity["routers"] == identify(layers)["routers"]
     assert options.layers == tuple(layer.name for layer in layers)
     assert (options.model_type, options.expert_bytes) == (loaded.config.model_type, layers[0].expert_bytes)
     index = trace.index()

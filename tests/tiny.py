@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lynx_learn.decode.shapes import SHAPES
-from lynx_learn.moe.families import MoeLayer, find_moe_layers, router_fingerprint
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.identity import identify
 from lynx_learn.selector.config import SelectorConfig, Thresholds
 from lynx_learn.selector.selector import LynxSelector
 
@@ -113,7 +114,7 @@ def random_selector(
         base_model="tiny",
         base_revision="local",
         model_type=str(model.config.model_type),  # type: ignore[union-attr]
-        router_fingerprint=router_fingerprint(layers),
+        identity=identify(layers, model),
         layers=tuple(layer.name for layer in layers),
         num_experts=layers[0].num_experts,
         top_k=layers[0].top_k,

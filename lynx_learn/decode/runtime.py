@@ -72,6 +72,8 @@ class Skipping:
         self.model, self.policy = model, policy
         self.layers = find_moe_layers(model)
         warn_of_emulation(self.layers[0])
+        if isinstance(policy, ThresholdPolicy):
+            policy.selector.check(self.layers, model)
         policy.bind(self.layers)
         self.tally = Tally(self.layers, policy)
         self.stack: ExitStack | None = None

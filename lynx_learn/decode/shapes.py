@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..moe.families import find_moe_layers, model_type, router_fingerprint
+from ..moe.families import find_moe_layers, model_type
+from ..moe.identity import identify
 from ..selector.config import SelectorConfig
 from ..selector.selector import LynxSelector
 
@@ -120,7 +121,7 @@ def random_selector(model: nn.Module, rank: int = 8, seed: int = 0) -> LynxSelec
         base_model="random weights",
         base_revision="",
         model_type=model_type(model),
-        router_fingerprint=router_fingerprint(layers),
+        identity=identify(layers),
         layers=tuple(layer.name for layer in layers),
         num_experts=first.num_experts,
         top_k=first.top_k,

@@ -13,8 +13,9 @@ from torch import Tensor
 from ..errors import OptionError, TraceError
 from ..files import check_empty
 from ..moe.decision import Routing
-from ..moe.families import MoeLayer, find_moe_layers, router_fingerprint
-from ..moe.loading import LoadedModel, load_model
+from ..moe.families import MoeLayer, find_moe_layers
+from ..moe.identity import Identity, differences, identify
+from ..moe.loading import LoadedModel, load_base
 from ..rules.oracle import true_costs
 from ..selector.config import RUN, SelectorConfig
 from ..selector.features import LOG_WEIGHT, assignment_features
@@ -100,17 +101,21 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
     out = Path(options.out)
     check_empty(out)
     trace = trace or Trace.open(options.trace)
-    loaded = loaded or load_model(options.model or trace.options.model, options.device, options.dtype, tokenizer=False)
+    loaded = loaded or load_base(
+        options.model, trace.options.model, trace.options.revision, options.device, options.dtype, tokenizer=False
+    )
     layers = find_moe_layers(loaded.model)
-    if router_fingerprint(layers) != trace.options.router_fingerprint:
+    identity = identify(layers, loaded.model)
+    if other := differences(trace.options.identity, identity):
         raise TraceError(
-            f"{trace.folder} was collected from {trace.options.model} (routers {trace.options.router_fingerprint[:12]}), not from this model: give that one with --model, or collect again"
+            f"{trace.folder} was collected from {trace.options.model} (revision {trace.options.revision}); this model differs "
+            f"in {' and '.join(other)}: give that one with --model, or collect again"
         )
     if options.rank > trace.options.hidden_size:
         raise OptionError(
             f"--rank {options.rank} is not usable: expected at most the model's width, {trace.options.hidden_size}"
         )
-    selector = LynxSelector(_config(options, trace))
+    selector = LynxSelector(_config(options, trace, identity))
     tenth = trace.index()["sequence"] % 10
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,13 +141,13 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
     return selector
 
 
-def _config(options: TrainOptions, trace: Trace) -> SelectorConfig:
+def _config(options: TrainOptions, trace: Trace, identity: Identity) -> SelectorConfig:
     t = trace.options
     return SelectorConfig(
         base_model=t.model,
         base_revision=t.revision,
         model_type=t.model_type,
-        router_fingerprint=t.router_fingerprint,
+        identity=identity,
         layers=t.layers,
         num_experts=t.num_experts,
         top_k=t.top_k,

@@ -22,7 +22,7 @@ from ..decode.simulate import Comparison, compare
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.loading import LoadedModel, load_model
+from ..moe.loading import LoadedModel, load_base
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
@@ -162,9 +162,11 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     metrics = read_metrics(folder)
     check_writable(folder)
     selector = LynxSelector.from_pretrained(options.selector)
-    loaded = loaded or load_model(options.model or selector.config.base_model, options.device, options.dtype)
+    loaded = loaded or load_base(
+        options.model, selector.config.base_model, selector.config.base_revision, options.device, options.dtype
+    )
     layers = find_moe_layers(loaded.model)
-    selector.check(layers)
+    selector.check(layers, loaded.model)
     cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}
     sources: Counter[str] = Counter()
     for size, groups in read_groups(options, loaded, sorted(set(options.batch_sizes))):

@@ -43,7 +43,7 @@ from ..decode.simulate import METRICS, Comparison, compare, per_token
 from ..errors import OptionError
 from ..files import check_writable, write, write_json
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.loading import LoadedModel, load_model
+from ..moe.loading import LoadedModel, load_base
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
@@ -199,7 +199,9 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
         check_writable(Path(place))
     check_sources(options)
     selector = LynxSelector.from_pretrained(options.selector)
-    loaded = load_model(options.model or selector.config.base_model, options.device, options.dtype)
+    loaded = load_base(
+        options.model, selector.config.base_model, selector.config.base_revision, options.device, options.dtype
+    )
     meter = Meter(options, selector, loaded)
     # All text before the first measurement, so that too little of it is found out at once.
     texts = [read_texts(options, loaded, size) for size in sorted(set(options.batch_sizes))]
@@ -314,11 +316,11 @@ class Meter:
     def __init__(self, options: CoverageOptions, selector: LynxSelector, loaded: LoadedModel) -> None:
         self.options, self.selector, self.loaded = options, selector, loaded
         self.layers: list[MoeLayer] = find_moe_layers(loaded.model)
-        selector.check(self.layers)
+        selector.check(self.layers, loaded.model)
         weights = save({name: value.contiguous() for name, value in selector.state_dict().items()})
         self.decided_by = {
             "selector": hashlib.sha256(weights).hexdigest(),
-            "routers": selector.config.router_fingerprint,
+            "identity": selector.config.identity,
             "revision": loaded.revision,
             "dtype": str(self.layers[0].dtype),
             "prompt": options.prompt,

@@ -24,7 +24,7 @@ from ..decode.tally import Stats
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import find_moe_layers
-from ..moe.loading import LoadedModel, load_model
+from ..moe.loading import LoadedModel, load_base
 from ..rules.expert_stats import measure_experts
 from ..rules.grids import curves
 from ..selector.selector import LynxSelector
@@ -88,9 +88,11 @@ class Subject:
         self.setup = setup
         self.selector = LynxSelector.from_pretrained(setup.selector)
         self.trace = Trace.open(setup.trace) if setup.trace else None
-        self.loaded = loaded or load_model(setup.model or self.selector.config.base_model, setup.device, setup.dtype)
+        self.loaded = loaded or load_base(
+            setup.model, self.selector.config.base_model, self.selector.config.base_revision, setup.device, setup.dtype
+        )
         self.layers = find_moe_layers(self.loaded.model)
-        self.selector.check(self.layers)
+        self.selector.check(self.layers, self.loaded.model)
         self.curves: dict[tuple[str, int, int], list[list[Policy]]] = {}
         self.stats = None
         if self.trace is not None:

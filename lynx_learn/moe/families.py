@@ -273,7 +273,9 @@ def _run(block: nn.Module, router: nn.Module, experts: nn.Module, hidden: Tensor
         block(hidden.unsqueeze(0))
     except _Reached:
         pass
-    except Exception as error:  # a block that is a whole decoder layer needs more than hidden states; its router may not
+    except (
+        Exception
+    ) as error:  # a block that is a whole decoder layer needs more than hidden states; its router may not
         call = _call_of(router, hidden, error)
     finally:
         for handle in handles:

@@ -54,11 +54,11 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
 def describe(layer: MoeLayer) -> str:
     """What a layer does with its logits and its experts' products, as far as it is no matter of weights."""
     activation = getattr(layer.experts, "act_fn", None)
-    kind = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "")
     numbers = {name: value for name, value in vars(layer.experts).items() if isinstance(value, float)}
     parts = [f"top-{layer.top_k}", layer.rule.describe()]
     parts += [f"near {layer.rule.nearness:g}"] if layer.rule.nearness else []
-    parts += [kind] if kind else []
+    if callable(activation):  # by what it does: its name is a matter of versions
+        parts.append("activation of 1 and -1 " + ", ".join(f"{x:.3g}" for x in activation(torch.tensor([1.0, -1.0])).tolist()))
     return ", ".join([*parts, *(f"{name} {value:g}" for name, value in sorted(numbers.items()))])
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 
 REFERENCE = "reference-moe"
+COMMIT = re.compile("[0-9a-f]{40}")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -91,7 +93,7 @@ def fast_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else stored
 
 
-def pick_dtype(name: str, dtype: str, device: torch.device) -> str:
+def pick_dtype(name: str, dtype: str, device: torch.device, commit: str | None = None) -> str:
     """The type to load the model `name` in; says so in one line where that is not its checkpoint's own.
 
     Raises:
@@ -104,7 +106,7 @@ def pick_dtype(name: str, dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     try:
-        stored = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False).dtype
+        stored = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False, revision=commit or "main").dtype
     except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
         raise _not_loaded(name, error) from error
     if not isinstance(stored, torch.dtype) or (fast := fast_dtype(stored, device)) == stored:
@@ -127,7 +129,9 @@ def model_path(name: str) -> str:
     return reference_moe() if name == REFERENCE else name
 
 
-def load_model(name: str, device: str = "auto", dtype: str = "auto", tokenizer: bool = True) -> LoadedModel:
+def load_model(
+    name: str, device: str = "auto", dtype: str = "auto", tokenizer: bool = True, revision: str | None = None
+) -> LoadedModel:
     """Load model and tokenizer; safetensors weights only, no code from the repository.
 
     Args:
@@ -135,6 +139,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", tokenizer: 
         device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
         dtype: one of DTYPES; `auto` as `fast_dtype` of what the checkpoint holds.
         tokenizer: whether one is needed; without it None takes its place.
+        revision: commit, branch or tag of a model from the Hub; by default its main branch.
 
     Raises:
         ModelError: the model cannot be loaded, or its tokenizer is not one for it; with the reason.
@@ -143,13 +148,14 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", tokenizer: 
 
     path = model_path(name)
     placement: dict[str, Any] = {}
+    commit = hub_commit(path, revision)
     if device == "auto" and torch.cuda.device_count() > 1:
         placement["device_map"] = "auto"
     try:
         target = pick_device(device)
-        dtype = pick_dtype(name, dtype, target)
+        dtype = pick_dtype(name, dtype, target, commit)
         # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
-        safe: dict[str, Any] = {"trust_remote_code": False}
+        safe: dict[str, Any] = {"trust_remote_code": False, "revision": commit or "main"}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
         )
@@ -165,11 +171,41 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto", tokenizer: 
         raise
     except Exception as error:  # transformers, the hub and torch raise many kinds; to the user they are one
         raise _not_loaded(name, error) from error
-    encoder = load_tokenizer(name, model.get_input_embeddings().weight.shape[0]) if tokenizer else None
-    return LoadedModel(model.eval(), encoder, revision_of(path, model.config))
+    rows = model.get_input_embeddings().weight.shape[0]
+    encoder = load_tokenizer(name, rows, commit) if tokenizer else None
+    return LoadedModel(model.eval(), encoder, commit or folder_revision(Path(path)))
 
 
-def load_tokenizer(name: str, rows: int) -> Any:
+def load_base(
+    asked: str | None, base: str, revision: str, device: str, dtype: str, tokenizer: bool = True
+) -> LoadedModel:
+    """The model that is asked for, or else the one that a trace or a selector names, at its commit if it came from the Hub.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    if asked:
+        return load_model(asked, device, dtype, tokenizer)
+    return load_model(base, device, dtype, tokenizer, revision if COMMIT.fullmatch(revision) else None)
+
+
+def hub_commit(path: str, revision: str | None = None) -> str | None:
+    """The commit of a model on the Hub that a revision (by default its main branch) stands for now; None of a folder.
+
+    All files are then loaded by it, so that none is of another commit.
+    """
+    if Path(path).exists():
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = Path(hf_hub_download(path, "config.json", revision=revision))
+    except Exception as error:
+        raise _not_loaded(path, error) from error
+    return file.parent.name
+
+
+def load_tokenizer(name: str, rows: int, commit: str | None = None) -> Any:
     """The tokenizer of the model `name`, whose embedding has `rows` rows.
 
     Raises:
@@ -178,7 +214,7 @@ def load_tokenizer(name: str, rows: int) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False, revision=commit or "main")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -206,11 +242,6 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
         )
 
 
-def revision_of(path: str, config: Any) -> str:
-    """Commit of a model from the Hub; of one in a folder what the folder says."""
-    return getattr(config, "_commit_hash", None) or _folder_revision(Path(path))
-
-
 @torch.no_grad()
 def generate_plainly(model: Any, input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Tensor:
     """What `model.generate` gives with these settings, `(sequences, positions)`.
@@ -231,8 +262,10 @@ def generate_plainly(model: Any, input_ids: Tensor, attention_mask: Tensor, **se
         model.generation_config = own
 
 
-def _folder_revision(path: Path) -> str:
-    """A local folder has no revision; one that the reference recipe wrote says when it was trained."""
+def folder_revision(path: Path) -> str:
+    """A local folder has no revision, but a commit of the Hub's cache its name; one of the reference recipe says when it was trained."""
+    if COMMIT.fullmatch(path.resolve().name) and path.resolve().parent.name == "snapshots":
+        return path.resolve().name
     training = path / "training.json"
     try:
         return f"{json.loads(training.read_text())['tokens_seen']} tokens"

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, TraceError
-from ..moe.families import MoeLayer, router_fingerprint
+from ..moe.families import MoeLayer
+from ..moe.identity import differences, identify
 from ..traces.format import Trace
 
 # Outputs of all experts, and their pairwise distances, that are held at a time.
@@ -58,9 +59,10 @@ def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) ->
     """
     if tokens < 1:
         raise OptionError(f"{tokens} calibration tokens are not usable: expected 1 or more")
-    if router_fingerprint(layers) != trace.options.router_fingerprint:
+    if other := differences(trace.options.identity, identify(layers)):
         raise TraceError(
-            f"{trace.folder} was collected from {trace.options.model}, not from this model: give a trace of it, or collect one"
+            f"{trace.folder} was collected from {trace.options.model}; this model differs in {' and '.join(other)}: give a "
+            "trace of it, or collect one"
         )
     count = min(tokens, trace.collected_tokens)
     chosen = torch.arange(count) * trace.collected_tokens // count

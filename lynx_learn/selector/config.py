@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError, SelectorError
+from ..files import compact_json
+from ..moe.identity import Identity, is_identity
 
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
 Thresholds = dict[str, dict[str, dict[str, float]]]
 
@@ -22,7 +24,7 @@ class SelectorConfig:
 
     Attributes:
         base_model, base_revision: where the model came from, for people.
-        router_fingerprint: identity of the model's routers; what attaching checks.
+        identity: what attaching compares the model with (`moe.identity`).
         layers: names of the MoE blocks, in order.
         scorer, rank: kind of scorer, rank of the surrogates (0: none).
         keep_top1: every token keeps its first expert.
@@ -34,7 +36,7 @@ class SelectorConfig:
     base_model: str
     base_revision: str
     model_type: str
-    router_fingerprint: str
+    identity: Identity
     layers: tuple[str, ...]
     num_experts: int
     top_k: int
@@ -48,7 +50,7 @@ class SelectorConfig:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return compact_json(asdict(self)) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> "SelectorConfig":
@@ -166,6 +168,8 @@ def _unusable(values: dict[str, Any]) -> list[str]:
     layers = values["layers"]
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
         wrong.append("layers")
+    if not is_identity(values["identity"]):
+        wrong.append("identity")
     try:
         budgets = [entry for table in values.get("thresholds", {}).values() for entry in table.items()]
         sizes = [(float(budget), *entry) for budget, buckets in budgets for entry in buckets.items()]

@@ -12,14 +12,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import OptionError, SelectorError
 from ..files import staged
 from ..moe.decision import Decision, Routing
-from ..moe.families import Layer, router_fingerprint
+from ..moe.families import Layer
+from ..moe.identity import differences, identify
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
 from .scorers import SCORERS
@@ -39,23 +40,21 @@ class LynxSelector(nn.Module):
         self.layers = nn.ModuleList(LayerSelector(config) for _ in config.layers)
         self.requires_grad_(False)
 
-    def check(self, layers: Sequence[Layer]) -> None:
+    def check(self, layers: Sequence[Layer], model: nn.Module | None = None) -> None:
         """Refuse a model that this selector was not trained for.
 
         Raises:
-            SelectorError: the model's MoE layers or its routers' fingerprint differ.
+            SelectorError: it differs in its MoE layers, their routers, rule or experts, or with `model` in other weights.
         """
         names = tuple(layer.name for layer in layers)
         if names != self.config.layers:
             raise SelectorError(
                 f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for"
             )
-        found = router_fingerprint(layers)
-        if found != self.config.router_fingerprint:
+        if other := differences(self.config.identity, identify(layers, model)):
             raise SelectorError(
-                f"the selector was trained for {self.config.base_model} (revision {self.config.base_revision}, routers "
-                f"{self.config.router_fingerprint[:12]}), the model's routers are {found[:12]}: load that model and "
-                "revision, or train a selector for this one"
+                f"the selector was trained for {self.config.base_model} (revision {self.config.base_revision}); this model "
+                f"differs in {' and '.join(other)}: load that model and revision, or train a selector for this one"
             )
 
     def policy(self, budget: float, metric: str = "kl", kernel: str = "auto") -> "ThresholdPolicy":
@@ -96,8 +95,9 @@ class LynxSelector(nn.Module):
             raise SelectorError(
                 f"{folder / CONFIG} names the scorer {config.scorer!r}: expected one of {', '.join(SCORERS)}"
             )
-        selector = cls(config)
         try:
+            check_header(folder / WEIGHTS, config)
+            selector = cls(config)
             tensors = load_file(folder / WEIGHTS)
             selector.load_state_dict(tensors, strict=True)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -136,6 +136,21 @@ class LynxSelector(nn.Module):
         other = LynxSelector(replace(self.config, **changes))  # type: ignore[arg-type]
         other.load_state_dict(self.state_dict())
         return other
+
+
+def check_header(path: Path, config: SelectorConfig) -> None:
+    """Compare the sizes that a configuration speaks of with what the file says it holds, before memory is asked for.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    with torch.device("meta"):
+        wanted = {key: tuple(value.shape) for key, value in LynxSelector(config).state_dict().items()}
+    with safe_open(path, "pt") as file:
+        held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    for key in sorted(wanted.keys() | held.keys()):
+        if wanted.get(key) != held.get(key):
+            raise RuntimeError(f"{key} is {held.get(key, 'missing')}, {CONFIG} wants {wanted.get(key, 'none')}")
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -18,7 +18,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         f"# Expert selector for {c['base_model']}\n",
         f"Decides at decode which experts of `{c['base_model']}` (revision {c['base_revision']}, {c['model_type']}: {len(c['layers'])} MoE "
         f"layers, {c['num_experts']} experts, top-{c['top_k']}) a batch can skip. Scorer `{c['scorer']}`, surrogates of rank {c['rank']}. "
-        "Refused on any other model by the fingerprint of its routers.\n",
+        "Refused on a model with another routing rule, other routers, experts or other weights.\n",
         "```python\nfrom lynx_learn import LynxSelector, skip_experts\n\n"
         'with skip_experts(model, LynxSelector.from_pretrained("this folder"), budget=0.01):\n    model.generate(**inputs)\n```\n',
         _calibration(metrics.get("calibrate"), c["calibration"]),

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import OptionError, TraceError
 from ..files import check_writable
 from ..moe.decision import Routing
-from ..moe.families import MoeLayer, alike, find_moe_layers, model_type, router_fingerprint
+from ..moe.families import MoeLayer, alike, find_moe_layers, model_type
 from ..moe.hooks import intercept
+from ..moe.identity import identify
 from ..moe.loading import LoadedModel, load_model
 from ..show.progress import track
 from . import corpus as corpora
@@ -158,7 +159,7 @@ class TransformersTracer:
             model=options.model,
             revision=self.loaded.revision,
             model_type=model_type(self.loaded.model),
-            router_fingerprint=router_fingerprint(self.layers),
+            identity=identify(self.layers, self.loaded.model),
             layers=tuple(layer.name for layer in self.layers),
             num_experts=first.num_experts,
             top_k=first.top_k,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..errors import TraceError
 from ..files import MARK, RunFolder, checksum, digest
+from ..moe.identity import Identity, is_identity
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -38,7 +39,7 @@ class TracedModel:
     model: str
     revision: str
     model_type: str
-    router_fingerprint: str
+    identity: Identity
     layers: tuple[str, ...]
     num_experts: int
     top_k: int
@@ -163,6 +164,8 @@ class Trace:
                     f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again"
                 )
             trace = cls(path, manifest)
+            if not is_identity(trace.options.identity):
+                raise ValueError("its identity is none")
             layers, listed = len(trace.options.layers), trace.sha256.keys()
             wanted = (name for shard in range(trace.shards) for name in shard_names(layers, shard))
             if len(listed) != trace.shards * (layers + 1) or any(name not in listed for name in wanted):

@@ -1,6 +1,7 @@
 """`lynx-learn collect --engine vllm`: text through a vLLM engine whose workers keep what their MoE layers were given."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ...errors import LynxError, ModelError, OptionError, TraceError
 from ...moe.families import moe_blocks
-from ...moe.loading import check_tokenizer, model_path, pick_dtype, revision_of
+from ...moe.loading import check_tokenizer, folder_revision, hub_commit, model_path, pick_dtype
 from ...traces.collect import CollectOptions
 from ...traces.format import TracedModel, TraceOptions
 from .settings import KEY, RECORD, SUPPORTED, engine_version
@@ -16,7 +17,16 @@ from .settings import KEY, RECORD, SUPPORTED, engine_version
 SMALLEST_BLOCK = 16
 """Tokens that a block of vLLM's cache holds at least; it keeps one block to itself."""
 # What recording needs to be as it is; vLLM's other arguments are the caller's.
-OWN = ("model", "tokenizer", "dtype", "max_model_len", "enforce_eager", "enable_prefix_caching", "additional_config")
+OWN = (
+    "model",
+    "revision",
+    "tokenizer",
+    "dtype",
+    "max_model_len",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "additional_config",
+)
 
 
 class VllmTracer:
@@ -40,7 +50,8 @@ class VllmTracer:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         path = model_path(name)
-        config, blocks, expert_size = read_structure(name, path)
+        commit = hub_commit(path)
+        config, blocks, expert_size = read_structure(name, path, commit)
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -52,6 +63,8 @@ class VllmTracer:
         try:
             self.engine = LLM(
                 model=path,
+                revision=commit,
+                tokenizer_revision=commit,
                 dtype=pick_dtype(name, asked.dtype, torch.device(current_platform.device_type)),
                 max_model_len=length + 1,
                 enforce_eager=True,
@@ -72,7 +85,7 @@ class VllmTracer:
         said = self.engine.collective_rpc("lynx_describe")[0]
         self.model = TracedModel(
             model=name,
-            revision=revision_of(path, config),
+            revision=commit or folder_revision(Path(path)),
             model_type=str(config.model_type),
             expert_bytes=expert_size * getattr(torch, said["dtype"]).itemsize,
             **said,
@@ -107,7 +120,7 @@ class VllmTracer:
         cleanup_dist_env_and_memory()
 
 
-def read_structure(name: str, path: str) -> tuple[Any, tuple[str, ...], int]:
+def read_structure(name: str, path: str, commit: str | None = None) -> tuple[Any, tuple[str, ...], int]:
     """The model's configuration, transformers' names of its MoE blocks, and the numbers in one expert; no weight is read.
 
     Raises:
@@ -116,7 +129,7 @@ def read_structure(name: str, path: str) -> tuple[Any, tuple[str, ...], int]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, revision=commit or "main")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import TraceError
-from ...moe.families import alike, router_fingerprint
+from ...moe.families import alike
+from ...moe.identity import identify
 from .layers import EngineLayer
 from .wrapping import Wrapping
 
@@ -56,7 +57,7 @@ class Recording(Wrapping):
         """
         first = alike(self.layers)
         return {
-            "router_fingerprint": router_fingerprint(self.layers),
+            "identity": identify(self.layers),
             "layers": tuple(layer.name for layer in self.layers),
             "num_experts": first.num_experts,
             "top_k": first.top_k,
