@@ -259,11 +259,9 @@ def parse(command: str, options: type, argv: list[str]) -> Any:
     Raises:
         LynxError: with one line, where argparse would print its usage too.
     """
-    from jsonargparse import ArgumentError
-
     try:
         config = parser_of(command, options).parse_args(_spread(options, argv))
-    except ArgumentError as error:
+    except Exception as error:  # jsonargparse's own, and whatever a file that is no YAML makes it raise
         raise LynxError(f"{command}: {_first_reason(str(error))}; see lynx-learn {command} --help") from None
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(options)}
     return options(**values)

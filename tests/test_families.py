@@ -142,3 +142,27 @@ def test_probabilities_in_the_place_of_logits_are_taken_back() -> None:
         wanted = plain.rule.route(plain.logits_of(plain.router(hidden)), allowed)
         found = layer.rule.route(layer.logits_of(layer.router(hidden)), allowed)
     torch.testing.assert_close(by_expert(*found), by_expert(*wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_experts_in_eight_bits_are_refused_by_name(dtype: torch.dtype) -> None:
+    """transformers runs native FP8 experts by functions of its own, and everything computed in their type is rounded."""
+    model = tiny_model("qwen3_moe")
+    for layer in find_moe_layers(model):
+        for name, value in list(layer.experts.named_parameters()):
+            setattr(layer.experts, name, torch.nn.Parameter(value.detach().to(dtype), requires_grad=False))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=rf"block model\.layers\.0\.mlp .* keeps its experts in {kind}") as error:
+        find_moe_layers(model)
+    assert "\n" not in str(error.value)
+
+
+def test_why_a_block_cannot_be_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone\nand more lines")
+
+    monkeypatch.setattr(type(find_moe_layers(model)[0].router), "forward", fail)
+    with pytest.raises(ModelError, match=r"cannot be run .*\(RuntimeError: the device is gone\)$"):
+        find_moe_layers(model)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import decode, random_selector, tiny_model, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, reference_moe, skip_experts
-from lynx_learn.errors import ModelError
+from lynx_learn.errors import ModelError, SelectorError
 from lynx_learn.moe import loading as models
 
 
@@ -127,3 +128,33 @@ def test_the_commit_that_was_loaded_is_noted(tmp_path: Path, monkeypatch: pytest
     assert models.load_base("acme/moe", "other", first, "cpu", "auto").revision == later
     with pytest.raises(ModelError, match="'acme/other' cannot be loaded"):
         models.load_model("acme/other", "cpu")
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_weights_that_lie_elsewhere_are_run_and_compared_as_if_they_did_not(
+    family: str, place: str, tmp_path: Path
+) -> None:
+    """accelerate brings a module's weights in when it runs; until then they are on the meta device."""
+    import accelerate
+
+    tokens = words(4, 12)
+    plain = tiny_model(family)
+    selector = random_selector(plain, thresholds={"kl": {"1": {"1": 1.0}}})
+    with skip_experts(plain, selector, budget=1.0) as skipping:
+        wanted = decode(plain, tokens, 6)[1]
+    assert skipping.stats.experts_after < skipping.stats.experts_before
+    moved = tiny_model(family)
+    if place == "disk":
+        accelerate.disk_offload(moved, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(moved, execution_device=torch.device("cpu"))
+    assert any(p.is_meta for p in moved.parameters())
+    with skip_experts(moved, selector, budget=1.0):
+        assert torch.equal(decode(moved, tokens, 6)[1], wanted)
+    other = random_selector(tiny_model(family), thresholds={"kl": {"1": {"1": 1.0}}})
+    other.config.identity["experts"][1] = {
+        name: [2 * number for number in own] for name, own in other.config.identity["experts"][1].items()
+    }
+    with pytest.raises(SelectorError, match="its experts"):
+        skip_experts(moved, other, budget=1.0)

@@ -58,7 +58,9 @@ def describe(layer: MoeLayer) -> str:
     parts = [f"top-{layer.top_k}", layer.rule.describe()]
     parts += [f"near {layer.rule.nearness:g}"] if layer.rule.nearness else []
     if callable(activation):  # by what it does: its name is a matter of versions
-        parts.append("activation of 1 and -1 " + ", ".join(f"{x:.3g}" for x in activation(torch.tensor([1.0, -1.0])).tolist()))
+        parts.append(
+            "activation of 1 and -1 " + ", ".join(f"{x:.3g}" for x in activation(torch.tensor([1.0, -1.0])).tolist())
+        )
     return ", ".join([*parts, *(f"{name} {value:g}" for name, value in sorted(numbers.items()))])
 
 

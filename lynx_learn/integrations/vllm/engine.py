@@ -105,7 +105,8 @@ def attach(worker: Any) -> None:
         refuse(settings, UnsupportedError(f"this vLLM is built otherwise than the plugin expects ({error})"))
         return
     logger.info_once(
-        "lynx-learn: %s at %s acts on decode steps of %d MoE layers",
+        "lynx-learn: %s at %s acts on decode steps of %d MoE layers (compared with its model: routers; packed experts and "
+        "fused attention are not)",
         settings.selector,
         policy.setting,
         len(acting.layers),
@@ -113,7 +114,7 @@ def attach(worker: Any) -> None:
 
 
 def check_shape(layers: list[EngineLayer], selector: LynxSelector) -> None:
-    """Refuse a model that is plainly another one than the selector's, which a fingerprint could only say less clearly.
+    """Refuse a model that is plainly another one than the selector's, which comparing routers could only say less clearly.
 
     Raises:
         SelectorError: with both shapes.

@@ -47,7 +47,7 @@ def check_engine(worker: Any) -> None:
 class EngineLayer:
     """One MoE layer of a vLLM model: a `Layer`.
 
-    `name` is the selector's: vLLM renames blocks, so they are matched by order, and the fingerprint tells whether they
+    `name` is the selector's: vLLM renames blocks, so they are matched by order, and their routers tell whether they
     are the same.
     """
 
