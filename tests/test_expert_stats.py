@@ -119,7 +119,7 @@ def test_a_model_with_one_expert_per_token_has_no_ratios(tmp_path: Path) -> None
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
     trace = trace_of(tiny_model("mixtral"), tmp_path / "trace")
-    with pytest.raises(TraceError, match="not from this model") as error:
+    with pytest.raises(TraceError, match="this model differs in its routing rule") as error:
         measure_experts(find_moe_layers(tiny_model("olmoe")), trace)
     assert str(trace.folder) in one_line(error)
 

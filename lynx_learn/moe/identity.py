@@ -7,18 +7,20 @@ less than 0.001%, loading float32 ones as bfloat16 by 0.12%, rounding to 8 bits 
 or more.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from .families import Layer, MoeLayer
-from .loading import in_memory
+if TYPE_CHECKING:  # an exported graph is served without torch, and reads identities too
+    from torch import Tensor, nn
+
+    from .families import Layer, MoeLayer
 
 PROJECTIONS = 8
 # Values looked at of one tensor.
@@ -33,6 +35,9 @@ Identity = dict[str, Any]
 
 def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identity:
     """What is compared of a model; without `model` not the weights outside of its MoE layers."""
+    from .families import MoeLayer
+    from .loading import in_memory
+
     found: Identity = {"routers": [{} for _ in layers]}
     for layer, own in zip(layers, found["routers"], strict=True):
         with in_memory(layer.router):
@@ -53,6 +58,8 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
 
 def describe(layer: MoeLayer) -> str:
     """What a layer does with its logits and its experts' products, as far as it is no matter of weights."""
+    import torch
+
     activation = getattr(layer.experts, "act_fn", None)
     numbers = {name: value for name, value in vars(layer.experts).items() if isinstance(value, float)}
     parts = [f"top-{layer.top_k}", layer.rule.describe()]
@@ -66,6 +73,8 @@ def describe(layer: MoeLayer) -> str:
 
 def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, Sketch]]:
     """Sketches of all other floating-point weights, those of one name in all layers together."""
+    from .loading import in_memory
+
     taken = {id(p) for layer in layers for part in (layer.router, layer.experts) for p in part.parameters()}
     alike: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():
@@ -84,10 +93,13 @@ def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, S
 
 def sketch(values: Sequence[Tensor]) -> Sketch:
     """Of one or several tensors as one."""
+    import torch
+
     sample = torch.cat([_sample(value) for value in values]).double().cpu().numpy()
     if not len(sample):
         return [0.0] * (PROJECTIONS + 1)
-    projected = sample @ _signs(len(sample)) / math.sqrt(len(sample))
+    with np.errstate(invalid="ignore"):
+        projected = sample @ _signs(len(sample)) / math.sqrt(len(sample))
     numbers = [float(np.sqrt(np.mean(sample**2))), *projected.tolist()]
     return [float(f"{number:.6g}") for number in numbers]
 
@@ -97,19 +109,21 @@ def _sample(value: Tensor) -> Tensor:
     value = value.detach()
     if value.numel() <= SAMPLE:
         return value.reshape(-1).float()
+    import torch
+
     places = np.unravel_index(_places(value.numel()), tuple(value.shape))
     return value[tuple(torch.from_numpy(axis).to(value.device) for axis in places)].float()
 
 
 # numpy promises that RandomState gives the same numbers in every version.
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _places(count: int) -> Any:
     return np.sort(np.random.RandomState(1).randint(0, count, SAMPLE, dtype=np.int64))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _signs(count: int) -> Any:
-    return np.random.RandomState(2).randint(0, 2, (count, PROJECTIONS)).astype(np.float64) * 2 - 1
+    return np.random.RandomState(2).randint(0, 2, (count, PROJECTIONS)).astype(np.int8) * np.int8(2) - np.int8(1)
 
 
 def distance(a: Sketch, b: Sketch) -> float:
@@ -147,7 +161,8 @@ def _farthest(pairs: Iterable[tuple[dict[str, Sketch], dict[str, Sketch]]]) -> s
         for place, (there, here) in enumerate(pairs)
         for name in there.keys() & here.keys()
     ]
-    far, name, place = max(all_found, default=(0.0, "", 0))
+    # What is not finite is not compared: it is told where it is run.
+    far, name, place = max((found for found in all_found if math.isfinite(found[0])), default=(0.0, "", 0))
     if not far > SAME:
         return ""
     where = f"{name} of MoE layer {place}" if len(pairs) > 1 else name
