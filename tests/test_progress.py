@@ -2,6 +2,8 @@
 
 import io
 from collections.abc import Iterator
+from queue import Queue
+from threading import Semaphore
 
 import pytest
 
@@ -25,17 +27,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_log_has_a_line_every_half_minute_and_the_time_at_the_end(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for _ in track(range(10), "collect", 10, 4096, "tokens"):
-        clock[0] += 20.0
-    assert capsys.readouterr().err.splitlines() == [
-        "collect: 8,192 of 40,960 tokens (20%), 40 s so far, about 2 min 40 s left",
-        "collect: 16,384 of 40,960 tokens (40%), 1 min 20 s so far, about 2 min 0 s left",
-        "collect: 24,576 of 40,960 tokens (60%), 2 min 0 s so far, about 1 min 20 s left",
-        "collect: 32,768 of 40,960 tokens (80%), 2 min 40 s so far, about 40 s left",
-        "collect: 40,960 tokens in 3 min 20 s",
+    """The half minutes end when the test says so, also in the middle of an item."""
+    due, said = Semaphore(0), Queue[str]()
+    monkeypatch.setattr(progress, "_pause", lambda end: due.acquire() and end.is_set())
+    monkeypatch.setattr(progress, "_say", said.put)
+
+    def half_minute() -> str:
+        clock[0] += 30.0
+        due.release()
+        return said.get()
+
+    lines = [half_minute() for _ in track(range(4), "collect", 4, 4096, "tokens")]
+    due.release()
+    assert lines == [
+        "collect: 0 of 16,384 tokens, 30 s so far",
+        "collect: 4,096 of 16,384 tokens (25%), 1 min 0 s so far, about 3 min 0 s left",
+        "collect: 8,192 of 16,384 tokens (50%), 1 min 30 s so far, about 1 min 30 s left",
+        "collect: 12,288 of 16,384 tokens (75%), 2 min 0 s so far, about 40 s left",
     ]
+    assert said.get() == "collect: 16,384 tokens in 2 min 0 s"
+    assert said.empty()
 
 
 def test_a_short_step_says_only_how_long_it_took(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -25,19 +26,37 @@ def track(items: Iterable[Item], title: str, total: int, weight: int = 1, unit: 
         yield from items
         return
     start, done = time.monotonic(), 0
-    if sys.stderr.isatty():
-        for item in _with_bar(items, title, total, weight, unit):
-            yield item
-            done += 1
-    else:
-        said = start
+    shown = _with_bar if sys.stderr.isatty() else _with_lines
+    for item in shown(items, title, total, weight, unit):
+        yield item
+        done += 1
+    _say_end(title, f"{done * weight:,} {unit}", time.monotonic() - start)
+
+
+def _with_lines(items: Iterable[Item], title: str, total: int, weight: int, unit: str) -> Iterator[Item]:
+    """A line every half minute, also while one item takes longer than that."""
+    start, done, end = time.monotonic(), 0, Event()
+
+    def report() -> None:
+        while not _pause(end):
+            _say(_line(title, done, total, weight, unit, time.monotonic() - start))
+
+    Thread(target=report, daemon=True).start()
+    try:
         for item in items:
             yield item
             done += 1
-            if done < total and (now := time.monotonic()) - said >= INTERVAL_S:
-                said = now
-                print(_line(title, done, total, weight, unit, now - start), file=sys.stderr, flush=True)
-    _say_end(title, f"{done * weight:,} {unit}", time.monotonic() - start)
+    finally:
+        end.set()
+
+
+def _pause(end: Event) -> bool:
+    """Wait until the next line; True when there shall be none."""
+    return end.wait(INTERVAL_S)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -45,7 +64,7 @@ def step(title: str) -> Iterator[None]:
     """Name a step that cannot be counted, and say how long it took."""
     start = time.monotonic()
     if not _quiet:
-        print(f"{title} …", file=sys.stderr, flush=True)
+        _say(f"{title} …")
     yield
     if not _quiet:
         _say_end(title, "done", time.monotonic() - start)
@@ -61,13 +80,15 @@ def duration(seconds: float) -> str:
 
 
 def _line(title: str, done: int, total: int, weight: int, unit: str, passed: float) -> str:
-    left = duration(passed / done * (total - done))
-    share = f"{done * weight:,} of {total * weight:,} {unit} ({done / total:.0%})"
-    return f"{title}: {share}, {duration(passed)} so far, about {left} left"
+    share = f"{done * weight:,} of {total * weight:,} {unit}"
+    if not done:
+        return f"{title}: {share}, {duration(passed)} so far"
+    left = duration(passed / done * max(total - done, 0))
+    return f"{title}: {share} ({done / total:.0%}), {duration(passed)} so far, about {left} left"
 
 
 def _say_end(title: str, what: str, seconds: float) -> None:
-    print(f"{title}: {what} in {duration(seconds)}", file=sys.stderr, flush=True)
+    _say(f"{title}: {what} in {duration(seconds)}")
 
 
 def _with_bar(items: Iterable[Item], title: str, total: int, weight: int, unit: str) -> Iterator[Item]:
