@@ -317,8 +317,9 @@ def test_stopping_half_way_leaves_the_selector_as_it_was(selector: Path) -> None
     assert contents(selector) == before
 
 
-def test_an_interruption_leaves_the_selector_as_it_was(selector: Path) -> None:
+def test_an_interruption_leaves_the_selector_as_it_was(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a forward pass of the second batch size."""
+    monkeypatch.setattr("lynx_learn.decode.simulate.TOKENS_AT_A_TIME", 1)  # one group to a pass, told by its rows
     before = contents(selector)
     with interrupting_forward(rows=4), pytest.raises(KeyboardInterrupt):
         calibrate(choices(selector, batch_sizes=[2, 4]))

@@ -119,6 +119,7 @@ def test_the_source_with_the_highest_loss_is_named_for_each_budget() -> None:
     selector, metrics = parts()
     how = metrics["calibrate"]
     cells = how["kl"]["cells"][str(BUDGET)]
+    cells[str(SIZE)]["by_source"] = {"even": 0.01, "odd": 0.02}
     cells["4"] = {**cells[str(SIZE)], "by_source": {"even": 0.912, "odd": 0.0123}}
     lines = [line for line in _budgets(selector, how).splitlines() if line.startswith("- budget")]
     assert lines == [f"- budget {BUDGET}: highest by source at batch 4: even 0.9120"]

