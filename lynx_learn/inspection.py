@@ -1,5 +1,6 @@
 """`lynx-learn inspect`: what a model is made of, and whether this package can act on it."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,23 +30,17 @@ def inspect_model(options: InspectOptions) -> dict[str, Any]:
     if not layers:
         raise ModelError(f"{options.model} has no MoE layer")
     rows = [
-        [
-            la.name,
-            type(la.router).__name__,
-            str(la.num_experts),
-            str(la.top_k),
-            str(la.hidden_size),
-            f"{la.expert_bytes / 1e6:.2f} MB",
-            describe(la),
-        ]
+        [la.name, f"{la.top_k} of {la.num_experts}", str(la.hidden_size), f"{la.expert_bytes / 1e6:.2f} MB"]
         for la in layers
     ]
+    ways = Counter(f"{type(la.router).__name__}: {describe(la)}" for la in layers)
     show(
         table(
             f"{options.model} ({model_type(loaded.model)}): supported",
-            ["MoE block", "router", "experts", "top-k", "width", "per expert", "rule"],
+            ["MoE block", "experts per token", "width", "bytes of an expert"],
             rows,
         ),
+        *(f"{count} routers {way}" for way, count in ways.items()),
         f"revision {loaded.revision}",
     )
     return {"model_type": model_type(loaded.model), "layers": len(layers), "revision": loaded.revision}
