@@ -460,7 +460,7 @@ def test_a_text_that_changed_in_between_is_refused(tiny: Tiny, tmp_path: Path) -
 
 def test_a_folder_with_other_files_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(TraceError, match="not empty") as error:
+    with pytest.raises(OptionError, match="not empty") as error:
         collect(choices(tiny, tmp_path))
     assert str(tmp_path) in one_line(error)
     assert list(digests(tmp_path)) == ["notes.txt"]
