@@ -1,21 +1,27 @@
 """Decisions of a batch as they reach the experts."""
 
 import torch
-from torch import Tensor
 
-from lynx_learn.moe.decision import Decision, silence, used_experts
+from lynx_learn.moe.decision import Decision, confine, used_experts
+
+INDICES = torch.tensor([[[3, 1], [0, 2], [3, 2]]])
+WEIGHTS = torch.tensor([[[0.5, 0.5], [0.7, 0.3], [0.6, 0.4]]])
 
 
-def test_silenced_tokens_point_at_a_loaded_expert_with_weight_zero() -> None:
-    indices = torch.tensor([[[3, 1], [0, 2], [3, 2]]])
+def test_tokens_that_are_not_active_run_on_what_others_load_with_their_own_weights() -> None:
     active = torch.tensor([[True, False, True]])
-    weights, addition = torch.full((1, 3, 2), 0.5), torch.ones(1, 3, 4)
-    quiet = silence(Decision(indices, weights, addition, torch.ones_like(indices, dtype=torch.bool)), active, 5)
-    loaded: Tensor = used_experts(quiet.indices, torch.ones_like(active), 5)
-    assert loaded.tolist() == used_experts(indices, active, 5).tolist() == [[False, True, True, True, False]]
-    assert quiet.weights[0].tolist() == [[0.5, 0.5], [0.0, 0.0], [0.5, 0.5]]
-    assert quiet.addition is not None
-    assert quiet.addition[0, :, 0].tolist() == [1, 0, 1]
-    assert quiet.answered is not None
-    assert quiet.answered[0, :, 0].tolist() == [True, False, True]
-    assert quiet.indices[0, [0, 2]].tolist() == indices[0, [0, 2]].tolist()
+    addition, answered = torch.ones(1, 3, 4), torch.ones_like(INDICES, dtype=torch.bool)
+    done = confine(Decision(INDICES, WEIGHTS, addition, answered), active, 5)
+    loaded = used_experts(done.indices, torch.ones_like(active), 5)
+    assert loaded.tolist() == used_experts(INDICES, active, 5).tolist() == [[False, True, True, True, False]]
+    torch.testing.assert_close(done.weights[0], torch.tensor([[0.5, 0.5], [0.0, 0.3], [0.6, 0.4]]))
+    assert done.indices[0, 1, 1] == 2, "an expert that others load"
+    assert done.indices[0, [0, 2]].tolist() == INDICES[0, [0, 2]].tolist()
+    assert done.addition is addition
+    assert done.answered is answered
+
+
+def test_where_no_token_is_active_all_run_as_decided() -> None:
+    done = confine(Decision(INDICES, WEIGHTS), torch.zeros(1, 3, dtype=torch.bool), 5)
+    assert torch.equal(done.indices, INDICES)
+    assert torch.equal(done.weights, WEIGHTS)

@@ -24,16 +24,16 @@ from lynx_learn.moe.families import find_moe_layers
 def test_experts_run_by_distinct_and_are_put_back(given_: str, used: str) -> None:
     model = tiny_model("mixtral")
     model.set_experts_implementation(given_)
-    ids = words(2, 6)
+    layers, ids = find_moe_layers(model), words(2, 6)
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        with experts_by_distinct(model):
-            assert model.get_experts_implementation()[""] == used
+        with experts_by_distinct(layers):
+            assert all(layer.experts.config._experts_implementation == used for layer in layers)
+            assert model.get_experts_implementation()[""] == given_, "what is saved meanwhile"
             torch.testing.assert_close(model(input_ids=ids).logits, before)
-        assert model.get_experts_implementation()[""] == given_
-        with pytest.raises(IndexError), experts_by_distinct(model):
+        with pytest.raises(IndexError), experts_by_distinct(layers):
             model(input_ids=ids + 1000)
-        assert model.get_experts_implementation()[""] == given_
+        assert all(layer.experts.config is model.config for layer in layers)
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
@@ -51,7 +51,7 @@ def test_rows_with_weight_zero_are_not_run(name: str, form: str, monkeypatch: py
         for parameter in layer.experts.parameters():
             parameter[EXPERTS - 1] = math.nan
         broken = indices.masked_fill(torch.eye(6, TOP_K).bool(), EXPERTS - 1)
-        with experts_by_distinct(model):
+        with experts_by_distinct([layer]):
             found = layer.experts(hidden, broken, weights.masked_fill(torch.eye(6, TOP_K).bool(), 0.0))
         torch.testing.assert_close(found, wanted)
 
@@ -59,7 +59,7 @@ def test_rows_with_weight_zero_are_not_run(name: str, form: str, monkeypatch: py
 def test_a_layer_that_runs_nothing_gives_zeros() -> None:
     model = tiny_model("mixtral")
     layer = find_moe_layers(model)[0]
-    with torch.no_grad(), experts_by_distinct(model):
+    with torch.no_grad(), experts_by_distinct([layer]):
         found = layer.experts(torch.randn(3, HIDDEN), torch.zeros(3, TOP_K, dtype=torch.int64), torch.zeros(3, TOP_K))
     assert torch.equal(found, torch.zeros(3, HIDDEN))
 
@@ -76,7 +76,7 @@ def test_few_rows_and_many_are_multiplied_as_eager_experts_do(name: str, rows: i
     with torch.no_grad():
         wanted = layer.experts(hidden, indices, weights)
         model.set_experts_implementation("grouped_mm")
-        with experts_by_distinct(model):
+        with experts_by_distinct([layer]):
             torch.testing.assert_close(layer.experts(hidden, indices, weights), wanted)
             hidden[0, 0] = math.nan
             found = layer.experts(hidden, indices, weights)

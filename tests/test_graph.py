@@ -76,7 +76,9 @@ def test_with_an_infinite_threshold_the_dearest_stays_and_first_experts_if_wante
     if kind[1]:
         wanted |= set(routing.indices[routing.active, routing.weights[routing.active].argmax(-1)].tolist())
     assert set(np.flatnonzero(answer.keep).tolist()) == wanted
-    assert not answer.run_weights[1].any()
+    used = set(routing.indices[routing.active].flatten().tolist())
+    stays = torch.tensor([expert in wanted & used for expert in routing.indices[1].tolist()])
+    assert torch.equal(torch.from_numpy(answer.run_weights[1]), routing.weights[1] * stays), "on what others load"
     assert set(answer.run_indices.flatten().tolist()) <= wanted
 
 

@@ -75,10 +75,8 @@ def test_surrogates_answer_with_the_original_weight(batches: int, tokens: int, r
     for g, t, k in decision.answered.nonzero().tolist():
         expert, weight = int(routing.indices[g, t, k]), routing.weights[g, t, k]
         assert decision.weights[g, t, k] == 0
-        if routing.active[g, t]:
-            wanted[g, t] += weight * (
-                part.up[expert].T @ (part.down[expert] @ routing.hidden[g, t]) + part.constant[expert]
-            )
+        answer = part.up[expert].T @ (part.down[expert] @ routing.hidden[g, t]) + part.constant[expert]
+        wanted[g, t] += weight * answer
     torch.testing.assert_close(decision.addition, wanted, rtol=1e-4, atol=1e-4)
     kept = ~decision.answered & routing.active.unsqueeze(-1)
     assert torch.equal(decision.indices[kept], routing.indices[kept])

@@ -288,7 +288,6 @@ def test_an_ended_row_neither_votes_nor_loads(name: str, kind: str) -> None:
     torch.testing.assert_close(steps[others], wanted, rtol=1e-4, atol=1e-4)
     assert [seen.loaded for seen in all_rows.steps] == [seen.loaded for seen in four_rows.steps]
     assert with_ended.stats == without.stats
-    assert all(not seen.weights[2].any() for seen in all_rows.steps)
 
 
 def test_a_batch_that_has_ended_is_harmless() -> None:
@@ -340,16 +339,14 @@ def test_generate_with_sequences_that_end_early(name: str, pad: int | None) -> N
     # An end token that one row reaches early, and another one never.
     end = next(word for word in free[:, 1:4].flatten().tolist() if word != PAD and any(word not in row for row in free))
     config.pad_token_id, config.eos_token_id = pad, end
-    filler = end if pad is None else pad
     with skip_experts(model, selector.at_threshold(SOME)) as skipping, watching(layers) as watch:
         new = generate(model, tokens, mask)[:, PROMPT:]
     assert skipping.stats.steps == new.shape[1] - 1
     ended = 0
     for step in range(1, new.shape[1]):
-        running = [row for row in range(3) if new[row, step - 1] != filler]
+        running = [row for row in range(3) if end not in new[row, :step]]
         for seen in watch.steps[(step - 1) * len(layers) : step * len(layers)]:
             assert seen.loaded <= {e for row in running for e in seen.routed[0][row].tolist()}
-            assert all(not seen.weights[row].any() for row in range(3) if row not in running)
         ended += len(running) < 3
     assert ended, "no sequence ended early"
     untouched = generate(model, tokens, mask)

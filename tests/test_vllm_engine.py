@@ -113,10 +113,8 @@ def test_a_decode_step_runs_the_policys_decision(scale: float, rank: int, monkey
     before, after = (int(part.sum()) for part in wanted.loads)
     assert after < before
     assert found.sums.tolist()[:3] == [before, after, REAL * TOP_K]
-    # Rows of padding load nothing of their own and receive nothing.
+    # Rows of padding load nothing of their own.
     assert set(ran[1][REAL:].flatten().tolist()) <= set(ran[1][real].flatten().tolist())
-    assert not ran[0][REAL:].any()
-    assert not ran[2][REAL:].any()
 
 
 def test_an_output_that_is_reduced_already_is_added_to_by_every_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,32 +1,40 @@
 """Run a policy at decode in transformers: `with skip_experts(model, selector, budget=0.01): model.generate(...)`."""
 
+import threading
 import warnings
 import weakref
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..moe.calls import DecodeCall, read_call
-from ..moe.decision import Decision, Policy, Routing, silence
+from ..moe.calls import EXPECTED, DecodeCall, Generations, padding_token, read_call, watch_generate
+from ..moe.decision import Decision, Policy, Routing, confine
 from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.hooks import intercept
+from ..moe.hooks import intercept, left_out_of_copies
 from ..moe.loading import fast_dtype
 from ..selector.config import outside
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .tally import Stats, Tally
+from .wrappers import forget_compiled, unwrapped
 
 
-def act(policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally) -> Decision:
-    """Let the policy rewrite one layer's routing, and count."""
+def act(
+    policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally, exempt: Tensor | None = None
+) -> Decision:
+    """Let the policy rewrite one layer's routing, and count; `exempt` as in `ThresholdPolicy.decide`."""
     decision = Decision(routing.indices, routing.weights)
     if policy is not None:
-        decision = policy.decide(layer, routing)
+        if exempt is not None and isinstance(policy, ThresholdPolicy):
+            decision = policy.decide(layer, routing, exempt)
+        else:
+            decision = policy.decide(layer, routing)
         if decision.loads is None:
-            decision = silence(decision, routing.active, layer.num_experts)
+            decision = confine(decision, routing.active, layer.num_experts)
     tally.add(layer, routing, decision)
     return decision
 
@@ -61,25 +69,37 @@ def use_of(model: nn.Module, layer: MoeLayer) -> dict[str, Any]:
     return use
 
 
-# Models something is attached to: two policies on one model would act on each other's output.
+# Experts that something acts on: two policies on one model would act on each other's output.
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+class _Now(threading.local):
+    """What each thread's call of the model is."""
+
+    def __init__(self) -> None:
+        self.call: DecodeCall | None = None
+
+
 class Skipping:
-    """A policy on a model; a context manager, or `attach()` and `detach()`."""
+    """A policy on a model; a context manager, or `attach()` and `detach()`.
+
+    Several threads may call the model at once: each call decides for its own batch.
+    """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
-        self.model, self.policy = model, policy
-        self.layers = find_moe_layers(model)
-        warn_of_emulation(self.layers[0])
-        if isinstance(policy, ThresholdPolicy):
-            policy.selector.check(self.layers, model)
-        policy.bind(self.layers)
-        self.tally = Tally(self.layers, policy)
+        self.model, self.policy = unwrapped(model), policy
+        # What is made here is used by calls in any mode and thread.
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = find_moe_layers(self.model)
+            warn_of_emulation(self.layers[0])
+            if isinstance(policy, ThresholdPolicy):
+                policy.selector.check(self.layers, self.model)
+            policy.bind(self.layers)
+            self.tally = Tally(self.layers, policy)
         self.stack: ExitStack | None = None
-        self.call: DecodeCall | None = None
         self.limits: dict[str, Any] = {}
         """What the policy's budget is certified for; see `SelectorConfig.calibration`."""
+        self.now, self.generations, self.warned = _Now(), Generations(), False
 
     @property
     def stats(self) -> Stats:
@@ -89,25 +109,32 @@ class Skipping:
     def attach(self) -> "Skipping":
         """Put the hooks on. A policy that skips nothing (budget 0) leaves the model untouched, bit for bit.
 
+        A pickle or copy of the model made meanwhile is one of the untouched model.
+
         Raises:
             ModelError: something is attached to the model already.
         """
-        if self.model in _attached:
+        own = {layer.experts for layer in self.layers}
+        if any(experts in _attached for experts in own):
             raise ModelError("this model already skips experts: detach that first")
         with ExitStack() as stack:
-            _attached.add(self.model)
-            stack.callback(_attached.discard, self.model)
+            _attached.update(own)
+            stack.callback(_attached.difference_update, own)
             if not (isinstance(self.policy, ThresholdPolicy) and not self.policy.skips):
-                stack.enter_context(experts_by_distinct(self.model))
+                stack.callback(forget_compiled)
+                stack.enter_context(left_out_of_copies(self.model, self.layers))
+                stack.enter_context(experts_by_distinct(self.layers))
+                self.generations = stack.enter_context(watch_generate(self.model))
                 stack.enter_context(intercept(self.model, self.layers, self._on_layer, self._on_call))
-            self.stack = stack.pop_all()
+                forget_compiled()
+            self.stack, self.warned = stack.pop_all(), False
         return self
 
     def detach(self) -> None:
         """Take every hook off again; does nothing when none is on."""
         if self.stack is not None:
             self.stack.close()
-            self.stack, self.call = None, None
+            self.stack = None
 
     def __enter__(self) -> "Skipping":
         return self.attach()
@@ -117,20 +144,37 @@ class Skipping:
     ) -> None:
         self.detach()
 
-    def _on_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call = read_call(self.model, args, kwargs)
-        if self.call is not None and "length" in self.limits:
-            past = kwargs["past_key_values"].get_seq_length()
+    def _on_call(self, arguments: dict[str, Any] | None) -> None:
+        self.now.call = None
+        if arguments is None:
+            return
+        call = read_call(arguments, self.generations.innermost, padding_token(self.model))
+        if isinstance(call, str):
+            self._pass_by(call)
+            return
+        self.now.call = call
+        if call is not None and "length" in self.limits:
+            past = getattr(arguments.get("past_key_values"), "get_seq_length", lambda: None)()
             # Static caches count on the device, and asking would wait for it.
             if isinstance(past, int) and warn_of_other_use(self.limits, {"length": past + 1}):
                 self.limits = {}
 
+    def _pass_by(self, reason: str) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.tally.pass_by(reason)
+        if not self.warned and reason not in EXPECTED:
+            self.warned = True
+            warnings.warn(f"decoding without skipping: {reason}; `stats.passed_by` counts such calls", stacklevel=2)
+
     def _on_layer(self, layer: MoeLayer, routing: Routing) -> Decision | None:
-        if self.call is None:
+        call, device = self.now.call, routing.hidden.device
+        if call is None:
             return None
-        if self.call.active is not None:
-            routing = routing._replace(active=self.call.active.to(routing.hidden.device).unsqueeze(0))
-        return act(self.policy, layer, routing, self.tally)
+        if call.active is not None:
+            routing = routing._replace(active=call.active.to(device).unsqueeze(0))
+        exempt = None if call.prompts is None else call.prompts.to(device).unsqueeze(0)
+        return act(self.policy, layer, routing, self.tally, exempt)
 
 
 def skip_experts(
@@ -143,7 +187,7 @@ def skip_experts(
     """Let `model` skip experts at decode, within a budget.
 
     Args:
-        model: a transformers model with MoE blocks.
+        model: a transformers model with MoE blocks, or torch.compile, PEFT or the like around it.
         selector: a calibrated selector, or any other policy.
         budget: for a selector, mean KL in nats per token against the untouched model (or the unit of `metric`).
         metric: `kl`, `nll` or `agreement`; what the budget counts.
@@ -159,7 +203,7 @@ def skip_experts(
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
         skipping = Skipping(model, selector.policy(budget, metric, kernel))
         skipping.limits = selector.config.calibration.get(metric, {}) if budget else {}
-        warn_of_other_use(skipping.limits, use_of(model, skipping.layers[0]))
+        warn_of_other_use(skipping.limits, use_of(skipping.model, skipping.layers[0]))
         return skipping
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")

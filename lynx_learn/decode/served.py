@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.experts import experts_by_distinct
+from ..moe.families import find_moe_layers
 from ..moe.loading import LoadedModel
 from ..show.progress import track
 from ..traces.corpus import Bos
@@ -99,7 +100,7 @@ class ServedText:
     def _continue(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
         rows: list[list[int]] = []
         starts = range(0, len(prompts), ROWS_AT_A_TIME)
-        with experts_by_distinct(loaded.model):
+        with experts_by_distinct(find_moe_layers(loaded.model)):
             for start in track(starts, "text of the untouched model", len(starts), unit="batches"):
                 part = torch.tensor(prompts[start : start + ROWS_AT_A_TIME]).to(loaded.input_device)
                 seed = self.seed * 1_000_003 + start

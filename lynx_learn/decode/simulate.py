@@ -96,7 +96,7 @@ def stacked_logits(
     tokens = runs[0].tokens if len(runs) == 1 else torch.cat([run.tokens for run in runs])
     # As at decode; where a gradient is wanted, it may be that of an expert whose weight is 0.
     leaner = skipping and not torch.is_grad_enabled()
-    with intercept(model, layers, on_layer), experts_by_distinct(model) if leaner else nullcontext():
+    with intercept(model, layers, on_layer), experts_by_distinct(layers) if leaner else nullcontext():
         logits = model(input_ids=tokens, use_cache=False, **_last(model, positions - prompt)).logits
     parts = logits[:, prompt - positions :].split(sizes)
     return [(part, tally.stats()) for part, tally in zip(parts, tallies, strict=True)]

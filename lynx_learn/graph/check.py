@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LynxError
-from ..moe.decision import Routing
+from ..moe.decision import Routing, usable_experts, used_experts
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
 from .graph import Answer, random_batch
@@ -86,7 +86,8 @@ def compare(
     # Rounding may carry a total over the threshold, or make another expert the dearest one, which stays.
     dearest = float(total.max())
     unsure = _close(total, tau) | _close(total, dearest)
-    kept = got.keep[routing.indices] & routing.active.unsqueeze(-1)
+    used = used_experts(routing.indices, routing.active, len(keep))
+    kept = (got.keep & usable_experts(used))[routing.indices]
     stand_in = got.run_indices[~kept]
     faults = {
         "costs": not relative <= TOLERANCE,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LynxError
-from ..moe.decision import Routing
+from ..moe.decision import Routing, used_experts
 from ..selector.features import feature_parts
 from ..selector.layer import LayerSelector, run_instead
 from ..selector.scorers import Folded, Scorer
@@ -41,7 +41,8 @@ def decide(rule: LayerSelector, folded: Folded, routing: Routing, threshold: Ten
         feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
     )
     anchor, keep = rule.keep(routing, rule.totals(routing, costs), threshold)
-    indices, weights, _ = run_instead(routing, anchor, keep)
+    used = used_experts(routing.indices, routing.active, keep.shape[-1])
+    indices, weights, _ = run_instead(routing, anchor, keep, used)
     return Answer(keep, costs, indices, weights)
 
 

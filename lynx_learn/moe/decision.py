@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     weights: Tensor
     """(G, T, top_k)."""
     active: Tensor
-    """(G, T) False for padding and ended sequences, which neither vote nor load experts."""
+    """(G, T) False for padding and ended sequences, which do not vote, and run on experts that others load."""
 
 
 class Decision(NamedTuple):
@@ -39,7 +39,7 @@ class Decision(NamedTuple):
     answered: Tensor | None = None
     """(G, T, top_k) True where a surrogate answers."""
     loads: tuple[Tensor, Tensor] | None = None
-    """Experts that active tokens load as routed and as run, both (G, experts), from a policy that has silenced the others itself."""
+    """Experts that active tokens load as routed and as run, both (G, experts), from a policy that has kept the others to the latter itself."""
 
 
 class Policy(Protocol):
@@ -71,14 +71,21 @@ def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:
     return used.scatter(-1, places, True)[..., :experts]
 
 
-def silence(decision: Decision, active: Tensor, experts: int) -> Decision:
-    """Point the assignments of tokens that are not active at an expert that is loaded anyway, with weight 0."""
-    anchor = used_experts(decision.indices, active, experts).to(torch.int8).argmax(-1)
-    live = active.unsqueeze(-1)
-    indices = torch.where(live, decision.indices, anchor[:, None, None])
-    weights = torch.where(live, decision.weights, torch.zeros_like(decision.weights))
-    addition = (
-        None if decision.addition is None else torch.where(live, decision.addition, torch.zeros_like(decision.addition))
-    )
-    answered = None if decision.answered is None else decision.answered & live
-    return Decision(indices, weights, addition, answered)
+def usable_experts(used: Tensor) -> Tensor:
+    """Which experts a batch may run `(G, experts)`: those that active tokens load, `used`; any where none is active.
+
+    A token that is not active loads nothing for itself, but runs with its own weights on what is there: should it be
+    taken for ended wrongly, little is lost. Where every token is taken so, nothing is there, and all run.
+    """
+    return used | ~used.any(-1, keepdim=True)
+
+
+def confine(decision: Decision, active: Tensor, experts: int) -> Decision:
+    """Point assignments of tokens that are not active at an expert that is loaded anyway, with weight 0, unless theirs is."""
+    used = used_experts(decision.indices, active, experts)
+    usable = usable_experts(used)
+    flat = decision.indices.flatten(-2)
+    stays = usable.gather(-1, flat).view_as(decision.indices)
+    anchor = used.to(torch.int8).argmax(-1)
+    indices = torch.where(stays, decision.indices, anchor[:, None, None])
+    return decision._replace(indices=indices, weights=decision.weights * stays)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .families import MoeLayer
+from .hooks import foreign
+
 BY_DISTINCT = "lynx_grouped_mm"
 # Up to so many rows an expert, on average, its product is not BLAS's.
 FEW_ROWS = 6
@@ -98,28 +101,42 @@ def _grouped(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> 
     return output[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
 
 
+class _ByDistinct:
+    """A model's configuration as its experts see it: an implementation whose time follows the distinct experts.
+
+    The model's own configuration stays as it is, for whoever saves it or reads it meanwhile.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    @property
+    def _experts_implementation(self) -> str | None:
+        own: str | None = self._config._experts_implementation
+        return BY_DISTINCT if own in ("grouped_mm", "batched_mm") else own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
 @contextmanager
-def experts_by_distinct(model: nn.Module) -> Iterator[None]:
+def experts_by_distinct(layers: list[MoeLayer]) -> Iterator[None]:
     """While open, experts that would run as `grouped_mm` or `batched_mm` run so that time follows the distinct experts.
 
     `batched_mm` reads one expert per assignment, so skipping would save nothing; off the CPU `generate()` switches
-    `grouped_mm` to it for decode, but no implementation of another name. Other implementations (`eager`, kernels of
-    other libraries) stay what they are.
+    `grouped_mm` to it for decode. Other implementations (`eager`, kernels of other libraries) stay what they are.
     """
-    if not hasattr(model, "get_experts_implementation"):
-        yield
-        return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _by_distinct)
-    before: dict[str, str | None] = model.get_experts_implementation()  # type: ignore[operator]
-    during = {part: BY_DISTINCT if own in ("grouped_mm", "batched_mm") else own for part, own in before.items()}
-    if during == before:
-        yield
-        return
-    model.set_experts_implementation(during)  # type: ignore[operator]
     _multiply_few()  # compiled, where nobody has yet, before a step waits for it
+    chosen = [
+        layer.experts for layer in layers if hasattr(vars(layer.experts).get("config"), "_experts_implementation")
+    ]
+    for experts in chosen:
+        vars(experts)["config"] = foreign(_ByDistinct(experts.config), experts.config)
     try:
         yield
     finally:
-        model.set_experts_implementation(before)  # type: ignore[operator]
+        for experts in chosen:
+            vars(experts)["config"] = experts.config._config  # type: ignore[union-attr]

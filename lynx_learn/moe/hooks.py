@@ -1,5 +1,9 @@
-"""The calls of a transformers model: which of them are decode steps, and rewriting what an MoE block is about to do."""
+"""Seeing the calls of a transformers model, and rewriting what an MoE block is about to do."""
 
+import functools
+import inspect
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,32 +14,38 @@ from torch import Tensor, nn
 from .decision import Decision, Routing
 from .families import MoeLayer
 
-OnCall = Callable[[tuple[Any, ...], dict[str, Any]], None]
+OnCall = Callable[[dict[str, Any] | None], None]
 OnLayer = Callable[[MoeLayer, Routing], Decision | None]
+
+# Where a module keeps its hooks, by number, and what it notes of them by the same number.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OF_HOOKS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_REDUCE, _INSTEAD_OF = "__reduce_ex__", "_lynx_instead_of"
+
+
+class _Held(threading.local):
+    """What the hooks of one layer pass on within a call; each thread makes its own calls."""
+
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        self.addition: Tensor | None = None
 
 
 @contextmanager
 def intercept(
     model: nn.Module, layers: list[MoeLayer], on_layer: OnLayer, on_call: OnCall | None = None
 ) -> Iterator[None]:
-    """While open, `on_call` sees each call of the model and `on_layer` each MoE block's routing, and may rewrite it.
+    """While open, `on_call` sees each call of what holds the layers and `on_layer` each MoE block's routing.
 
-    The tokens of a call, of whatever sequences and positions, come as one batch in which all are active.
-    When a call has ended, also by an exception, `on_call` sees an empty one.
+    `on_call` is given the arguments by name, and None when the call has ended, also by an exception. The tokens of a
+    call, of whatever sequences and positions, come to `on_layer` as one batch in which all are active; it may rewrite
+    the routing. Several threads may call the model at once; what is called runs in the thread of its call.
     Every hook is removed when the context ends, also by an exception.
     """
     handles: list[Any] = []
     try:
         if on_call is not None:
-
-            def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                on_call(args, kwargs)
-
-            def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                on_call((), {})
-
-            handles.append(model.register_forward_pre_hook(before_call, with_kwargs=True))
-            handles.append(model.register_forward_hook(after_call, always_call=True))
+            handles += _hook_calls(owner_of(model, layers), on_call)
         for layer in layers:
             handles += _hook_layer(layer, on_layer)
         yield
@@ -44,33 +54,103 @@ def intercept(
             handle.remove()
 
 
+def owner_of(model: nn.Module, layers: list[MoeLayer]) -> nn.Module:
+    """The innermost module that holds all layers and is called with a cache: calls may come to it past the model."""
+    owner = model
+    while True:
+        inner = next((c for c in owner.children() if all(_holds(c, layer) for layer in layers)), None)
+        if inner is None or not _takes_cache(inner):
+            return owner
+        owner = inner
+
+
+def _holds(module: nn.Module, layer: MoeLayer) -> bool:
+    return any(part is layer.experts for part in module.modules())
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return "past_key_values" in inspect.signature(module.forward).parameters
+
+
+def _hook_calls(owner: nn.Module, on_call: OnCall) -> list[Any]:
+    names = list(inspect.signature(owner.forward).parameters)
+
+    def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        on_call({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        on_call(None)
+
+    return [
+        owner.register_forward_pre_hook(foreign(before_call), with_kwargs=True),
+        owner.register_forward_hook(foreign(after_call), always_call=True),
+    ]
+
+
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
-    held: dict[str, Tensor | None] = {}
+    held = _Held()
 
     def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        held["logits"] = layer.logits_of(output)
+        held.logits = layer.logits_of(output)
 
     def before_experts(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
         values = list(args) + list(kwargs.values())
         hidden, indices, weights = values[:3]
-        logits = held.pop("logits")
-        assert logits is not None
+        logits, held.logits, held.addition = held.logits, None, None
+        assert logits is not None, "a router that did not run before its experts"
         active = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         parts = (hidden, logits, indices.long(), weights, active)
         decision = on_layer(layer, Routing(*(part.unsqueeze(0) for part in parts)))
-        held["addition"] = None if decision is None else decision.addition
         if decision is None:
             return None
+        held.addition = decision.addition
         return (hidden, decision.indices[0].to(indices.dtype), decision.weights[0].to(weights.dtype)), {}
 
     def after_experts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        addition = held.pop("addition", None)
+        addition, held.addition = held.addition, None
         return None if addition is None else output + addition[0].to(output.dtype)
 
     return [
-        layer.router.register_forward_hook(after_router),
-        layer.experts.register_forward_pre_hook(before_experts, with_kwargs=True),
-        layer.experts.register_forward_hook(after_experts),
+        layer.router.register_forward_hook(foreign(after_router)),
+        layer.experts.register_forward_pre_hook(foreign(before_experts), with_kwargs=True),
+        layer.experts.register_forward_hook(foreign(after_experts)),
     ]
+
+
+@contextmanager
+def left_out_of_copies(model: nn.Module, layers: list[MoeLayer]) -> Iterator[None]:
+    """While open, what is put on `model` and its layers and is `foreign` is left out of their pickles and copies.
+
+    A copy, or what another process loads, is as the model was before.
+    """
+    parts = {model, owner_of(model, layers)}.union(*((layer.router, layer.experts) for layer in layers))
+    for module in parts:
+        vars(module)[_REDUCE] = functools.partial(_reduced, module)
+    try:
+        yield
+    finally:
+        for module in parts:
+            del vars(module)[_REDUCE]
+
+
+def foreign(put_on: Any, instead_of: Any = None) -> Any:
+    """Mark what is put on a module: a hook, or an attribute that stands where `instead_of` was, None: nothing."""
+    setattr(put_on, _INSTEAD_OF, instead_of)
+    return put_on
+
+
+def _reduced(module: nn.Module, protocol: Any) -> Any:
+    """As `object.__reduce_ex__`, without what is foreign; pickle and copy look for it on the object first."""
+    made = type(module).__reduce_ex__(module, protocol)
+    if not isinstance(made, tuple) or len(made) < 3 or not isinstance(made[2], dict):
+        return made
+    before = {name: getattr(value, _INSTEAD_OF, value) for name, value in made[2].items() if name != _REDUCE}
+    state: dict[str, Any] = {
+        name: value for name, value in before.items() if value is not None or made[2][name] is None
+    }
+    removed = {key for name in _HOOKS for key, hook in state[name].items() if hasattr(hook, _INSTEAD_OF)}
+    for name in _HOOKS + _OF_HOOKS:
+        state[name] = OrderedDict((key, value) for key, value in state[name].items() if key not in removed)
+    return (*made[:2], state, *made[3:])

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..moe.decision import Decision, Routing, used_experts
+from ..moe.decision import Decision, Routing, usable_experts, used_experts
 from ..moe.families import Layer
 from .config import SelectorConfig
 from .features import assignment_features, feature_parts
@@ -16,12 +16,13 @@ from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
 
-def run_instead(routing: Routing, anchor: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def run_instead(routing: Routing, anchor: Tensor, keep: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices and weights to run, and which assignments are kept, all `(..., T, top_k)`; the others point at `anchor`.
 
-    Arguments as `LayerSelector.keep` takes and gives them.
+    Arguments as `LayerSelector.keep` takes and gives them, and the experts `(..., experts)` that active tokens load.
     """
-    kept = keep.gather(-1, routing.indices.flatten(-2)).view_as(routing.indices) & routing.active.unsqueeze(-1)
+    usable = keep & usable_experts(used)
+    kept = usable.gather(-1, routing.indices.flatten(-2)).view_as(routing.indices)
     return torch.where(kept, routing.indices, anchor.unsqueeze(-1)), routing.weights * kept, kept
 
 
@@ -81,9 +82,9 @@ class LayerSelector(nn.Module):
     def rewrite(self, routing: Routing, thresholds: Tensor, costs: Tensor) -> Decision:
         """The decision without what surrogates answer."""
         anchor, keep = self.keep(routing, self.totals(routing, costs), thresholds)
-        indices, weights, kept = run_instead(routing, anchor, keep)
         used = used_experts(routing.indices, routing.active, keep.shape[-1])
-        dropped = kept ^ routing.active.unsqueeze(-1) if self.surrogates.rank else None
+        indices, weights, kept = run_instead(routing, anchor, keep, used)
+        dropped = ~kept if self.surrogates.rank else None
         return Decision(indices, weights, answered=dropped, loads=(used, used & keep))
 
     def answer(self, routing: Routing, decision: Decision) -> Decision:

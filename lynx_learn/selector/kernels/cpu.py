@@ -241,16 +241,16 @@ def _choose(total, threshold, first, kept):
 
 
 @_part
-def _rewrite(indices, weights, standing, kept, anchor, new_indices, new_weights, answered, head, after):
+def _rewrite(indices, weights, usable, anchor, new_indices, new_weights, answered, head, after):
     """The assignments to run, and those left out as a list for each expert; returns how many these are."""
     left_out, top_k = 0, indices.shape[1]
     for t in range(len(indices) - 1, -1, -1):
         for k in range(top_k - 1, -1, -1):
             e = indices[t, k]
-            stays = standing[t] != 0 and kept[e]
+            stays = usable[e]
             new_indices[t, k] = e if stays else anchor
             new_weights[t, k] = weights[t, k] if stays else _ZERO
-            answered[t, k] = standing[t] != 0 and not stays
+            answered[t, k] = not stays
             if answered[t, k]:
                 left_out += 1
                 after[t * top_k + k] = head[e]
@@ -309,7 +309,9 @@ def decide(
     anchor = _choose(total, own.thresholds[min(count, len(own.thresholds) - 1)], first, kept)
     # Each surrogate is read once for all that it answers.
     head, after = np.full(experts, -1), np.empty(indices.size, np.int64)
-    left_out = _rewrite(indices, weights, standing, kept, anchor, new_indices, new_weights, answered, head, after)
+    # Tokens that are not active run on what the others load; where none is active, all run.
+    usable = kept & (used | (not used.any()))
+    left_out = _rewrite(indices, weights, usable, anchor, new_indices, new_weights, answered, head, after)
     if left_out and rank:
         addition[:] = _ZERO
         codes = np.empty(rank, np.float32)

@@ -195,18 +195,17 @@ def _rewrite(
     tl.store(loads + expert, used, mask=real)
     tl.store(loads + EXPERTS + expert, used & (leave == 0), mask=real)
 
-    left = leave.to(tl.int32)
+    # Tokens that are not active run on what the others load; where none is active, all run.
+    usable = ((leave == 0) & (used | (tl.max(used.to(tl.int32), 0) == 0))).to(tl.int32)
     for start in range(0, TOKENS_PADDED * TOP_K, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tokens * TOP_K
         own = tl.load(indices + at, mask=inside, other=0)
         weight = tl.load(weights + at, mask=inside, other=0.0)
-        live = tl.load(standing + at // TOP_K, mask=inside, other=0) != 0
-        goes = tl.gather(left, own.to(tl.int32), 0) != 0
-        stays = live & (goes == 0)
+        stays = tl.gather(usable, own.to(tl.int32), 0) != 0
         tl.store(new_indices + at, tl.where(stays, own, anchor.to(tl.int64)), mask=inside)
         tl.store(new_weights + at, tl.where(stays, weight, 0.0).to(weight.dtype), mask=inside)
-        tl.store(dropped + at, live & goes, mask=inside)
+        tl.store(dropped + at, stays == 0, mask=inside)
 
 
 def _padded(size: int) -> int:
