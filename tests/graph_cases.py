@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 EXPERTS, TOP_K, HIDDEN, LAYERS = 8, 2, 32, 3
 SIZES = (1, 2, 3, 16, 17, 64, 511, 512)
 THRESHOLDS = {"kl": {"0.01": {"4": 0.5, "8": 2.0}, "0.1": {"1": 3.0}}, "nll": {"0.01": {"2": 0.25}}}
-# (scorer, every token keeps its first expert, experts, top_k)
+# (scorer, every token keeps its first expert, experts, top_k); the first two have no surrogates
 KINDS = [
     ("formula", True, EXPERTS, TOP_K),
     ("linear", False, EXPERTS, TOP_K),
@@ -34,8 +34,8 @@ MLP = KINDS[2]
 def selector_of(kind: Kind) -> LynxSelector:
     scorer, keep_top1, experts, top_k = kind
     names = tuple(f"layers.{layer}" for layer in range(LAYERS))
-    shape = (experts, top_k, HIDDEN, 1000, scorer, 4, keep_top1)
-    config = SelectorConfig("base", "revision", "tiny", "f" * 64, names, *shape, THRESHOLDS, {"kl": {"seed": 1}})
+    shape = (experts, top_k, HIDDEN, 1000, scorer, 4 if scorer == "mlp" else 0, keep_top1)
+    config = SelectorConfig("base", "revision", "tiny", {"routers": [{}] * LAYERS}, names, *shape, THRESHOLDS, {"kl": {"seed": 1}})
     selector = LynxSelector(config)
     randomise(selector)
     return selector

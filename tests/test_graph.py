@@ -48,6 +48,10 @@ def test_every_layer_decides_as_pytorch(kind: Kind, tokens: int) -> None:
             if sure.all():
                 assert torch.equal(torch.from_numpy(answer.run_indices), decision.indices[0])
                 assert torch.equal(torch.from_numpy(answer.run_weights), decision.weights[0])
+                assert (answer.addition is None) == (part.surrogates.rank == 0)
+                if answer.addition is not None:
+                    given = torch.from_numpy(answer.addition)
+                    torch.testing.assert_close(given, decision.addition[0], rtol=1e-4, atol=1e-4)  # type: ignore[index]
         assert answer.keep.sum() < len(answer.keep) or kind[1] or kind[2] == 1
 
 
@@ -111,7 +115,8 @@ def test_other_precisions_are_converted(dtype: torch.dtype) -> None:
         runner_of(MLP).run(0, logits, indices, weights, 1.0, hidden, active),
     ]
     for answer in answers[1:]:
-        assert all(np.array_equal(x, y) for x, y in zip(answers[0], answer, strict=True))
+        assert all(np.array_equal(x, y) for x, y in zip(answers[0][:-1], answer[:-1], strict=True))
+        assert np.allclose(answers[0].addition, answer.addition)
 
 
 @pytest.mark.gpu

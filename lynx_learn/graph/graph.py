@@ -15,9 +15,12 @@ from ..selector.features import feature_parts
 from ..selector.layer import LayerSelector, run_instead
 from ..selector.scorers import Folded, Scorer
 from ..selector.selector import LynxSelector
+from ..selector.surrogates import weighted_sum
 from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY
 
 OPSET = 20
+# Tensors of a layer's surrogates.
+SURROGATES = ("down", "up", "constant")
 
 # A file of protocol buffers ends there; some room is left for the graph itself.
 LARGEST = 2**31 - 2**24
@@ -30,30 +33,43 @@ class Answer(NamedTuple):
     costs: Tensor
     run_indices: Tensor
     run_weights: Tensor
+    addition: Tensor | None = None
 
 
-def decide(rule: LayerSelector, folded: Folded, routing: Routing, threshold: Tensor) -> Answer:
-    """Decode's decision but for surrogates and statistics; `rule` gives no more than whether first experts stay.
+def decide(
+    rule: LayerSelector, folded: Folded, routing: Routing, threshold: Tensor, surrogates: tuple[Tensor, ...] = ()
+) -> Answer:
+    """Decode's decision; `rule` gives no more than whether first experts stay.
 
-    `routing` and `threshold` are without their leading dimension: this is one batch.
+    `routing` and `threshold` are without their leading dimension: this is one batch. `surrogates` are the layer's
+    tensors in the order of SURROGATES, or none.
     """
     costs = folded.costs(
         feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
     )
     anchor, keep = rule.keep(routing, rule.totals(routing, costs), threshold)
     used = used_experts(routing.indices, routing.active, keep.shape[-1])
-    indices, weights, _ = run_instead(routing, anchor, keep, used)
-    return Answer(keep, costs, indices, weights)
+    indices, weights, kept = run_instead(routing, anchor, keep, used)
+    addition = None
+    if surrogates:
+        by_expert = torch.zeros_like(routing.logits).scatter_add(-1, routing.indices, routing.weights * ~kept)
+        addition = weighted_sum(routing.hidden, by_expert, *surrogates)
+    return Answer(keep, costs, indices, weights, addition)
+
+
+def surrogates_of(own: LayerSelector) -> tuple[Tensor, ...]:
+    """A layer's surrogates in the order of SURROGATES, float32; none at rank 0."""
+    return tuple(getattr(own.surrogates, name).data.float() for name in SURROGATES) if own.surrogates.rank else ()
 
 
 class Graph(nn.Module):
-    """All layers' folded scorers, stacked, and the threshold rule: what is exported.
+    """All layers' folded scorers and surrogates, stacked, and the threshold rule: what is exported.
 
     Inputs: `layer` () int64; `logits` (tokens, experts) before the activation, `indices` and `weights` (tokens, top_k)
-    as the router chose them, `active` (tokens,), `threshold` () in nats, and for a scorer that looks at it `hidden`
-    (tokens, hidden). Outputs: `keep` (experts,), `costs` (tokens, top_k) in nats, and `run_indices`, `run_weights`
-    (tokens, top_k), in which an assignment that is left out points at the dearest expert with weight 0. Surrogates are
-    not part of it.
+    as the router chose them, `active` (tokens,), `threshold` () in nats, and where scorer or surrogates look at it `hidden`
+    (tokens, hidden). Outputs: `keep` (experts,), `costs` (tokens, top_k) in nats, `run_indices` and `run_weights` (tokens,
+    top_k), in which an assignment that is left out points at the dearest expert with weight 0, and where there are
+    surrogates `addition` (tokens, hidden), what they answer for what is left out: to be added to the experts' output.
     """
 
     def __init__(self, selector: LynxSelector) -> None:
@@ -61,12 +77,21 @@ class Graph(nn.Module):
         folded = [own.scorer.fold(own.sensitivity) for own in selector.layers]  # type: ignore[union-attr,operator]
         for name, tensors in zip(Folded._fields, zip(*folded, strict=True), strict=True):
             self.register_buffer(name, torch.stack(tensors))
+        self.rank = selector.config.rank
+        if self.rank:
+            parts = zip(*(surrogates_of(own) for own in selector.layers), strict=True)  # type: ignore[arg-type]
+            for name, tensors in zip(SURROGATES, parts, strict=True):
+                self.register_buffer(name, torch.stack(tensors))
         # In a list, so that its parameters are not taken for the graph's.
         self.rule: list[LayerSelector] = [selector.layers[0]]  # type: ignore[list-item]
 
     @property
     def uses_hidden(self) -> bool:
-        return self.get_buffer("projection").shape[-1] > 0
+        return self.rank > 0 or self.get_buffer("projection").shape[-1] > 0
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return OUTPUTS if self.rank else OUTPUTS[:-1]
 
     def forward(
         self,
@@ -81,7 +106,8 @@ class Graph(nn.Module):
         folded = Folded(*(getattr(self, name)[layer] for name in Folded._fields))
         # Where there is no hidden state, it is not looked at.
         routing = Routing(logits if hidden is None else hidden, logits, indices, weights, active)
-        return decide(self.rule[0], folded, routing, threshold)
+        surrogates = tuple(getattr(self, name)[layer] for name in SURROGATES) if self.rank else ()
+        return decide(self.rule[0], folded, routing, threshold, surrogates)
 
 
 def to_bytes(selector: LynxSelector) -> bytes:
@@ -95,7 +121,9 @@ def to_bytes(selector: LynxSelector) -> bytes:
     graph = Graph(selector).eval()
     size = sum(buffer.numel() * buffer.element_size() for buffer in graph.buffers())
     if size > LARGEST:
-        raise LynxError(f"the scorers take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train smaller scorers")
+        raise LynxError(
+            f"scorers and surrogates take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train with a smaller --rank"
+        )
     batch = random_batch(selector, 0, 5, torch.Generator().manual_seed(0))
     example = {"layer": torch.tensor(0), **batch._asdict(), "threshold": torch.tensor(1.0)}
     names = ["layer", "logits", "indices", "weights", "active", "threshold", *["hidden"] * graph.uses_hidden]
@@ -108,7 +136,7 @@ def to_bytes(selector: LynxSelector) -> bytes:
             dynamic_shapes=tuple(None if example[name].ndim == 0 else tokens for name in names),
             opset_version=OPSET,
             input_names=names,
-            output_names=OUTPUTS,
+            output_names=graph.outputs,
             verbose=False,
         )
     assert program is not None

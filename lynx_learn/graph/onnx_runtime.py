@@ -10,9 +10,9 @@ from ..errors import LynxError, OptionError, SelectorError
 from ..selector.config import SelectorConfig, by_active
 
 # Version of the graph's inputs and outputs, and the keys of its metadata.
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 VERSION_KEY, CONFIG_KEY = "lynx_learn.format_version", "lynx_learn.config"
-OUTPUTS = ("keep", "costs", "run_indices", "run_weights")
+OUTPUTS = ("keep", "costs", "run_indices", "run_weights", "addition")
 Provider = Literal["cpu", "cuda"]
 NAMES: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SILENT = 4  # errors come as exceptions; onnxruntime would print them as well
@@ -52,6 +52,8 @@ class OnnxDecision(NamedTuple):
     """(tokens, top_k) int64: the experts to run instead of those chosen."""
     run_weights: np.ndarray
     """(tokens, top_k) float32: and their weights, 0 where an assignment is left out."""
+    addition: np.ndarray | None = None
+    """(tokens, hidden) float32: what surrogates answer, to be added to the experts' output; None without surrogates."""
 
 
 class OnnxSelector:
@@ -113,8 +115,13 @@ class OnnxSelector:
 
     @property
     def uses_hidden(self) -> bool:
-        """Whether the scorer looks at the hidden state, so that the graph has it as an input."""
+        """Whether scorer or surrogates look at the hidden state, so that the graph has it as an input."""
         return any(given.name == "hidden" for given in self.session.get_inputs())
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what the graph answers, in the order of `OnnxDecision`."""
+        return tuple(found.name for found in self.session.get_outputs())
 
     def threshold(self, active: int, budget: float, metric: str = "kl") -> float:
         """The calibrated threshold (nats) for a batch with `active` tokens; 0, which skips nothing, below all sizes.
@@ -143,7 +150,7 @@ class OnnxSelector:
             indices: experts that the router chose `(tokens, top_k)`, each of a token once, 0 to experts - 1.
             weights: the weights it gave them `(tokens, top_k)`.
             threshold: in nats.
-            hidden: what enters the block `(tokens, hidden)`; not looked at by scorers that do not use it.
+            hidden: what enters the block `(tokens, hidden)`; may be left out where neither scorer nor surrogates look at it.
             active: `(tokens,)` False for padding and ended sequences; by default all are active.
 
         Raises:
@@ -160,7 +167,9 @@ class OnnxSelector:
         feeds["active"] = np.ones(tokens, np.bool_) if active is None else _array(active, np.bool_)
         if self.uses_hidden:
             if hidden is None:
-                raise OptionError(f"hidden is missing: the scorer {self.config.scorer!r} looks at the hidden state")
+                raise OptionError(
+                    f"hidden is missing: scorer {self.config.scorer!r} with surrogates of rank {self.config.rank} looks at the hidden state"
+                )
             feeds["hidden"] = _array(hidden, np.float32)
         for name, array in feeds.items():
             # onnxruntime would repeat a single row for all tokens.
@@ -170,7 +179,7 @@ class OnnxSelector:
                     f"{name} of shape {array.shape} is not usable: expected ({shape}), tokens as in logits"
                 )
         feeds["layer"], feeds["threshold"] = np.asarray(layer, np.int64), np.asarray(threshold, np.float32)
-        return OnnxDecision(*self.session.run(list(OUTPUTS), feeds))
+        return OnnxDecision(*self.session.run(list(self.outputs), feeds))
 
     def _read_config(self, name: str) -> SelectorConfig:
         found = self.session.get_modelmeta().custom_metadata_map

@@ -16,8 +16,8 @@ from ..selector.layer import LayerSelector
 from ..selector.scorers import Folded
 from ..selector.selector import LynxSelector
 from .check import middle
-from .graph import decide, quiet, random_batch
-from .onnx_runtime import OUTPUTS, OnnxSelector
+from .graph import decide, quiet, random_batch, surrogates_of
+from .onnx_runtime import OnnxSelector
 
 # Rounds of timing that are thrown away.
 WARM_UP = 50
@@ -27,7 +27,7 @@ WARM_UP = 50
 def time_layers(
     selector: LynxSelector, runner: OnnxSelector, tokens: int, rounds: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Microseconds of one layer's decision (no surrogates) by PyTorch and by onnxruntime, on one CPU thread.
+    """Microseconds of one layer's decision, surrogates included, by PyTorch and by onnxruntime, on one CPU thread.
 
     Every round runs each of them on the same batch, in an order that turns, one layer after the other. Given are
     median and 10th and 90th percentile, by name: `eager`, `compiled` (None where it cannot be compiled, with the
@@ -38,6 +38,7 @@ def time_layers(
     routing = random_batch(selector, 0, tokens, generator)._replace(active=torch.ones(tokens, dtype=torch.bool))
     rule: LayerSelector = selector.layers[0]  # type: ignore[assignment]
     folded: list[Folded] = [own.scorer.fold(own.sensitivity) for own in selector.layers]  # type: ignore[union-attr,operator]
+    surrogates = [surrogates_of(own) for own in selector.layers]  # type: ignore[arg-type]
     costs = folded[0].costs(
         feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
     )
@@ -50,7 +51,7 @@ def time_layers(
     }
     feeds["threshold"] = threshold.numpy()
     place = np.zeros((), np.int64)
-    binding, outputs = runner.session.io_binding(), list(OUTPUTS)
+    binding, outputs = runner.session.io_binding(), list(runner.outputs)
     for name, array in {**feeds, "layer": place}.items():
         binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
     answers = runner.session.run(outputs, {**feeds, "layer": place})
@@ -66,7 +67,7 @@ def time_layers(
 
     layers = [{**feeds, "layer": np.asarray(layer)} for layer in range(len(folded))]
     contenders: dict[str, Callable[[int], object]] = {
-        "eager": lambda layer: decide(rule, folded[layer], routing, threshold),
+        "eager": lambda layer: decide(rule, folded[layer], routing, threshold, surrogates[layer]),
         "onnxruntime": lambda layer: runner.session.run(outputs, layers[layer]),
         "bound": bound,
         "runner": run,
@@ -77,8 +78,8 @@ def time_layers(
     try:
         compiled = torch.compile(decide, dynamic=False)
         with quiet():
-            compiled(rule, folded[0], routing, threshold)
-        contenders["compiled"] = lambda layer: compiled(rule, folded[layer], routing, threshold)
+            compiled(rule, folded[0], routing, threshold, surrogates[0])
+        contenders["compiled"] = lambda layer: compiled(rule, folded[layer], routing, threshold, surrogates[layer])
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     times: dict[str, list[float]] = {name: [] for name in contenders}

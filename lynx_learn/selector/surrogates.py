@@ -90,7 +90,7 @@ class Surrogates(nn.Module):
             if not len(picked):
                 return torch.zeros_like(hidden)
             parts = (part.index_select(0, picked) for part in (self.down, self.up, self.constant))
-            return _answer(hidden, by_expert.index_select(-1, picked), *parts)
+            return weighted_sum(hidden, by_expert.index_select(-1, picked), *parts)
         return self(hidden, by_expert)
 
     def _answer_grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -117,11 +117,17 @@ class Surrogates(nn.Module):
             hidden: what enters the block `(..., hidden)`.
             weights: weight of each expert's surrogate for each token `(..., experts)`, 0 where it does not answer.
         """
-        return _answer(hidden, weights, self.down, self.up, self.constant)
+        return weighted_sum(hidden, weights, self.down, self.up, self.constant)
 
 
-def _answer(hidden: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor) -> Tensor:
-    """As `Surrogates.forward`, of the surrogates whose parameters are given."""
+def weighted_sum(hidden: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor) -> Tensor:
+    """Weighted sum of the surrogates' outputs `(..., hidden)`.
+
+    Args:
+        hidden: what enters the block `(..., hidden)`.
+        weights: of each surrogate `(..., experts)`.
+        down, up, constant: `(experts, rank, hidden)` twice, and `(experts, hidden)`.
+    """
     x, weights = hidden.to(down.dtype), weights.to(down.dtype)
     codes = (x @ down.flatten(0, 1).T).unflatten(-1, down.shape[:2])
     codes = (codes * weights.unsqueeze(-1)).flatten(-2).flatten(0, -2)
