@@ -35,7 +35,9 @@ def selector_of(kind: Kind) -> LynxSelector:
     scorer, keep_top1, experts, top_k = kind
     names = tuple(f"layers.{layer}" for layer in range(LAYERS))
     shape = (experts, top_k, HIDDEN, 1000, scorer, 4 if scorer == "mlp" else 0, keep_top1)
-    config = SelectorConfig("base", "revision", "tiny", {"routers": [{}] * LAYERS}, names, *shape, THRESHOLDS, {"kl": {"seed": 1}})
+    config = SelectorConfig(
+        "base", "revision", "tiny", {"routers": [{}] * LAYERS}, names, *shape, THRESHOLDS, {"kl": {"seed": 1}}
+    )
     selector = LynxSelector(config)
     randomise(selector)
     return selector

@@ -30,7 +30,9 @@ def ready_for(
     rank: int = 1,
 ) -> Ready:
     """One layer's selector with random parameters, costs of typical assignments around 1."""
-    config = SelectorConfig("", "", "", {"routers": [{}]}, ("layer",), experts, top_k, hidden, 1, scorer, rank, keep_top1)
+    config = SelectorConfig(
+        "", "", "", {"routers": [{}]}, ("layer",), experts, top_k, hidden, 1, scorer, rank, keep_top1
+    )
     selector = LynxSelector(config)
     randomise(selector, seed)
     own: LayerSelector = selector.layers[0]  # type: ignore[assignment]

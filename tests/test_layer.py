@@ -169,7 +169,7 @@ def test_deciding_is_one_graph_for_any_values(
     """No break, and no shape or branch that depends on data, from the router's output to what is run instead."""
     model = tiny_model("mixtral").to(torch.bfloat16 if rank == 8 else torch.float32)
     layer = find_moe_layers(model)[0]
-    policy = random_selector(model, rank, scorer, keep_top1=keep_top1).at_threshold(2.0)
+    policy = random_selector(model, rank, scorer, keep_top1=keep_top1).at_threshold(2.0, "torch")  # bits are compared
     policy.bind(find_moe_layers(model))
     policy.ready[0].selector.surrogates.form = "grouped" if rank == 8 else "dense"  # those of other devices than a CPU
     torch.compiler.reset()

@@ -24,6 +24,7 @@ from graph_cases import (
 
 from lynx_learn.errors import LynxError, OptionError, SelectorError
 from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
+from lynx_learn.selector.config import by_active
 from lynx_learn.selector.selector import ThresholdPolicy
 
 # The file.
@@ -46,7 +47,8 @@ def test_inputs_and_outputs(kind: Kind) -> None:
         wanted["hidden"] = (["tokens", HIDDEN], "tensor(float)")
     assert given == wanted
     assert runner.uses_hidden == (kind[0] == "mlp")
-    assert [part.name for part in runner.session.get_outputs()] == ["keep", "costs", "run_indices", "run_weights"]
+    surrogates = ["addition"] * (kind[0] == "mlp")
+    assert list(runner.outputs) == ["keep", "costs", "run_indices", "run_weights", *surrogates]
     assert runner.provider == "CPUExecutionProvider"
 
 
@@ -59,9 +61,12 @@ def test_thresholds_are_those_of_the_policy() -> None:
     for budget, metric in ((0.01, "kl"), (0.1, "kl"), (0.01, "nll"), (0.0, "kl")):
         policy: ThresholdPolicy = selector.policy(budget, metric)
         for active in (1, 2, 3, 4, 7, 8, 100):
-            reached = [size for size in sorted(policy.thresholds) if size <= active]
-            wanted = policy.thresholds[reached[-1]] if reached else 0.0
+            table = by_active(policy.thresholds)
+            wanted = table[min(active, len(table) - 1)]
             assert runner.threshold(active, budget, metric) == wanted, (budget, active)
+    assert [runner.threshold(active, 0.01) for active in (3, 4, 8, 100)] == [0.0, 0.5, 2.0, 2.0]
+    # On a power law between two calibrated sizes.
+    assert runner.threshold(6, 0.01) == pytest.approx(0.5 * 1.5**2)
     with pytest.raises(OptionError, match=r"not calibrated for a budget of 0\.5"):
         runner.threshold(4, 0.5)
 
@@ -87,9 +92,9 @@ def foreign() -> bytes:
     ("make", "reason"),
     [
         (foreign, "is no graph of a selector"),
-        (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 1"),
+        (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 2"),
         (lambda: edited(**{CONFIG_KEY: "{"}), "cannot be read"),
-        (lambda: edited(**{CONFIG_KEY: '{"format_version": 1}'}), "lacks"),
+        (lambda: edited(**{CONFIG_KEY: '{"format_version": 2}'}), "lacks"),
         (lambda: content(MLP)[:2000], "cannot be loaded by onnxruntime"),
         (lambda: b"not a graph", "cannot be loaded by onnxruntime"),
         (None, "is no file"),
