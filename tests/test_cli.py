@@ -430,7 +430,7 @@ def test_a_selector_of_another_model_or_revision(refused: Refused, selector: Pat
             measuring_words("evaluate", selector, "--out", tmp_path / "e"),
         ):
             assert reason in refused(*words, "--model", model)
-        assert "not from this model" in refused(*train_words(tmp_path / "s", model=model))
+        assert "was collected from" in refused(*train_words(tmp_path / "s", model=model))
     assert contents(selector) == before
     assert {p.name for p in tmp_path.iterdir()} == {"selector", "other", "revision"}
 

@@ -295,14 +295,14 @@ def test_a_models_own_generation_settings_change_nothing(inherited: dict[str, An
     assert torch.equal(collect(choices(tiny, tmp_path / "out", model=str(model), **changes)).index()["tokens"], plain)
 
 
-def test_generated_text_does_not_end_early(tiny: Tiny, tmp_path: Path) -> None:
-    """A model for which every second token ends the text still gives whole sequences, without these tokens."""
+def test_generated_text_goes_on_after_its_end(tiny: Tiny, tmp_path: Path) -> None:
+    """A model for which every second token ends the text still gives whole sequences, as text of several documents is."""
     model = tmp_path / "model"
     shutil.copytree(tiny.model, model)
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 320, 2))}))
     trace = collect(choices(tiny, tmp_path / "t", model=str(model), mode="generate", tokens=6 * LENGTH))
     rows = trace.index()["tokens"].view(6, LENGTH)
-    assert (rows[:, 6:] % 2 == 1).all()
+    assert (rows[:, 6:] % 2 == 0).any(dim=1).all()
     assert trace.phases == {"prompt": 6 * 6, "generated": 6 * 10}
 
 

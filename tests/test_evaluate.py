@@ -290,15 +290,16 @@ def test_random_loses_more_than_xshare_on_the_reference_model(tmp_path: Path) ->
     options = EvaluateOptions(
         str(reference_flow().selector),
         str(tmp_path),
+        mix={"code": 1.0},  # there are few documents of the other source
         methods=["random", "xshare"],
-        batch_sizes=[8],
+        batch_sizes=[4],
         tokens=1,
         levels=[0.05, 0.1],
         length=48,
         prompt=16,
     )
     report = evaluate(options)
-    assert report["sources"] == ["code", "prose"]
+    assert report["sources"] == ["code"]
     for level in (0.05, 0.1):
         found = {r["method"]: r["bytes"] for r in report["matched"] if (r["metric"], r["level"]) == ("kl", level)}
         assert found["xshare"] < 0.9

