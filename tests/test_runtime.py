@@ -405,9 +405,9 @@ def test_a_token_on_a_fresh_cache_of_fixed_size_is_prefill() -> None:
 
 
 def test_use_beyond_what_is_certified_is_said_once() -> None:
-    """A longer decode when it comes to that, another precision when attaching; within the limits nothing is said."""
+    """A longer decode when it comes to that, other sampling when attaching; within the limits nothing is said."""
     model = tiny_model("qwen3_moe")
-    limits = {"dtype": "float32", "device": "cpu", "length": 8}
+    limits = {"dtype": "bfloat16", "device": "cuda", "length": 8, "temperature": 1.0}
     selector = random_selector(model, thresholds={"kl": {"0.1": {"1": 0.5}}})
     prompts = words(2, 4)
     wanted = {"attention_mask": torch.ones_like(prompts), "do_sample": False, "min_new_tokens": 8}
@@ -419,6 +419,6 @@ def test_use_beyond_what_is_certified_is_said_once() -> None:
     with skipping, pytest.warns(UserWarning, match=r"not certified for length 9 \(certified: up to 8\)") as said:
         model.generate(prompts, **wanted, max_new_tokens=8)
     assert len(said) == 1
-    other = selector.with_config(calibration={"kl": {**limits, "dtype": "bfloat16"}})
-    with pytest.warns(UserWarning, match=r"not certified for dtype float32 \(certified: bfloat16\)"):
-        skip_experts(model, other, 0.1)
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
+    with pytest.warns(UserWarning, match=r"not certified for temperature 0\.7 \(certified: 1\.0\)"):
+        skip_experts(model, selector.with_config(calibration={"kl": limits}), 0.1)

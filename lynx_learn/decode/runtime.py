@@ -59,14 +59,16 @@ def warn_of_other_use(limits: dict[str, Any], use: dict[str, Any]) -> bool:
     return bool(found)
 
 
-def use_of(model: nn.Module, layer: MoeLayer) -> dict[str, Any]:
-    """How a model is about to be used, as far as it says so itself."""
-    use: dict[str, Any] = {"dtype": str(layer.dtype).removeprefix("torch."), "device": layer.device.type}
+def use_of(model: nn.Module) -> dict[str, Any]:
+    """How a model is about to be used, as far as it says so itself.
+
+    Precision and device are not compared: a selector serves all of them, and what they change is rounding.
+    """
     generation = getattr(model, "generation_config", None)
-    if getattr(generation, "do_sample", None):
-        defaults = {"temperature": 1.0, "top_p": 1.0}
-        use |= {name: getattr(generation, name, None) or value for name, value in defaults.items()}
-    return use
+    if not getattr(generation, "do_sample", None):
+        return {}
+    defaults = {"temperature": 1.0, "top_p": 1.0}
+    return {name: getattr(generation, name, None) or value for name, value in defaults.items()}
 
 
 # Experts that something acts on: two policies on one model would act on each other's output.
@@ -203,7 +205,7 @@ def skip_experts(
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
         skipping = Skipping(model, selector.policy(budget, metric, kernel))
         skipping.limits = selector.config.calibration.get(metric, {}) if budget else {}
-        warn_of_other_use(skipping.limits, use_of(skipping.model, skipping.layers[0]))
+        warn_of_other_use(skipping.limits, use_of(skipping.model))
         return skipping
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")

@@ -123,7 +123,7 @@ def outside(limits: dict[str, Any], use: dict[str, Any]) -> list[str]:
 
     Args:
         limits: what `SelectorConfig.calibration` says of a metric.
-        use: what is known of `dtype`, `device`, `temperature`, `top_p` and `length`, by these names.
+        use: what is known of `temperature`, `top_p` and `length`, by these names.
     """
     found = []
     for name, value in use.items():
