@@ -25,7 +25,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         _coverage(metrics.get("coverage")),
         _evaluation(metrics.get("evaluate"), c["calibration"]),
         _training(metrics.get("train"), c["scorer"]),
-        _limits(c["calibration"]),
+        _limits(c["calibration"], metrics.get("calibrate")),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -45,7 +45,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 PROMISE = (
     "1. For {text}, decoded in a batch of a size that the table names, the mean KL per token that skipping adds stays within "
-    "the budget, over the whole decode and over its last quarter; a calibration that goes as this one did puts its threshold "
+    "the budget, over the whole decode{quarter}; a calibration that goes as this one did puts its threshold "
     "too high in at most {error:.0%} of all cases.\n"
     "2. That covers {scope}; it is a mean over many requests, so one request, one source or one stretch of text may lose more, "
     "and it says nothing of how well the model does a task.\n"
@@ -60,11 +60,21 @@ SCOPES = {
 }
 
 
-def _limits(calibration: dict[str, Any]) -> str:
+def _limits(calibration: dict[str, Any], figures: dict[str, Any] | None) -> str:
     """What is promised and what is not, in three sentences for each metric that was calibrated."""
     parts = ["## Limits\n"]
     for metric, how in calibration.items():
-        promise = PROMISE.format(text=_text(how), error=1 - how["confidence"], scope=SCOPES[how["guarantee"]])
+        cells = [cell for row in (figures or {}).get(metric, {}).get("cells", {}).values() for cell in row.values()]
+        parted = any("by_part" in cell for cell in cells)
+        quarter = " and over its last quarter" if parted else ""
+        promise = PROMISE.format(
+            text=_text(how), quarter=quarter, error=1 - how["confidence"], scope=SCOPES[how["guarantee"]]
+        )
+        if cells and not parted:
+            parts.append(
+                "**These thresholds come from an earlier procedure:** its groups shared documents, so its confidence is lower "
+                "than what is named here. `lynx-learn calibrate` finds new ones.\n"
+            )
         parts.append(promise if metric == "kl" else promise.replace("KL per token", NAMES[metric]))
     parts.append(
         "Figures are of simulated decode: one pass over the text, in which each step sees what earlier ones left.\n"
