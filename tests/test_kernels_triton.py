@@ -181,7 +181,7 @@ def decide_twice(
     decisions = []
     with mock.patch.object(kernels, "rewrite", wraps=kernels.rewrite) as used:
         for kernel in ("torch", "triton"):
-            policy = ThresholdPolicy(random_selector(model, rank, scorer), {1: 2.0, 6: 0.0}, "", kernel)
+            policy = ThresholdPolicy(random_selector(model, rank, scorer), {1: 2.0}, "", kernel)
             policy.bind(layers)
             decisions.append(policy.decide(layers[0], routing))
     skips = bool((decisions[0].weights != routing.weights)[routing.active].any())
