@@ -151,7 +151,7 @@ def both(model: Any, routing: Routing, **options: Any) -> tuple[Decision, Decisi
     """What a policy decides in PyTorch, and compiled."""
     layers, decisions = find_moe_layers(model), []
     for kernel in ("torch", "numba"):
-        policy = ThresholdPolicy(random_selector(model, **options), {1: 2.0, 6: 0.0}, "", kernel)
+        policy = ThresholdPolicy(random_selector(model, **options), {1: 2.0}, "", kernel)
         policy.bind(layers)
         decisions.append(policy.decide(layers[0], routing))
     return decisions[0], decisions[1]

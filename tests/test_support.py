@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo import ABSENT, NEWEST, NOT_DECODERS, OLDEST, VARIANTS, ZOO, build, class_of, modeling
 
 from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.wrappers import unwrapped
 from lynx_learn.errors import ModelError
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.selector.selector import LynxSelector
@@ -135,7 +136,7 @@ def test_acts_on_every_block_and_rightly(name: str) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
     # Skipping loads fewer experts, none that were not chosen, and gives what the kept ones and surrogates give.
-    selector = random_selector(model)
+    selector = random_selector(unwrapped(model))
     with (
         spying(layers) as as_routed,
         skip_experts(model, selector.at_threshold(KINDS[name].threshold)) as skipping,

@@ -165,6 +165,8 @@ def _unusable(values: dict[str, Any]) -> list[str]:
     """Keys whose values have another type or range than `lynx-learn train` writes."""
     lowest = {"num_experts": 1, "top_k": 1, "hidden_size": 1, "expert_bytes": 1, "rank": 0}
     wrong = [key for key, low in lowest.items() if type(values[key]) is not int or values[key] < low]
+    texts = ("base_model", "base_revision", "model_type", "scorer")
+    wrong += [key for key in texts if not isinstance(values[key], str)]
     layers = values["layers"]
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
         wrong.append("layers")

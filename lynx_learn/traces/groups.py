@@ -183,6 +183,11 @@ def group_units(units: list[Unit], size: int, most: int, batches: Batches = "mix
     return [group for turn in zip_longest(*by_pool) for group in turn if group is not None][:most]
 
 
+def with_room(size: int, most: int) -> int:
+    """Sequences to read for `most` groups of `size`: some are left over where a document's do not fit into one group."""
+    return size * most + max(size, size * most // 4)
+
+
 def decode_groups(
     corpus: str,
     tokenizer: Encoder,
@@ -205,7 +210,7 @@ def decode_groups(
         CorpusError: the split holds too few sequences.
     """
     block = size if batches == "single" else 1
-    units = read_units(corpus, tokenizer, [split], length, size * most, seed, mix, bos, block=block)
+    units = read_units(corpus, tokenizer, [split], length, with_room(size, most), seed, mix, bos, block=block)
     groups = group_units(units, size, most, batches)
     check_groups(groups, units, fewest, size, f"corpus {corpus!r} ({split} split)", length, batches)
     return groups
