@@ -1,6 +1,6 @@
 """The text that losses are measured on: what the model writes when it is served, or the text of a corpus itself."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from ..moe.loading import LoadedModel
 from ..show.progress import track
 from ..traces.corpus import Bos
 from ..traces.documents import Split
-from ..traces.groups import Batches, Group, Unit, check_groups, group_units, read_units
+from ..traces.groups import Batches, Group, Unit, check_groups, enough_units, group_units, read_units
 from ..traces.sampling import Sampling, continue_rows
 from .runtime import Skipping
 
@@ -85,11 +85,19 @@ class ServedText:
         if self.mode != "teacher" and not getattr(model, "can_generate", lambda: False)():
             raise OptionError(f"--mode {self.mode} is not usable: this model generates no text; take --mode teacher")
 
-    def units(self, loaded: LoadedModel, count: int, only: Iterable[str] | None = None, block: int = 1) -> list[Unit]:
-        """Documents' sequences in full, `count` of them or all there are; continued by the untouched model."""
+    def units(
+        self,
+        loaded: LoadedModel,
+        cells: Sequence[tuple[int, int]],
+        only: Iterable[str] | None = None,
+        batches: Batches = "mixed",
+    ) -> list[Unit]:
+        """Documents' sequences in full, for cells of (size, groups) or all there are; continued by the untouched model."""
         self.check(loaded.model)
-        units = read_units(
-            self.corpus, loaded.tokenizer, self.splits, self.stored, count, self.seed, self.mix, self.bos, only, block
+        block = max(size for size, _ in cells) if batches == "single" else 1
+        text, seed = (self.corpus, loaded.tokenizer, self.splits, self.stored), self.seed
+        units = enough_units(
+            lambda count: read_units(*text, count, seed, self.mix, self.bos, only, block), cells, batches
         )
         if self.mode == "teacher" or not units:
             return units

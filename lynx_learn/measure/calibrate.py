@@ -27,7 +27,7 @@ from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Bos, Split
-from ..traces.groups import Group, with_room
+from ..traces.groups import Group
 from ..traces.sampling import Sampling
 from .bound import BOUND, Curve, count_bound, last_within, plan, rising, upper_bound
 
@@ -204,7 +204,7 @@ def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]
         CorpusError: there is too little text.
     """
     text = options.text
-    units = text.units(loaded, max(with_room(size, options.most_groups(size)) for size in sizes))
+    units = text.units(loaded, [(size, options.most_groups(size)) for size in sizes])
     fewest = FEWEST_GROUPS + PILOT_GROUPS
     given = [(size, text.groups(loaded, units, size, options.most_groups(size), fewest)) for size in sizes]
     yield from track(given, "calibrate", len(given), unit="batch sizes")

@@ -48,7 +48,7 @@ from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Bos, Split, open_sources
-from ..traces.groups import Group, with_room
+from ..traces.groups import Group
 from .bound import FRACTIONS, Bound, Curve, clopper_pearson, last_within, plan, rising, threshold_at, upper_bound
 from .calibrate import (
     FEWEST_GROUPS,
@@ -399,7 +399,7 @@ def read_groups(
     Raises:
         CorpusError: there is too little text.
     """
-    units = options.text.units(loaded, with_room(size, count), sources)
+    units = options.text.units(loaded, [(size, count)], sources)
     return options.text.groups(loaded, units, size, count, count)
 
 

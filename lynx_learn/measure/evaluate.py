@@ -30,7 +30,7 @@ from ..selector.selector import LynxSelector
 from ..show.figures import frontier
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Bos, Split
-from ..traces.groups import Batches, with_room
+from ..traces.groups import Batches
 from .calibrate import served
 from .report import Cell, make_report
 from .store import Store
@@ -186,7 +186,7 @@ def read_cell(options: EvaluateOptions, subject: Subject, size: int, batches: Ba
     scored = size * (options.length - options.prompt - 1)
     most = max(FEWEST_GROUPS, -(-options.tokens // scored))
     text, loaded = options.text, subject.loaded
-    units = text.units(loaded, with_room(size, most), block=size if batches == "single" else 1)
+    units = text.units(loaded, [(size, most)], batches=batches)
     groups = text.groups(loaded, units, size, most, FEWEST_GROUPS, batches)
     if options.mode == "skipping":
         groups = text.while_skipping(loaded, groups, subject.selector.policy(options.skipping_budget))

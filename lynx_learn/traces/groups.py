@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Batches = Literal["mixed", "single"]
 Group = tuple["torch.Tensor", list[str]]
+# Sequences that are read, as multiples of those wanted, until they make enough groups.
+ROOM = (1.0, 1.25, 1.5, 2.0, 3.0)
 # Documents of a source that are looked at, at most, to draw from: a data set may have no end.
 MOST_READ = 2_000_000
 # Documents held for a sequence that is wanted, since short ones are joined.
@@ -183,9 +185,28 @@ def group_units(units: list[Unit], size: int, most: int, batches: Batches = "mix
     return [group for turn in zip_longest(*by_pool) for group in turn if group is not None][:most]
 
 
-def with_room(size: int, most: int) -> int:
-    """Sequences to read for `most` groups of `size`: some are left over where a document's do not fit into one group."""
-    return size * most + max(size, size * most // 4)
+def enough_units(
+    read: Callable[[int], list[Unit]], cells: Sequence[tuple[int, int]], batches: Batches = "mixed"
+) -> list[Unit]:
+    """As few units as give every cell its groups; where that cannot be had, as many groups as can.
+
+    A group leaves sequences over where those of a document do not fit into it, so that more may have to be read.
+
+    Args:
+        read: units that hold so many sequences.
+        cells: sizes of groups, and how many groups of each.
+    """
+    count, wanted = max(size * most for size, most in cells), sum(most for _, most in cells)
+    units: list[Unit] = []
+    reached = -1
+    for room in ROOM:
+        more = read(math.ceil(room * count))
+        groups = sum(len(group_units(more, size, most, batches)) for size, most in cells)
+        if groups > reached:
+            units, reached = more, groups
+        if reached >= wanted:
+            break
+    return units
 
 
 def decode_groups(
@@ -210,7 +231,11 @@ def decode_groups(
         CorpusError: the split holds too few sequences.
     """
     block = size if batches == "single" else 1
-    units = read_units(corpus, tokenizer, [split], length, with_room(size, most), seed, mix, bos, block=block)
+    units = enough_units(
+        lambda count: read_units(corpus, tokenizer, [split], length, count, seed, mix, bos, block=block),
+        [(size, most)],
+        batches,
+    )
     groups = group_units(units, size, most, batches)
     check_groups(groups, units, fewest, size, f"corpus {corpus!r} ({split} split)", length, batches)
     return groups
