@@ -34,7 +34,9 @@ def load_policy(settings: Settings) -> ThresholdPolicy:
     Raises:
         LynxError: it cannot be loaded, or is not calibrated for the budget.
     """
-    return LynxSelector.from_pretrained(settings.selector).policy(settings.budget)
+    # With numba's compiled decision loaded, no second engine starts in the same process on a CPU.
+    kernel = "auto" if torch.cuda.is_available() else "torch"
+    return LynxSelector.from_pretrained(settings.selector).policy(settings.budget, kernel=kernel)
 
 
 def install() -> None:
