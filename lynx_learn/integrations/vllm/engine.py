@@ -8,6 +8,7 @@ request's question whether it may read cached prefixes.
 
 import os
 import time
+import uuid
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -181,7 +182,7 @@ class Acting(Wrapping):
         self.first = first
         folder = os.environ.get(metrics.FOLDER)
         if first and folder:
-            self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{id(self)}")
+            self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{uuid.uuid4().hex[:12]}")
         try:
             self.replace(self.runner, "execute_model", self._execute_model)
             self.replace(self.runner, "_model_forward", self._model_forward)
