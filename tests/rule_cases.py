@@ -55,17 +55,22 @@ def experts_of(decision: Decision) -> list[int]:
 
 def stats_of(
     norms: list[float] | None = None,
+    squares: list[float] | None = None,
     distances: list[list[float]] | None = None,
     similarities: list[list[float]] | None = None,
     ratios: list[float] | None = None,
+    sample: Routing | None = None,
 ) -> ExpertStats:
     """Statistics of one layer of four experts, as far as a rule asks for them."""
     nothing = [[0.0] * 4] * 4
     return ExpertStats(
         torch.tensor([norms or [1.0] * 4]),
+        torch.tensor([squares or [1.0] * 4]),
         torch.tensor([distances or nothing]),
         torch.tensor([similarities or nothing]),
         torch.tensor([ratios or [0.5]]),
+        torch.zeros(1, 1, 2, dtype=torch.int64) if sample is None else sample.indices,
+        torch.ones(1, 1, 2) if sample is None else sample.weights,
     )
 
 
@@ -75,14 +80,18 @@ def decided(policy: Policy, routing: Routing, rule: ScoringRule = RULE) -> Decis
     return policy.decide(layer, routing)
 
 
-def some_stats(experts: int = EXPERTS, layers: int = 1, seed: int = 0) -> ExpertStats:
+def some_stats(experts: int = EXPERTS, layers: int = 1, seed: int = 0, top_k: int = 2) -> ExpertStats:
     """Random statistics of a plausible kind."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.rand(layers, experts, 4, generator=generator)
     distances = torch.cdist(points, points)
     ratios = torch.rand(layers, 101, generator=generator).sort(dim=1).values
     norms = 0.5 + torch.rand(layers, experts, generator=generator)
-    return ExpertStats(norms, distances, 1 - distances / distances.amax((1, 2), keepdim=True), ratios)
+    squares = norms.square() * (1 + 0.2 * torch.rand(layers, experts, generator=generator))
+    similarities = 1 - distances / distances.amax((1, 2), keepdim=True)
+    logits = 1.5 * torch.randn(layers, 200, experts, generator=generator)
+    weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
+    return ExpertStats(norms, squares, distances, similarities, ratios, indices, weights)
 
 
 # What is refused.

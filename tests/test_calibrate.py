@@ -169,8 +169,8 @@ class SeeingPolicy:
             self.seen.add(routing.hidden.numpy().tobytes())
         return self.inner.decide(layer, routing)
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
-        return self.inner.surrogate_bytes(layer, skipped, batches)
+    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return self.inner.own_bytes(layer, skipped, batches)
 
 
 def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> None:

@@ -39,6 +39,8 @@ def test_statistics_are_those_of_a_direct_computation(name: str, tmp_path: Path)
             routed = (seen["indices"] == i).any(1)
             mine = out[i][routed] if routed.any() else out[i]
             assert stats.norms[layer.index, i] == pytest.approx(float(mine.norm(dim=1).mean()), rel=1e-4)
+            squared = float(mine.square().sum(1).mean())
+            assert stats.squares[layer.index, i] == pytest.approx(squared, rel=1e-4)
         apart = out[:, None] - out[None]
         differences = apart.flatten(2).norm(dim=-1)
         torch.testing.assert_close(stats.distances[layer.index], apart.norm(dim=-1).mean(-1), rtol=1e-4, atol=1e-4)
@@ -46,6 +48,8 @@ def test_statistics_are_those_of_a_direct_computation(name: str, tmp_path: Path)
         torch.testing.assert_close(stats.similarities[layer.index], wanted, rtol=1e-4, atol=1e-4)
         low, high = seen["weights"].sort(dim=1).values.unbind(1)
         torch.testing.assert_close(stats.ratios[layer.index], (low / high).sort().values)
+        assert torch.equal(stats.indices[layer.index], seen["indices"])
+        torch.testing.assert_close(stats.weights[layer.index], seen["weights"].float())
 
 
 def test_an_expert_that_saw_no_token_has_its_norm_over_all_of_them(tmp_path: Path) -> None:
@@ -91,7 +95,7 @@ def test_chunks_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(expert_stats, "CHUNK_BYTES", 7 * 4 * EXPERTS * HIDDEN)
     parts = measure_experts(layers, trace)
     assert max(held) == 7
-    for name in ("norms", "distances", "similarities", "ratios"):
+    for name in ("norms", "squares", "distances", "similarities", "ratios"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
 
 

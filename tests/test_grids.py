@@ -19,13 +19,13 @@ from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
 from lynx_learn.rules.expert_stats import measure_experts
 from lynx_learn.rules.grids import METHODS, curves
-from lynx_learn.rules.keep_sets import KeepSet
+from lynx_learn.rules.keep_sets import KeepSet, Layered
 from lynx_learn.rules.oracle import Oracle
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 KEEP_SETS = {"random", "popularity", "lynx", "xshare", "gate_sum", "vote", "gate_sq", "gate_max"}
-NEED_STATS = {"sere", "siftmoe", "naee", "contribution"}
-LEARNED = {"learned", "formula", "oracle"}
+NEED_STATS = {"sere", "siftmoe", "naee", "contribution", "layered"}
+NEED_SELECTOR = {"learned", "formula", "oracle", "layered"}
 # Of a large model alone; its layers are never run.
 SHAPES = [(8, 2), (32, 4), (60, 4), (128, 8), (256, 8)]
 
@@ -62,7 +62,7 @@ def refusal(method: str, layers: list[MoeLayer], **given: object) -> str:
 def test_methods_stand_in_the_order_of_tables() -> None:
     assert list(METHODS) == [
         *("random", "top_k", "popularity", "lynx", "xshare", "gate_sum", "oea", "sere", "siftmoe", "naee"),
-        *("contribution", "vote", "gate_sq", "gate_max", "learned", "formula", "oracle"),
+        *("contribution", "vote", "gate_sq", "gate_max", "layered", "learned", "formula", "oracle"),
     ]
 
 
@@ -71,7 +71,7 @@ def test_methods_stand_in_the_order_of_tables() -> None:
 def test_published_curves_are_named_and_every_setting_stands_once(experts: int, top_k: int, size: int) -> None:
     layers, stats = shaped(experts, top_k), some_stats(experts)
     for method in METHODS:
-        if method in LEARNED or (method == "naee" and top_k != 2):
+        if method in NEED_SELECTOR or (method == "naee" and top_k != 2):
             continue
         found = curves(method, layers, size, stats, None)
         assert found
@@ -113,6 +113,35 @@ def test_rules_with_a_second_parameter_have_a_curve_for_each() -> None:
     assert count == {**dict.fromkeys(count, 2), "sere": 3}
 
 
+def test_a_selector_gives_gate_rules_one_threshold_for_all_layers() -> None:
+    layers = find_moe_layers(wide_model())
+    selector = random_selector(wide_model())
+    for layer, value in zip(selector.layers, (0.08, 0.02), strict=True):
+        layer.sensitivity.fill_(value)  # type: ignore[operator]
+    for method, factors in (
+        ("gate_sq", [2.0, 0.5]),
+        ("gate_sum", [2**0.5, 0.5**0.5]),
+        ("gate_max", [2**0.5, 0.5**0.5]),
+    ):
+        without, curve = curves(method, layers, 16, None, None), curves(method, layers, 16, None, selector)[-1]
+        assert len(curves(method, layers, 16, None, selector)) == len(without) + 1
+        assert len(curve) == 14
+        for policy in curve:
+            assert isinstance(policy, Layered)
+            assert policy.name == policy.score == method
+            assert policy.factors[:, 3].tolist() == pytest.approx(factors)
+            policy.bind(layers)
+
+
+def test_layered_weighs_experts_by_their_squares_and_layers_by_their_sensitivity() -> None:
+    layers, stats, selector = find_moe_layers(wide_model()), some_stats(16, 2), learned("wide", 0.25)
+    (curve,) = curves("layered", layers, 16, stats, selector)
+    for policy in curve:
+        assert isinstance(policy, Layered)
+        torch.testing.assert_close(policy.factors, 0.25 * stats.squares)
+    assert [policy.threshold for policy in curve] == sorted(policy.threshold for policy in curve)  # type: ignore[attr-defined]
+
+
 def test_the_seed_is_that_of_the_random_rule() -> None:
     layers = shaped(32, 4)
     settings = [
@@ -123,7 +152,7 @@ def test_the_seed_is_that_of_the_random_rule() -> None:
     assert {*settings[1]} == {7}
 
 
-@pytest.mark.parametrize("method", sorted(LEARNED))
+@pytest.mark.parametrize("method", ["learned", "formula", "oracle"])
 def test_learned_curves_sweep_the_threshold(method: str) -> None:
     selector = learned("wide")
     (curve,) = curves(method, find_moe_layers(wide_model()), 16, None, selector)
@@ -211,12 +240,12 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("method", sorted(NEED_STATS))
 def test_rules_that_need_statistics_ask_for_a_trace(method: str) -> None:
-    text = refusal(method, shaped(8, 2))
+    text = refusal(method, shaped(8, 2), selector=learned("mixtral"))
     assert method in text
     assert "--trace" in text
 
 
-@pytest.mark.parametrize("method", sorted(LEARNED))
+@pytest.mark.parametrize("method", sorted(NEED_SELECTOR))
 def test_learned_methods_ask_for_a_selector(method: str) -> None:
     text = refusal(method, shaped(8, 2), stats=some_stats())
     assert method in text

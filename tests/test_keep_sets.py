@@ -1,14 +1,17 @@
 """Rules that keep a set of experts, against examples worked by hand."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
 from rule_cases import (
     LAYER,
     A,
     C,
     approximately,
     by_token,
+    decided,
     experts_of,
     layer_of,
     refusal,
@@ -18,9 +21,11 @@ from tiny import FAMILIES, decode, tiny_model, watching, words
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import OptionError
+from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
-from lynx_learn.rules.keep_sets import GateMax, GateSquared, KeepSet, Lynx, Popularity, Random, Vote, XShare
+from lynx_learn.rules.keep_sets import GateMax, GateSquared, KeepSet, Layered, Lynx, Popularity, Random, Vote, XShare
+from lynx_learn.rules.rule import Then
 
 # Rules that keep a set.
 
@@ -110,6 +115,38 @@ def test_dropping_leaves_the_other_weights_as_they_are() -> None:
     assert by_token(alone) == approximately(*[{0: 0.6, 1: 0.4}] * 3, {})
     assert alone.indices[0, 3].tolist() == [0, 0]
     assert by_token(GateMax(2, "drop").decide(LAYER, routed(A, A, A, C))) == approximately(*[{0: 0.6}] * 3, {2: 0.6})
+
+
+def layered(routing: Routing, score: str, threshold: float, factors: list[float], then: Then = "drop") -> Decision:
+    return decided(Layered("layered", score, threshold, torch.tensor([factors]), then), routing)
+
+
+def test_layered_drops_what_costs_less_than_the_threshold() -> None:
+    # sums of squares 0.72, 0.32, 0.36, 0.16, times the experts' factors: 0.72, 0.64, 0.18, 0.48
+    routing, factors = routed(A, A, C), [1.0, 2.0, 0.5, 3.0]
+    assert by_token(layered(routing, "gate_sq", 0.5, factors)) == approximately(*[{0: 0.6, 1: 0.4}] * 2, {})
+    assert by_token(layered(routing, "gate_sq", 0.47, factors)) == approximately(*[{0: 0.6, 1: 0.4}] * 2, {3: 0.4})
+    assert by_token(layered(routing, "gate_sq", 0.17, factors)) == by_token(layered(routing, "gate_sq", 0.0, factors))
+    # sums of weights 1.2, 0.8, 0.6, 0.4, and largest ones 0.6, 0.4, 0.6, 0.4, with the same factors
+    assert by_token(layered(routing, "gate_sum", 1.19, factors)) == approximately(*[{0: 0.6, 1: 0.4}] * 2, {3: 0.4})
+    assert by_token(layered(routing, "gate_max", 0.9, factors)) == approximately({}, {}, {3: 0.4})
+
+
+def test_layered_keeps_the_dearest_expert_whatever_the_threshold() -> None:
+    factors = [1.0, 2.0, 0.5, 3.0]
+    assert by_token(layered(routed(A, A, C), "gate_sq", 9.0, factors)) == approximately({0: 0.6}, {0: 0.6}, {})
+    again = layered(routed(A, A, C), "gate_sq", 0.5, factors, "reroute")
+    assert by_token(again)[2] == pytest.approx({1: 0.20 / 0.30, 0: 0.10 / 0.30})
+    # fewer are kept than a token has: it takes those
+    assert by_token(layered(routed(A, A, C), "gate_sq", 9.0, factors, "reroute")) == approximately(*[{0: 1.0}] * 3)
+
+
+def test_layers_have_factors_of_their_own() -> None:
+    policy = Layered("layered", "gate_sq", 0.5, torch.tensor([[1.0] * 4, [2.0] * 4]))
+    layers = [LAYER, replace(LAYER, index=1)]
+    policy.bind(layers)
+    assert [experts_of(policy.decide(layer, routed(A, A, C))) for layer in layers] == [[0], [0, 1, 2]]
+    assert "for 2 layers of 4 experts" in refusal(policy, LAYER)
 
 
 def test_random_is_seeded_keeps_m_and_reaches_every_expert() -> None:

@@ -38,7 +38,7 @@ def test_first_is_by_weight_not_by_place() -> None:
     a = routed(A)
     turned = a._replace(indices=a.indices.flip(-1), weights=a.weights.flip(-1))
     assert turned.indices.tolist() == [[[1, 0]]]
-    for policy in (TopK(1), OEA(1), NAEE(1.0, stats_of(ratios=[0.9])), Contribution(0.5, stats_of())):
+    for policy in (TopK(1), OEA(1), NAEE(1.0, stats_of(ratios=[0.9])), Contribution(stats_of(), 0.5)):
         assert experts_of(decided(policy, turned)) == [0]
 
 
@@ -65,20 +65,20 @@ def test_naee_drops_the_second_expert_below_the_layers_quantile() -> None:
 def test_contribution_counts_the_size_of_the_experts_output() -> None:
     stats = stats_of(norms=[1.0, 1.0, 3.0, 1.0])
     # A: 0.6 and 0.4 of 1; C: 0.6 × 3 and 0.4 of 2.2, so that its first brings 82%
-    assert by_token(decided(Contribution(0.2, stats), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6})
-    assert by_token(decided(Contribution(0.15, stats), routed(C))) == approximately({2: 0.6, 3: 0.4})
-    assert by_token(decided(Contribution(0.45, stats), routed(A))) == approximately({0: 0.6})
+    assert by_token(decided(Contribution(stats, 0.2), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6})
+    assert by_token(decided(Contribution(stats, 0.15), routed(C))) == approximately({2: 0.6, 3: 0.4})
+    assert by_token(decided(Contribution(stats, 0.45), routed(A))) == approximately({0: 0.6})
     # 3 then 2 by weight, 0.6 × 1 and 0.4 × 3 by contribution: the second is the one that stays
-    assert by_token(decided(Contribution(0.35, stats), routed([0.10, 0.20, 0.28, 0.42]))) == approximately({2: 0.4})
+    assert by_token(decided(Contribution(stats, 0.35), routed([0.10, 0.20, 0.28, 0.42]))) == approximately({2: 0.4})
     # exactly the mass that is asked for is enough
-    assert len(experts_of(decided(Contribution(0.5, stats_of()), routed([0.4, 0.4, 0.1, 0.1])))) == 1
+    assert len(experts_of(decided(Contribution(stats_of(), 0.5), routed([0.4, 0.4, 0.1, 0.1])))) == 1
 
 
 def test_contribution_finds_its_way_back_to_the_place_of_each_expert() -> None:
     # weights 0.5, 0.3, 0.2 of experts 1, 2, 3, and contributions 0.5, 0.9, 0.8 of 2.2: the last two are enough
     rule = replace(RULE, top_k=3)
     stats = stats_of(norms=[1.0, 1.0, 3.0, 4.0])
-    decision = decided(Contribution(0.25, stats), routed([0.0, 0.5, 0.3, 0.2], rule=rule), rule)
+    decision = decided(Contribution(stats, 0.25), routed([0.0, 0.5, 0.3, 0.2], rule=rule), rule)
     assert by_token(decision) == approximately({2: 0.3, 3: 0.2})
 
 
@@ -92,3 +92,17 @@ def test_naee_is_for_two_experts_per_token() -> None:
     text = refusal(NAEE(0.5, stats_of()), layer_of(replace(RULE, top_k=3)))
     assert text.startswith("naee skips the second of two experts")
     assert "gives each token 3" in text
+
+
+def test_contribution_finds_each_layers_tau_for_a_number_of_experts() -> None:
+    # of the sample's shares of the second expert, .5, .4, .3, .2, the two smallest go
+    sample = routed([0.4, 0.4, 0.1, 0.1], A, [0.56, 0.24, 0.1, 0.1], [0.72, 0.18, 0.05, 0.05])
+    policy = Contribution(stats_of(sample=sample), kept=1.5)
+    decision = decided(policy, routed([0.62, 0.22, 0.1, 0.06], A))
+    assert policy.taus[0] == pytest.approx(0.3, abs=1e-6)
+    assert by_token(decision)[0] == pytest.approx({0: 0.62 / 0.84})
+    assert by_token(decision)[1] == pytest.approx({0: 0.6, 1: 0.4})
+    # what experts put out counts as well: with the first expert's outputs nine times as large, every second one is small
+    louder = Contribution(stats_of(norms=[9.0, 1.0, 1.0, 1.0], sample=sample), kept=1.5)
+    assert by_token(decided(louder, routed(C))) == approximately({2: 0.6, 3: 0.4})
+    assert louder.taus[0] == pytest.approx((0.3 / (0.7 * 9 + 0.3)), abs=1e-6)

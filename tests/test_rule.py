@@ -23,7 +23,7 @@ from lynx_learn.moe.decision import Decision, Policy, Routing, used_experts
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
 from lynx_learn.rules.expert_stats import ExpertStats
-from lynx_learn.rules.keep_sets import GateMax, GateSquared, Lynx, Popularity, Random, Vote, XShare
+from lynx_learn.rules.keep_sets import GateMax, GateSquared, Layered, Lynx, Popularity, Random, Vote, XShare
 from lynx_learn.rules.per_token import NAEE, Contribution, TopK
 from lynx_learn.rules.substitutes import OEA, SERE, SiftMoE
 
@@ -52,10 +52,13 @@ RULES: dict[str, Callable[[ExpertStats], Policy]] = {
     "gate_sq drop": lambda stats: GateSquared(4, "drop"),
     "gate_max": lambda stats: GateMax(4),
     "gate_max drop": lambda stats: GateMax(4, "drop"),
+    "layered drop": lambda stats: Layered("layered", "gate_sq", 1.5, stats.squares),
+    "layered reroute": lambda stats: Layered("layered", "gate_sum", 1.8, stats.norms, "reroute"),
     "top_k": lambda stats: TopK(1),
     "top_k unscaled": lambda stats: TopK(1, scaled=False),
     "naee": lambda stats: NAEE(0.95, stats),
-    "contribution": lambda stats: Contribution(0.45, stats),
+    "contribution": lambda stats: Contribution(stats, 0.45),
+    "contribution kept": lambda stats: Contribution(stats, kept=1.15),
     "oea": lambda stats: OEA(1),
     "sere": lambda stats: SERE(1, 0.3, stats),
     "siftmoe": lambda stats: SiftMoE(0.4, stats),
@@ -149,7 +152,7 @@ def test_names_and_settings_tell_rules_apart() -> None:
     policies = [make(some_stats()) for make in RULES.values()]
     assert len({(p.name, p.setting) for p in policies}) == len(policies)
     assert {p.name for p in policies} == {key.split()[0] for key in RULES}
-    assert all(p.surrogate_bytes(LAYER, 3.0, 2) == 0 for p in policies)
+    assert all(p.own_bytes(LAYER, 3.0, 2) == 0 for p in policies)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -160,9 +163,10 @@ def test_gentlest_settings_change_nothing(name: str) -> None:
         XShare(EXPERTS),
         Lynx(EXPERTS),
         GateSquared(EXPERTS, "drop"),
+        Layered("layered", "gate_sq", 0.0, stats.squares),
         TopK(2),
         NAEE(0.0, replace(stats, ratios=torch.zeros_like(stats.ratios))),
-        Contribution(0.0, stats),
+        Contribution(stats, 0.0),
         OEA(2),
         SERE(1, 1.1, stats),
         SiftMoE(0.0, stats),
@@ -175,5 +179,5 @@ def test_gentlest_settings_change_nothing(name: str) -> None:
 
 def test_statistics_of_another_model_are_refused() -> None:
     stats = some_stats(experts=6)
-    for policy in (NAEE(0.5, stats), Contribution(0.5, stats), SERE(1, 0.5, stats), SiftMoE(0.5, stats)):
+    for policy in (NAEE(0.5, stats), Contribution(stats, 0.5), SERE(1, 0.5, stats), SiftMoE(0.5, stats)):
         assert "of 1 layers of 6 experts" in refusal(policy, LAYER)

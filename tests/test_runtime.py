@@ -218,6 +218,8 @@ def test_fewer_experts_are_loaded_and_counted_rightly(
         decode(model, tokens, PROMPT, mask)
     steps, stats = LENGTH - PROMPT, skipping.stats
     assert len(watch.steps) == steps * len(layers)
+    folded = [own.scorer.fold(own.sensitivity) for own in selector.layers]  # type: ignore[union-attr,operator]
+    scorer_bytes = sum(4 * part.numel() for own in folded for part in own)
     before, after, left_out, wanted_bytes, loaded_bytes = [0, 0], [0, 0], 0, 0, 0
     for seen in watch.steps:
         assert seen.loaded <= seen.wanted
@@ -236,7 +238,7 @@ def test_fewer_experts_are_loaded_and_counted_rightly(
     assert stats.steps == steps
     assert stats.experts_before == pytest.approx([n / steps for n in before])
     assert stats.experts_after == pytest.approx([n / steps for n in after])
-    assert stats.bytes_ratio == pytest.approx(loaded_bytes / wanted_bytes)
+    assert stats.bytes_ratio == pytest.approx((loaded_bytes + scorer_bytes * steps) / wanted_bytes)
     assert stats.answered_share == pytest.approx(left_out / (steps * rows * TOP_K * len(layers)) if rank else 0.0)
 
 

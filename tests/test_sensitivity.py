@@ -37,8 +37,8 @@ class Predicted:
         self.decided += routing.active.numel()
         return decision
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
-        return self.inner.surrogate_bytes(layer, skipped, batches)
+    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        return self.inner.own_bytes(layer, skipped, batches)
 
 
 @pytest.mark.slow

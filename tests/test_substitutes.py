@@ -18,12 +18,12 @@ from rule_cases import (
     layer_of,
     random_routing,
     routed,
+    some_stats,
     stats_of,
 )
 from tiny import EXPERTS, FAMILIES, tiny_model
 
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.rules.expert_stats import ExpertStats
 from lynx_learn.rules.substitutes import OEA, SERE, SiftMoE
 
 # Rules that send assignments to what others load.
@@ -105,7 +105,7 @@ def test_siftmoe_follows_its_order_one_expert_after_the_other(seed: int, thresho
     # on a line, so that neighbours of neighbours abound
     layer, points = layer_of(replace(RULE, top_k=3), 8), torch.rand(8, 1, generator=generator)
     distances = (points[:, None] - points[None]).norm(dim=-1)
-    stats = ExpertStats(torch.ones(1, 8), distances[None], torch.zeros(1, 8, 8), torch.ones(1, 1))
+    stats = replace(some_stats(8), norms=torch.ones(1, 8), distances=distances[None])
     routing = random_routing(layer, 1, tokens, seed)
     policy = SiftMoE(threshold, stats)
     policy.bind([layer])

@@ -130,7 +130,7 @@ class Fewer:
         used, run = (used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, indices))
         return Decision(indices, routing.weights, loads=(used, run))
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return 0.0
 
 

@@ -80,7 +80,7 @@ class Tally:
         for layer, count, (wanted, run) in zip(self.layers, batches, loaded, strict=True):
             before += wanted * layer.expert_bytes
             after += run * layer.expert_bytes
-            after += self.policy.surrogate_bytes(layer, wanted - run, count) if self.policy else 0.0
+            after += self.policy.own_bytes(layer, wanted - run, count) if self.policy else 0.0
         return Stats(
             steps=max(batches, default=0),
             experts_before=[wanted / max(count, 1) for count, (wanted, _) in zip(batches, loaded, strict=True)],
@@ -98,7 +98,7 @@ class Stats:
     Attributes:
         steps: decode batches acted on.
         experts_before, experts_after: mean distinct experts of each MoE layer, untouched and as run.
-        bytes_ratio: weights read by routed experts and surrogates, relative to the untouched experts.
+        bytes_ratio: weights read by routed experts, surrogates and scorers, relative to the untouched experts.
         answered_share: share of the assignments that a surrogate answered.
         passed_by: calls of the model that could not be acted on, by the reason.
     """

@@ -31,7 +31,7 @@ class Sweep:
     Attributes:
         losses: nats per token, by metric.
         experts: mean distinct experts per layer and step.
-        bytes: weights of experts and surrogates read in a step, in any unit that all sweeps share.
+        bytes: weights of experts, surrogates and scorers read in a step, in any unit that all sweeps share.
     """
 
     method: str

@@ -59,8 +59,8 @@ class Policy(Protocol):
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         """Rewrite one layer's assignments."""
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
-        """Bytes of surrogates that decode batches of a layer read which left out `skipped` experts in all."""
+    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+        """Bytes that it reads itself, such as scorer and surrogates, for decode batches of a layer that left out `skipped` experts in all."""
 
 
 def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:

@@ -21,17 +21,22 @@ class ExpertStats:
     Attributes:
         norms: mean norm of each expert's output over the tokens routed to it `(layers, experts)`; over all tokens for
             an expert to which none was.
+        squares: mean squared norm over the same tokens `(layers, experts)`.
         distances: mean distance of two experts' outputs over all tokens `(layers, experts, experts)`.
         similarities: 1 - ‖E_i(X) - E_j(X)‖_F / the layer's largest such difference, X being all tokens
             `(layers, experts, experts)`; 1 for an expert with itself, 0 for the most unlike two (SERE, arXiv 2602.07616).
         ratios: second largest weight by the largest of each token, ascending `(layers, tokens)`; `(layers, 0)` for a
             model that gives each token one expert.
+        indices, weights: experts and weights of each token, as routed `(layers, tokens, top_k)`.
     """
 
     norms: Tensor
+    squares: Tensor
     distances: Tensor
     similarities: Tensor
     ratios: Tensor
+    indices: Tensor
+    weights: Tensor
 
     def check(self, layers: list[MoeLayer]) -> None:
         """Refuse a model of another shape.
@@ -88,8 +93,8 @@ def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Te
     count, experts = len(hidden), layer.num_experts
     routed = torch.zeros(count, experts, dtype=torch.float64).scatter(1, indices, 1.0)
     routed[:, routed.sum(0) == 0] = 1.0
-    norms = torch.zeros(experts, dtype=torch.float64)
-    lengths, squares = torch.zeros(2, experts, experts, dtype=torch.float64)
+    norms, squares = torch.zeros(2, experts, dtype=torch.float64)
+    apart, squares_apart = torch.zeros(2, experts, experts, dtype=torch.float64)
     step = max(1, CHUNK_BYTES // (4 * experts * max(experts, layer.hidden_size)))
     for start in range(0, count, step):
         x = hidden[start : start + step].to(layer.device, layer.dtype)
@@ -99,14 +104,17 @@ def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Te
                 f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in "
                 f"{layer.dtype}: load it in float32"
             )
-        norms += (outputs.norm(dim=-1).double().cpu() * routed[start : start + step]).sum(0)
-        apart = torch.cdist(outputs, outputs).double()
-        lengths += apart.sum(0).cpu()
-        squares += apart.square().sum(0).cpu()
-    for matrix in (lengths, squares):
+        own, lengths = routed[start : start + step], outputs.norm(dim=-1).double().cpu()
+        norms += (lengths * own).sum(0)
+        squares += (lengths.square() * own).sum(0)
+        distances = torch.cdist(outputs, outputs).double()
+        apart += distances.sum(0).cpu()
+        squares_apart += distances.square().sum(0).cpu()
+    for matrix in (apart, squares_apart):
         matrix.fill_diagonal_(0.0)  # cdist leaves rounding there
-    differences = squares.sqrt()
+    differences = squares_apart.sqrt()
     similarities = 1.0 - differences / differences.max().clamp_min(1e-20)
     largest = weights.float().topk(min(2, weights.shape[1]), dim=1).values
     ratios = (largest[:, 1:] / largest[:, :1]).flatten().sort().values
-    return (norms / routed.sum(0)).float(), (lengths / count).float(), similarities.float(), ratios
+    of_experts = (norms / routed.sum(0), squares / routed.sum(0), apart / count, similarities)
+    return *(part.float() for part in of_experts), ratios, indices, weights.float()

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .expert_stats import ExpertStats
-from .keep_sets import GateMax, GateSquared, KeepSet, Lynx, Popularity, Random, Vote, XShare
+from .keep_sets import GateMax, GateSquared, KeepSet, Layered, Lynx, Popularity, Random, Vote, XShare
 from .oracle import Oracle
 from .per_token import NAEE, Contribution, TopK
 from .substitutes import OEA, SERE, SiftMoE
@@ -25,10 +26,15 @@ LYNX = ((2.0, 5), (4.0, 5))
 NAEE_QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 # Shares of a token's contributions that are left out.
 CONTRIBUTION_TAUS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+# Experts that a token keeps on average by contribution, where every layer has its own tau, as shares of its top-k.
+CONTRIBUTION_KEPT = (0.98, 0.96, 0.93, 0.9, 0.87, 0.83, 0.79, 0.74, 0.69, 0.63, 0.56, 0.48, 0.4, 0.3)
 # SERE's rho, as quantiles of the similarity of an expert's nearest neighbour; 0 comes after them.
 SERE_QUANTILES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.05)
 # SiftMoE's thresholds, as multiples of a token's mean weight.
 SIFT_FACTORS = tuple(2.0 ** (i / 4) for i in range(-8, 6))
+# Thresholds of squared gate weights with one for all layers, as multiples of a token's mean weight squared for a batch of
+# one; they grow with its size's root, those of gate weights as their root.
+GATE_FACTORS = tuple(2.0**i for i in range(-8, 6))
 # Thresholds of the learned method, as multiples of so many nats for a batch of one; they grow with its size's root.
 TAU = 0.01
 TAU_FACTORS = tuple(2.0**i for i in range(-9, 5))
@@ -58,6 +64,11 @@ class Setup:
         if self.given_selector is None:
             raise OptionError(f"method {self.method} needs a selector: give one with --selector")
         return self.given_selector
+
+    @property
+    def sensitivities(self) -> Tensor:
+        """Of each layer `(layers,)`, in nats of KL per unit of squared error in its output; see `Layered`."""
+        return torch.stack([own.sensitivity for own in self.selector.layers]).float().cpu()  # type: ignore[misc]
 
     @property
     def experts(self) -> int:
@@ -134,12 +145,35 @@ def _vote(setup: Setup) -> Curves:
     return [setup.keep(lambda m, k=k: Vote(m, k)) for k in voted]  # type: ignore[misc]
 
 
+def _gate_sum(setup: Setup) -> Curves:
+    return [setup.keep(lambda m: XShare(m, warm_up=False)), *_one_threshold(setup)]
+
+
 def _gate_sq(setup: Setup) -> Curves:
-    return [setup.keep(GateSquared), setup.keep(lambda m: GateSquared(m, "drop"))]
+    return [setup.keep(GateSquared), setup.keep(lambda m: GateSquared(m, "drop")), *_one_threshold(setup)]
 
 
 def _gate_max(setup: Setup) -> Curves:
-    return [setup.keep(GateMax), setup.keep(lambda m: GateMax(m, "drop"))]
+    return [setup.keep(GateMax), setup.keep(lambda m: GateMax(m, "drop")), *_one_threshold(setup)]
+
+
+def _one_threshold(setup: Setup) -> Curves:
+    """A rule's score with one threshold over all layers, which a selector's sensitivities make comparable.
+
+    Squared weights are multiplied with them, relative to their mean, weights with the root.
+    """
+    if setup.given_selector is None:
+        return []
+    power = 1.0 if setup.method == "gate_sq" else 0.5
+    relative = (setup.sensitivities / setup.sensitivities.log().mean().exp()) ** power
+    factors = relative.unsqueeze(-1).expand(-1, setup.experts)
+    unit = (setup.layers[0].rule.scale / setup.top_k) ** 2 * setup.size**0.5
+    return [[Layered(setup.method, setup.method, (unit * factor) ** power, factors) for factor in GATE_FACTORS]]
+
+
+def _layered(setup: Setup) -> Curves:
+    factors = setup.sensitivities.unsqueeze(-1) * setup.stats.squares
+    return [[Layered("layered", "gate_sq", tau, factors) for tau in _thresholds(setup)]]
 
 
 def _sere(setup: Setup) -> Curves:
@@ -150,7 +184,7 @@ def _sere(setup: Setup) -> Curves:
     return [
         [SERE(count, rho, stats) for rho in dict.fromkeys([*(round(level, 4) for level in levels), 0.0])]
         for count in fewer
-        if count in (3 * k // 4, k // 2, 2)
+        if count in (k // 2, 2, 1)
     ]
 
 
@@ -167,7 +201,11 @@ def _naee(setup: Setup) -> Curves:
 
 def _contribution(setup: Setup) -> Curves:
     setup.check_several()
-    return [[Contribution(tau, setup.stats) for tau in CONTRIBUTION_TAUS]]
+    means = [share * setup.top_k for share in CONTRIBUTION_KEPT]
+    return [
+        [Contribution(setup.stats, tau=tau) for tau in CONTRIBUTION_TAUS],
+        [Contribution(setup.stats, kept=kept) for kept in means if kept > 1],
+    ]
 
 
 def _thresholds(setup: Setup) -> list[float]:
@@ -198,7 +236,7 @@ METHODS: dict[str, Callable[[Setup], Curves]] = {
     "popularity": lambda setup: [setup.keep(Popularity)],
     "lynx": _lynx,
     "xshare": lambda setup: [setup.keep(XShare)],
-    "gate_sum": lambda setup: [setup.keep(lambda m: XShare(m, warm_up=False))],
+    "gate_sum": _gate_sum,
     "oea": _oea,
     "sere": _sere,
     "siftmoe": _siftmoe,
@@ -207,6 +245,7 @@ METHODS: dict[str, Callable[[Setup], Curves]] = {
     "vote": _vote,
     "gate_sq": _gate_sq,
     "gate_max": _gate_max,
+    "layered": _layered,
     "learned": _learned,
     "formula": _formula,
     "oracle": _oracle,

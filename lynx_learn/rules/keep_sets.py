@@ -1,6 +1,7 @@
-"""Rules that keep a number of experts per batch."""
+"""Rules that keep some experts per batch."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,22 +13,41 @@ from .rule import (
     Rule,
     Then,
     at_assignments,
+    check_factors,
     first_experts,
+    gate_squares,
+    gate_sum,
     largest_weights,
     leave_out,
     sum_by_expert,
 )
 
 
-class KeepSet(Rule):
-    """A rule that keeps a set of experts per batch and lets every token choose its top-k again among them.
+class Keeping(Rule):
+    """A rule that keeps some experts per batch and lets every token choose its top-k again among them.
 
     With `then="drop"` the assignments to other experts are left out instead, and the remaining weights stay as they are.
     """
 
+    then: Then = "reroute"
+
+    def keep(self, layer: MoeLayer, routing: Routing) -> tuple[Tensor, Tensor]:
+        """An expert that stays `(G, 1)`, and which do `(G, experts)`."""
+        raise NotImplementedError
+
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        first, kept = self.keep(layer, routing)
+        if self.then == "drop":
+            return leave_out(routing, at_assignments(routing, kept), first.unsqueeze(-1))
+        indices, weights = layer.rule.route(routing.logits, kept.unsqueeze(-2).expand_as(routing.logits))
+        return Decision(indices, weights.to(routing.weights.dtype))
+
+
+class KeepSet(Keeping):
+    """A rule that keeps a number of experts per batch."""
+
     name: str
     experts: int
-    then: Then = "reroute"
 
     @property
     def setting(self) -> str:
@@ -49,14 +69,10 @@ class KeepSet(Rule):
         """Scores `(G, experts)`; the best are kept."""
         raise NotImplementedError
 
-    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
-        kept = self.scores(layer, routing).topk(self.experts, dim=-1).indices
-        allowed = torch.zeros(*kept.shape[:-1], layer.num_experts, dtype=torch.bool, device=kept.device)
-        allowed = allowed.scatter(-1, kept, True)
-        if self.then == "drop":
-            return leave_out(routing, at_assignments(routing, allowed), kept[..., :1].unsqueeze(-1))
-        indices, weights = layer.rule.route(routing.logits, allowed.unsqueeze(-2).expand_as(routing.logits))
-        return Decision(indices, weights.to(routing.weights.dtype))
+    def keep(self, layer: MoeLayer, routing: Routing) -> tuple[Tensor, Tensor]:
+        best = self.scores(layer, routing).topk(self.experts, dim=-1).indices
+        nothing = torch.zeros(*best.shape[:-1], layer.num_experts, dtype=torch.bool, device=best.device)
+        return best[..., :1], nothing.scatter(-1, best, True)
 
 
 @dataclass
@@ -135,7 +151,7 @@ class XShare(KeepSet):
         return "xshare" if self.warm_up else "gate_sum"
 
     def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
-        total = sum_by_expert(routing, routing.weights, layer.num_experts)
+        total = gate_sum(routing, layer.num_experts)
         if self.warm_up:
             total = total + first_experts(routing, 1, layer.num_experts) * (total.amax(-1, keepdim=True) + 1.0)
         return total
@@ -179,7 +195,7 @@ class GateSquared(KeepSet):
     name = "gate_sq"
 
     def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
-        return sum_by_expert(routing, routing.weights.float().square(), layer.num_experts)
+        return gate_squares(routing, layer.num_experts)
 
 
 @dataclass
@@ -192,3 +208,48 @@ class GateMax(KeepSet):
 
     def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
         return largest_weights(routing, layer.num_experts)
+
+
+@dataclass
+class Layered(Keeping):
+    """Experts whose score × the layer's factor is at least one threshold for all layers; the others are dropped.
+
+    So layers and batches keep different numbers of experts, as with a selector, and nothing is learned: `layered`
+    itself keeps an expert if Σ_t weight² × its mean squared output norm × the layer's sensitivity, what dropping it
+    costs in nats if errors of different experts are independent, is large enough. The other scores are those of the
+    rules that keep a number of experts. The expert with the best score always stays.
+
+    Sensitivities, nats of KL per unit of squared error in a layer's output, are a measured property of the model. They
+    are read from a selector of it, which has them from before it was tuned; one factor for all layers moves the
+    threshold alone.
+
+    Attributes:
+        score: `gate_sum`, `gate_sq` or `gate_max`.
+        factors: of each expert's score `(layers, experts)`.
+    """
+
+    name: str
+    score: str
+    threshold: float
+    factors: Tensor = field(repr=False)
+    then: Then = "drop"
+
+    @property
+    def setting(self) -> str:
+        return f"tau={self.threshold:.3g}" + (" reroute" if self.then == "reroute" else "")
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        check_factors(self.name, self.factors, layers)
+        self.bound = {layer.index: self.factors[layer.index].to(layer.device) for layer in layers}
+
+    def keep(self, layer: MoeLayer, routing: Routing) -> tuple[Tensor, Tensor]:
+        scores = SCORES[self.score](routing, layer.num_experts) * self.bound[layer.index]
+        best = scores.argmax(-1, keepdim=True)
+        return best, (scores >= self.threshold).scatter(-1, best, True)
+
+
+SCORES: dict[str, Callable[[Routing, int], Tensor]] = {
+    "gate_sum": gate_sum,
+    "gate_sq": gate_squares,
+    "gate_max": largest_weights,
+}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..errors import OptionError
 from ..moe.decision import Decision, Routing
@@ -15,6 +16,9 @@ from .rule import (
     ranks,
     restore_sum,
 )
+
+# Halvings of the interval in which a layer's tau lies.
+BISECTIONS = 30
 
 
 @dataclass
@@ -80,27 +84,49 @@ class NAEE(Rule):
 
 @dataclass
 class Contribution(Rule):
-    """Each token keeps the experts that bring 1 - `tau` of its sum of weight × the expert's mean output norm.
+    """Each token keeps the experts that bring 1 - tau of its sum of weight × the expert's mean output norm.
 
-    The fewest, largest first. The others are dropped, and the remaining weights stay as they are.
+    The fewest, largest first. The others are dropped, and the remaining weights stay as they are. `tau` is one for all
+    layers; or each layer has its own, with which its tokens keep `kept` experts on average (over the tokens of the
+    statistics), found by bisection.
     """
 
-    tau: float
     stats: ExpertStats = field(repr=False)
+    tau: float | None = None
+    kept: float | None = None
     name = "contribution"
 
     @property
     def setting(self) -> str:
-        return f"tau={self.tau:g}"
+        return f"tau={self.tau:g}" if self.kept is None else f"kept={self.kept:.3g}"
 
     def bind(self, layers: list[MoeLayer]) -> None:
         self.stats.check(layers)
         self.norms = {layer.index: self.stats.norms[layer.index].to(layer.device) for layer in layers}
+        self.taus = {layer.index: self._tau(layer.index) for layer in layers}
+
+    def _tau(self, layer: int) -> float:
+        if self.kept is None:
+            assert self.tau is not None
+            return self.tau
+        norms = self.stats.norms[layer]
+        ordered = (self.stats.weights[layer] * norms[self.stats.indices[layer]]).sort(dim=-1, descending=True).values
+        low, high = 0.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            fewer = float(_needed(ordered, middle).sum(-1).float().mean()) <= self.kept
+            low, high = (low, middle) if fewer else (middle, high)
+        return high
 
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         parts = routing.weights.float() * self.norms[layer.index][routing.indices.long()]
         ordered, order = parts.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        needed = before < (1.0 - self.tau) * ordered.sum(-1, keepdim=True)
-        needed = needed | (torch.arange(layer.top_k, device=parts.device) == 0)  # also of a token without any weight
+        needed = _needed(ordered, self.taus[layer.index])
         return leave_out_of_token(routing, needed.gather(-1, order.argsort(-1)))
+
+
+def _needed(ordered: Tensor, tau: float) -> Tensor:
+    """Which of each token's contributions `(..., top_k)`, largest first, it needs to have 1 - tau of their sum."""
+    before = ordered.cumsum(-1) - ordered
+    needed = before < (1.0 - tau) * ordered.sum(-1, keepdim=True)
+    return needed | (torch.arange(ordered.shape[-1], device=ordered.device) == 0)  # also of a token without any weight

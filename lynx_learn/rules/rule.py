@@ -17,12 +17,12 @@ Then = Literal["reroute", "drop"]
 
 
 class Rule:
-    """What the rules share: they fit any model, unless they say otherwise, and have no surrogates."""
+    """What the rules share: they fit any model, unless they say otherwise, and read nothing that counts beside experts."""
 
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def surrogate_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
         return 0.0
 
 
@@ -31,6 +31,16 @@ def sum_by_expert(routing: Routing, values: Tensor, experts: int) -> Tensor:
     values = torch.where(routing.active.unsqueeze(-1), values.float(), torch.zeros_like(values, dtype=torch.float32))
     zeros = torch.zeros(*values.shape[:-2], experts, device=values.device)
     return zeros.scatter_add(-1, routing.indices.flatten(-2).long(), values.flatten(-2))
+
+
+def gate_sum(routing: Routing, experts: int) -> Tensor:
+    """Sum of the weights that active tokens give to each expert `(G, experts)`."""
+    return sum_by_expert(routing, routing.weights, experts)
+
+
+def gate_squares(routing: Routing, experts: int) -> Tensor:
+    """Sum of their squares `(G, experts)`."""
+    return sum_by_expert(routing, routing.weights.float().square(), experts)
 
 
 def largest_weights(routing: Routing, experts: int) -> Tensor:
@@ -82,6 +92,16 @@ def check_count(name: str, count: int, layers: list[MoeLayer]) -> None:
             raise OptionError(
                 f"{name} takes the first {count} experts of each token, layer {layer.name} allows 1 to {layer.top_k}"
             )
+
+
+def check_factors(name: str, factors: Tensor, layers: list[MoeLayer]) -> None:
+    """Refuse factors by layer and expert that are of a model of another shape."""
+    wanted = (len(layers), layers[0].num_experts)
+    if tuple(factors.shape) != wanted:
+        raise OptionError(
+            f"{name} has factors for {factors.shape[0]} layers of {factors.shape[1]} experts, the model has {wanted[0]} of "
+            f"{wanted[1]}: give a selector and a trace of this model"
+        )
 
 
 def send(routing: Routing, moved: Tensor, target: Tensor) -> Decision:

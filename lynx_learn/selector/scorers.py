@@ -33,6 +33,11 @@ class Folded(NamedTuple):
     outer: Tensor
     """(width,)."""
 
+    @property
+    def bytes(self) -> int:
+        """Of all matrices, which a decision reads once for its batch."""
+        return sum(part.numel() * part.element_size() for part in self)
+
     def costs(self, parts: Parts, indices: Tensor, hidden: Tensor) -> Tensor:
         """Costs `(..., top_k)` above 0, in the unit of the sensitivity that was folded in.
 

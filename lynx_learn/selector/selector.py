@@ -233,8 +233,9 @@ class ThresholdPolicy:
         cuda = routing.logits.is_cuda
         return fused if cuda and self.kernels.is_faster(ready.folded, routing, fused, ready.rewrite) else ready.rewrite
 
-    def surrogate_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
-        return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
+    def own_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
+        ready = self.ready[layer.index]
+        return ready.folded.bytes * batches + ready.selector.surrogates.bytes_read(skipped, batches)
 
 
 def _kernels(on_cuda: bool) -> ModuleType:

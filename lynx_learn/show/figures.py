@@ -27,6 +27,7 @@ LEGEND = {
         "random": ("random", GREY, "x"),
     },
     "other rules": {
+        "layered": ("gate² × norm² × layer", GREEN, "o"),
         "contribution": ("contribution", GREEN, "s"),
         "oea": ("OEA", GREEN, "^"),
         "naee": ("NAEE", GREEN, "D"),
