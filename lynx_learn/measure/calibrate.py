@@ -11,13 +11,13 @@ text like the calibration text, by default what the model itself writes when it 
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ..decode.served import Mode, ServedText
+from ..decode.served import ServedText, TextOptions
 from ..decode.simulate import Comparison, compare
 from ..errors import OptionError
 from ..files import check_writable
@@ -26,9 +26,8 @@ from ..moe.loading import LoadedModel, load_base
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
-from ..traces.corpus import BUILT_IN, Bos, Split
+from ..traces.corpus import BUILT_IN, Split
 from ..traces.groups import Group
-from ..traces.sampling import Sampling
 from .bound import BOUND, Curve, count_bound, last_within, plan, rising, upper_bound
 
 # The pilot's thresholds go down from twice the largest budget times the root of the batch size, by this factor.
@@ -40,28 +39,13 @@ Guarantee = Literal["cell", "sizes", "all", "worst-source"]
 
 
 @dataclass(frozen=True)
-class CalibrateOptions:
+class CalibrateOptions(TextOptions):
     """Find the thresholds that keep the loss within quality budgets, with confidence."""
 
     selector: str
     """selector folder; its thresholds for this metric are replaced"""
-    model: str | None = None
-    """folder or Hub id; by default the model that the selector names"""
-    corpus: str = BUILT_IN
-    """calibration text; must not be text that the selector was fitted on, nor test text"""
     split: Split = "calibrate"
     """part of the corpus to read, by document"""
-    mix: dict[str, float] | None = None
-    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
-    mode: Mode = "generate"
-    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
-    it skips; teacher, the text of the corpus itself"""
-    temperature: float = 1.0
-    """temperature of the sampling, as it is served; 0 is greedy"""
-    top_p: float = 1.0
-    """share of the probability that is sampled from, as it is served"""
-    ignore_eos: bool = False
-    """score what follows an end-of-text token, too"""
     budgets: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
     """budgets to find thresholds for, in units of the metric per token"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
@@ -77,18 +61,11 @@ class CalibrateOptions:
     """groups measured for a batch size, at most; 4 of them choose thresholds, the others test them"""
     tokens: int = 60_000
     """tokens measured for a batch size, at most; but 12 groups are, whatever they hold"""
+    _: KW_ONLY
+    corpus: str = BUILT_IN
+    """calibration text; must not be text that the selector was fitted on, nor test text"""
     length: int = 512
-    """tokens of a sequence"""
-    prompt: int = 32
-    """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: Bos = "auto"
-    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
-    device: str = "auto"
-    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
     seed: int = 1
-    """seed of the documents and the sampling"""
 
     def __post_init__(self) -> None:
         for name in ("budgets", "batch_sizes"):
@@ -108,7 +85,7 @@ class CalibrateOptions:
     @property
     def text(self) -> ServedText:
         """What the losses are measured on."""
-        return served(self, (self.split,))
+        return self.served(self.split)
 
     @property
     def confidence_of_each(self) -> float:
@@ -119,23 +96,6 @@ class CalibrateOptions:
     def most_groups(self, size: int) -> int:
         """Groups of `size` sequences that are measured."""
         return max(FEWEST_GROUPS + PILOT_GROUPS, min(self.groups, self.tokens // (size * self.length)))
-
-
-def served(options: Any, splits: tuple[Split, ...]) -> ServedText:
-    """The text of a command's options, which are named alike in all commands."""
-    sampling = Sampling(options.temperature, options.top_p)
-    return ServedText(
-        options.corpus,
-        splits,
-        options.mode,
-        options.length,
-        options.prompt,
-        sampling,
-        options.ignore_eos,
-        options.mix,
-        options.bos,
-        options.seed,
-    )
 
 
 def check_groups(option: str, groups: int) -> None:

@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..decode.served import Mode, ServedText
+from ..decode.served import ServedText, TextOptions
 from ..decode.simulate import METRICS, Comparison, compare, per_token
 from ..errors import OptionError
 from ..files import check_writable, write, write_json
@@ -47,7 +47,7 @@ from ..moe.loading import LoadedModel, load_base
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
-from ..traces.corpus import BUILT_IN, Bos, Split, open_sources
+from ..traces.corpus import BUILT_IN, Split, open_sources
 from ..traces.groups import Group
 from .bound import FRACTIONS, Bound, Curve, clopper_pearson, last_within, plan, rising, threshold_at, upper_bound
 from .calibrate import (
@@ -59,7 +59,6 @@ from .calibrate import (
     check_groups,
     pilot_curve,
     pilot_thresholds,
-    served,
     shares,
 )
 
@@ -70,30 +69,15 @@ MARGIN = 1.5
 
 
 @dataclass(frozen=True)
-class CoverageOptions:
+class CoverageOptions(TextOptions):
     """Repeat the calibration on many random splits, to see whether its bound holds and how sharp it is."""
 
     selector: str
     """selector folder or Hub id; it needs no thresholds"""
     out: str
     """folder for coverage.json and the measured pools; a run that was broken off goes on there"""
-    model: str | None = None
-    """folder or Hub id; by default the model that the selector names"""
-    corpus: str = BUILT_IN
-    """text of the pools; must not be text that the selector was fitted on"""
     split: list[Split] = field(default_factory=lambda: ["calibrate", "test"])
     """parts of the corpus to read, by document"""
-    mix: dict[str, float] | None = None
-    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
-    mode: Mode = "generate"
-    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
-    it skips; teacher, the text of the corpus itself"""
-    temperature: float = 1.0
-    """temperature of the sampling, as it is served; 0 is greedy"""
-    top_p: float = 1.0
-    """share of the probability that is sampled from, as it is served"""
-    ignore_eos: bool = False
-    """score what follows an end-of-text token, too"""
     budgets: list[float] = field(default_factory=lambda: [0.01, 0.03])
     """budgets, as in calibrate"""
     metric: Literal["kl", "nll", "agreement"] = "kl"
@@ -117,16 +101,9 @@ class CoverageOptions:
     """sources to calibrate on and others to test on, such as {"calibrate": ["code"], "test": ["prose"]}"""
     card: bool = False
     """also put the figures into the selector's card"""
-    length: int = 128
-    """tokens of a sequence"""
-    prompt: int = 32
-    """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: Bos = "auto"
-    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
-    device: str = "auto"
-    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
+    _: KW_ONLY
+    corpus: str = BUILT_IN
+    """text of the pools; must not be text that the selector was fitted on"""
     seed: int = 3
     """seed of the documents, the sampling and the draws"""
 
@@ -173,23 +150,17 @@ class CoverageOptions:
             self.selector,
             budgets=self.budgets,
             metric=self.metric,
-            batch_sizes=self.batch_sizes,
             guarantee=self.guarantee,
+            batch_sizes=self.batch_sizes,
             confidence=self.confidence,
             groups=self.calibration_groups,
-            mix=self.mix,
-            mode=self.mode,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            ignore_eos=self.ignore_eos,
-            length=self.length,
-            prompt=self.prompt,
+            **{f.name: getattr(self, f.name) for f in fields(TextOptions)},
         )
 
     @property
     def text(self) -> ServedText:
         """What the losses are measured on."""
-        return served(self, tuple(self.split))
+        return self.served(*self.split)
 
 
 def coverage(options: CoverageOptions) -> dict[str, Any]:

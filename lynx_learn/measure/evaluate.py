@@ -15,12 +15,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..decode.served import Mode, ServedText
+from ..decode.served import ServedText, TextOptions
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.loading import LoadedModel, environment
@@ -29,9 +29,8 @@ from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.figures import frontier
 from ..show.progress import track
-from ..traces.corpus import BUILT_IN, Bos, Split
+from ..traces.corpus import BUILT_IN, Split
 from ..traces.groups import Batches
-from .calibrate import served
 from .report import Cell, make_report
 from .store import Store
 from .sweeps import Runner, Setup, Subject, Task, measuring, plan
@@ -42,32 +41,17 @@ INCIDENTAL = ("out", "card", "workers")
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(TextOptions):
     """Measure loss and savings of methods on test text, and compare them at equal loss."""
 
     selector: str
     """selector folder or Hub id"""
     out: str
     """folder for the report; a run that was broken off goes on there"""
-    model: str | None = None
-    """folder or Hub id; by default the model that the selector names"""
     trace: str | None = None
     """trace of the same model, for rules that need statistics of its experts"""
-    corpus: str = BUILT_IN
-    """test text; must be used for nothing else"""
     split: Split = "test"
     """part of the corpus to read, by document"""
-    mix: dict[str, float] | None = None
-    """share of each source, such as code=0.4 math=0.6; by default equal ones"""
-    mode: Mode = "generate"
-    """text to measure on: generate, what the model writes after prompts from the corpus; skipping, what it writes while
-    it skips; teacher, the text of the corpus itself"""
-    temperature: float = 1.0
-    """temperature of the sampling, as it is served; 0 is greedy"""
-    top_p: float = 1.0
-    """share of the probability that is sampled from, as it is served"""
-    ignore_eos: bool = False
-    """score what follows an end-of-text token, too"""
     skipping_budget: float = 0.01
     """budget at which text is sampled in mode skipping"""
     methods: list[str] = field(default_factory=lambda: ["random", "xshare", "gate_sq", "learned"])
@@ -80,20 +64,13 @@ class EvaluateOptions:
     """decode tokens scored for each point, at least; at least 8 groups of sequences are"""
     levels: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03])
     """losses in nats per token at which methods are compared"""
-    length: int = 128
-    """tokens of a sequence"""
-    prompt: int = 32
-    """tokens at the start of a sequence that stand for the prompt and are not scored"""
-    bos: Bos = "auto"
-    """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
     card: bool = False
     """also put the figures into the selector's card"""
     workers: int = 1
     """processes on a CPU, each with one thread and its own model; 1 is this process with all its threads"""
-    device: str = "auto"
-    """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one"""
-    dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
+    _: KW_ONLY
+    corpus: str = BUILT_IN
+    """test text; must be used for nothing else"""
     seed: int = 2
     """seed of the grouping, the random rule and the intervals"""
 
@@ -124,7 +101,7 @@ class EvaluateOptions:
     @property
     def text(self) -> ServedText:
         """What the losses are measured on."""
-        return served(self, (self.split,))
+        return self.served(self.split)
 
     @property
     def cells(self) -> list[tuple[int, Batches]]:
