@@ -337,7 +337,7 @@ def _show(command: str, options: Any, result: Any) -> None:
             f"selector without thresholds: {options.out}; next: lynx-learn calibrate --selector {options.out}",
         ),
         "calibrate": lambda: report.show(
-            report.calibration_table({options.metric: figures(options.selector)["calibrate"][options.metric]})
+            *report.calibration_lines({options.metric: figures(options.selector)["calibrate"][options.metric]})
         ),
         "coverage": lambda: report.show(report.coverage_table(result)),
         "evaluate": lambda: report.show(

@@ -18,7 +18,7 @@ from .measure.evaluate import EvaluateOptions, evaluate
 from .moe.loading import REFERENCE, LoadedModel, generate_plainly, load_model
 from .selector.saving import read_metrics
 from .selector.selector import LynxSelector
-from .show.tables import calibration_table, matched_table, show, table, training_table
+from .show.tables import calibration_lines, matched_table, show, table, training_table
 from .traces import corpus as corpora
 from .traces.collect import CollectOptions, collect
 from .traces.groups import decode_groups
@@ -107,7 +107,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         ),
         loaded,
     )
-    show(calibration_table(read_metrics(selector_folder)["calibrate"]))
+    show(*calibration_lines(read_metrics(selector_folder)["calibrate"]))
     show("4/5 evaluate on documents used for nothing else")
     report = evaluate(
         EvaluateOptions(

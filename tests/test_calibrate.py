@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx_learn.decode.simulate import compare
-from lynx_learn.errors import CorpusError, OptionError, SelectorError
+from lynx_learn.errors import CorpusError, ModelError, OptionError, SelectorError
 from lynx_learn.measure.bound import FRACTIONS, threshold_at, upper_bound
 from lynx_learn.measure.calibrate import (
     FEWEST_GROUPS,
@@ -240,6 +240,40 @@ def test_the_text_is_noted_by_source(selector: Path) -> None:
             total = sum(loss * tested.count(source) for source, loss in cell["by_source"].items())
             assert total / len(tested) == pytest.approx(cell["mean"])
             assert len(set(cell["by_source"].values())) == 2
+
+
+@pytest.mark.parametrize("metric", ["kl", "agreement"])
+def test_one_group_is_decoded_for_real(metric: str, selector: Path) -> None:
+    """Of the largest batch size up to 16, at the largest budget; in the unit of the metric."""
+    found = calibrate(choices(selector, batch_sizes=[2, 4], budgets=[0.1, 0.3], metric=metric))
+    figures = read_metrics(selector)["calibrate"][metric]
+    floor, real = figures["floor"], figures["real"]
+    assert (floor["batch_size"], floor["steps"], floor["other"]) == (4, LENGTH - PROMPT - 1, "bfloat16")
+    assert floor["cached"] < 1e-5
+    assert 1e-6 < floor["precision"] < 0.05
+    assert real["budget"] == "0.3"
+    assert real["real"] == pytest.approx(real["simulated"], abs=1e-4)
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    groups = decode_groups(str(tiny_flow().texts), loaded.tokenizer, "calibrate", 4, LENGTH, 12, seed=1)
+    policy = found.at_threshold(found.config.thresholds[metric]["0.3"]["4"])
+    wanted = compare(loaded.model, find_moe_layers(loaded.model), groups[:1], [policy], PROMPT)[0]
+    assert real["simulated"] == pytest.approx(wanted.mean(metric), abs=1e-5)
+    assert real["simulated"] > 0.01
+
+
+def test_a_model_whose_decode_is_not_its_one_pass_is_refused(selector: Path) -> None:
+    def first(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("past_key_values") is not None:
+            kwargs["position_ids"] = 0 * kwargs["input_ids"]
+        return args, kwargs
+
+    before = contents(selector)
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    loaded.model.register_forward_pre_hook(first, with_kwargs=True)
+    with pytest.raises(ModelError, match="decodes with a cache otherwise than in one pass") as error:
+        calibrate(choices(selector), loaded)
+    one_line(error)
+    assert contents(selector) == before
 
 
 def test_calibrating_changes_nothing_but_thresholds_and_words(selector: Path) -> None:

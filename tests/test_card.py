@@ -19,6 +19,7 @@ from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.card import render
+from lynx_learn.show.floor import floor_lines
 
 SIZE, BUDGET = 2, 0.1
 TEXT: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "batch_sizes": [SIZE]}
@@ -112,6 +113,14 @@ def test_what_is_promised_follows_the_calibration(change: dict[str, Any], said: 
     how = deepcopy(selector.config.calibration)
     how["kl"] |= change
     assert said in section(render(asdict(selector.with_config(calibration=how).config), metrics), "Limits")
+
+
+def test_the_noise_floor_and_the_real_decode_stand_below_the_budgets() -> None:
+    _, metrics = parts()
+    text = section(rendered(), "Budgets")
+    lines = floor_lines(metrics["calibrate"]["kl"])
+    assert text.rstrip().endswith(" ".join(lines))
+    assert "The smallest budget, 1e-09, is below the noise floor" in text
 
 
 def test_the_source_with_the_highest_loss_is_named_for_each_budget() -> None:

@@ -1,8 +1,11 @@
 """Sampling: shares as the temperature and top-p say, and a decode that continues as the model would."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import EOS, tiny_model, words
+from zoo import ZOO, build
 
 from lynx_learn.errors import OptionError
 from lynx_learn.traces.sampling import Sampling, continue_rows
@@ -40,9 +43,11 @@ def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
         Sampling(**values)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_oss", "minimax", "qwen3_next", "jamba"])
 def test_a_greedy_continuation_is_that_of_generate(name: str) -> None:
-    model, prompts = tiny_model(name), words(3, 6)
+    """Also where the first layer keeps no keys from which a position could be told."""
+    model: Any = build(ZOO[name])
+    prompts = words(3, 6)
     mine = continue_rows(model, prompts, 14, Sampling(temperature=0.0), seed=0)
     wanted = model.generate(
         input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=8, eos_token_id=127

@@ -13,8 +13,7 @@ from tiny import EXPERTS, decode, random_selector, words
 from torch import Tensor, nn
 from zoo import ABSENT, NEWEST, NOT_DECODERS, OLDEST, VARIANTS, ZOO, build, class_of, modeling
 
-from lynx_learn.decode.runtime import skip_experts
-from lynx_learn.decode.wrappers import unwrapped
+from lynx_learn.decode.runtime import skip_experts, unwrapped
 from lynx_learn.errors import ModelError
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.selector.selector import LynxSelector

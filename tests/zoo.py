@@ -55,7 +55,7 @@ OPTIONS: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # where all of few heads score 0, which keys come first depends on how many there are
     "index_head_dim": 16,
     "index_topk": 4,
     "linear_key_head_dim": 8,
@@ -158,7 +158,8 @@ ZOO: dict[str, Kind] = {
     "qwen3_5_moe_text": Kind("Qwen3_5MoeForCausalLM", LINEAR),
     "qwen3_moe": Kind("Qwen3MoeForCausalLM"),
     "qwen3_next": Kind("Qwen3NextForCausalLM", LINEAR),
-    "qwen3_omni_moe_text": Kind("Qwen3OmniMoeThinkerTextModel", MROPE),
+    # Its attention has no window, but its cache would have one.
+    "qwen3_omni_moe_text": Kind("Qwen3OmniMoeThinkerTextModel", {**MROPE, "sliding_window": None}),
     "qwen3_vl_moe_text": Kind("Qwen3VLMoeTextModel", MROPE),
     "qwen4_exp_text": Kind("Qwen4ExpForCausalLM", {**LINEAR, **INDEXER}),
     "solar_open": Kind("SolarOpenForCausalLM"),

@@ -1,5 +1,6 @@
 """Run a policy at decode in transformers: `with skip_experts(model, selector, budget=0.01): model.generate(...)`."""
 
+import sys
 import threading
 import warnings
 import weakref
@@ -14,13 +15,15 @@ from ..errors import ModelError
 from ..moe.calls import EXPECTED, DecodeCall, Generations, padding_token, read_call, watch_generate
 from ..moe.decision import Decision, Policy, Routing, confine
 from ..moe.experts import experts_by_distinct
-from ..moe.families import MoeLayer, find_moe_layers
+from ..moe.families import MoeLayer, find_moe_layers, moe_blocks
 from ..moe.hooks import intercept, left_out_of_copies
 from ..moe.loading import fast_dtype
 from ..selector.config import outside
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .tally import Stats, Tally
-from .wrappers import forget_compiled, unwrapped
+
+# Wrappers that run copies or pieces of the model, which hooks on the model itself do not reach.
+_SPLIT = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def act(
@@ -210,3 +213,32 @@ def skip_experts(
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")
     return Skipping(model, selector)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The transformers model that holds the MoE blocks: `model`, or what torch.compile, PEFT or the like wraps.
+
+    Raises:
+        ModelError: it is no model, or in a wrapper that skipping cannot act in; named, with what to do.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a {type(model).__name__} is no model: pass the transformers model (of a pipeline, its .model)"
+        )
+    wanted = {experts for _, _, experts in moe_blocks(model)}
+    for part in model.modules():
+        kind = type(part).__name__
+        if kind in _SPLIT or (isinstance(part, nn.DataParallel) and len(part.device_ids) > 1):
+            raise ModelError(f"{kind} runs copies or pieces of the model: attach before wrapping, on one device each")
+        if isinstance(part, PreTrainedModel) and wanted <= set(part.modules()):
+            return part
+    return model
+
+
+def forget_compiled() -> None:
+    """Let torch compile anew what it has compiled: its code has the hooks in it that were there then, and no others."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]["total"]:
+        dynamo.reset()

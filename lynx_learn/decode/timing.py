@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import StaticCache
 
 from ..errors import OptionError
 from ..moe.decision import Policy
@@ -69,8 +69,7 @@ class Called:
         self, model: nn.Module, tokens: Tensor, prompt: int, skipping: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         self.model, self.skipping = model, skipping
-        self.cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-        self.model(input_ids=tokens[:, :prompt], past_key_values=self.cache, use_cache=True)
+        self.cache = self.model(input_ids=tokens[:, :prompt], use_cache=True).past_key_values
 
     def step(self, tokens: Tensor) -> float:
         with self.skipping():

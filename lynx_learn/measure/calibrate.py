@@ -10,13 +10,14 @@ text like the calibration text, by default what the model itself writes when it 
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from ..decode.real import RealDecode
 from ..decode.served import ServedText, TextOptions
 from ..decode.simulate import Comparison, compare
 from ..errors import OptionError
@@ -129,12 +130,15 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     selector.check(layers, loaded.model)
     cells: dict[str, dict[str, dict[str, Any]]] = {str(b): {} for b in sorted(options.budgets)}
     sources: Counter[str] = Counter()
-    for size, groups in read_groups(options, loaded, sorted(set(options.batch_sizes))):
+    given = read_groups(options, loaded, sorted(set(options.batch_sizes)))
+    decode = RealDecode(loaded.model, layers, given[usual_size(given)][0][0], options.prompt)
+    for size, groups in track(given.items(), "calibrate", len(given), unit="batch sizes"):
         sources.update(name for _, names in groups for name in names)
         for budget, cell in certify(loaded, layers, selector, groups, options).items():
             cells[str(budget)][str(size)] = cell
     thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
-    figures = {"bound": BOUND, "cells": cells}
+    real = decode_one(decode, selector, {budget: row[str(usual_size(given))] for budget, row in cells.items()}, options)
+    figures = {"bound": BOUND, "cells": cells, "floor": asdict(decode.floor(options.metric)), "real": real}
     metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
     limits = {
         "confidence": options.confidence,
@@ -157,8 +161,8 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     return selector
 
 
-def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]) -> Iterator[tuple[int, list[Group]]]:
-    """Each batch size with its groups, all out of one draw of documents; there is enough for all, or nothing is given.
+def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]) -> dict[int, list[Group]]:
+    """The groups of each batch size, all out of one draw of documents.
 
     Raises:
         CorpusError: there is too little text.
@@ -166,8 +170,24 @@ def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]
     text = options.text
     units = text.units(loaded, [(size, options.most_groups(size)) for size in sizes])
     fewest = FEWEST_GROUPS + PILOT_GROUPS
-    given = [(size, text.groups(loaded, units, size, options.most_groups(size), fewest)) for size in sizes]
-    yield from track(given, "calibrate", len(given), unit="batch sizes")
+    return {size: text.groups(loaded, units, size, options.most_groups(size), fewest) for size in sizes}
+
+
+def usual_size(sizes: Collection[int]) -> int:
+    """The batch size of which one group is decoded for real: the largest up to 16, which is quick."""
+    return max((size for size in sizes if size <= 16), default=min(sizes))
+
+
+def decode_one(
+    decode: RealDecode, selector: LynxSelector, cells: dict[str, dict[str, Any]], options: CalibrateOptions
+) -> dict[str, Any] | None:
+    """What the group loses, simulated and for real, at the threshold of the largest budget; None where nothing skips."""
+    skipping = [(budget, cell["threshold"]) for budget, cell in cells.items() if cell["threshold"] > 0]
+    if not skipping:
+        return None
+    budget, tau = skipping[-1]
+    simulated, real = decode.compare(selector.at_threshold(tau), options.metric)
+    return {"budget": budget, "simulated": simulated, "real": real}
 
 
 def shares(counts: Counter[str]) -> dict[str, float]:

@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from .floor import floor_lines
+
 
 def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     """Markdown of the card.
@@ -137,6 +139,7 @@ def _calibration(figures: dict[str, Any] | None, calibration: dict[str, Any]) ->
             )
         )
         parts += _certified_text(how["cells"])
+        parts += [f"{' '.join(lines)}\n"] if (lines := floor_lines(how)) else []
     return "\n".join(parts)
 
 

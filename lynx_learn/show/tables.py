@@ -6,6 +6,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .floor import floor_lines
+
 # Columns of a page, and those between two columns of a table.
 WIDTH, GAP = 80, 2
 
@@ -113,10 +115,22 @@ def interval(found: dict[str, float | None] | None) -> str:
     return f"{found['ratio']:.3f} ({found['low']:.3f}–{found['high']:.3f})"
 
 
+def calibration_lines(calibration: dict[str, Any]) -> list[object]:
+    """What was certified, and the noise floor beside it."""
+    return [calibration_table(calibration), *(line for how in calibration.values() for line in floor_lines(how))]
+
+
 def calibration_table(calibration: dict[str, Any]) -> Table:
-    """What was certified."""
+    """The thresholds' cells, each metric's below its noise floor."""
     rows = []
     for metric, how in calibration.items():
+        if floor := how.get("floor"):
+            kinds = {"with a cache": floor["cached"], floor["other"]: floor["precision"]}
+            rows += [
+                [f"{metric} floor", str(floor["batch_size"]), f"{value:.1g}", "", f"untouched, {kind}", "100%"]
+                for kind, value in kinds.items()
+                if value is not None
+            ]
         for budget, cells in how["cells"].items():
             for size, cell in cells.items():
                 skips = cell["threshold"] > 0

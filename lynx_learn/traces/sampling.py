@@ -1,5 +1,6 @@
 """A model's own continuations of prompts, sampled: the one place where text is generated to be measured or traced."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,7 +43,26 @@ class Sampling:
         return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
-@torch.no_grad()
+class CachedDecode:
+    """A model that reads sequences piece by piece, with its key/value cache, and whatever hooks it has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.cache, self.seen = model, None, 0
+        self.known = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token `(sequences, vocabulary)` after the next tokens `(sequences, positions)`."""
+        told: dict[str, object] = {"logits_to_keep": 1}
+        # As `generate` does. Models whose first layer keeps no keys, as linear attention, cannot count them in the cache.
+        place = torch.arange(self.seen, self.seen + tokens.shape[1], device=tokens.device)
+        told["position_ids"] = place.expand(len(tokens), -1)
+        told = {name: value for name, value in told.items() if name in self.known}
+        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, **told)
+        self.cache, self.seen = out.past_key_values, self.seen + tokens.shape[1]
+        return out.logits[:, -1]
+
+
 def continue_rows(
     model: nn.Module,
     prompts: Tensor,
@@ -57,12 +77,8 @@ def continue_rows(
     on after an end-of-text token: what follows keeps the batch at its size, as the next request does in serving.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows, cache = [prompts], None
-    feed = prompts
+    decode, rows = CachedDecode(model), [prompts]
     for position in range(prompts.shape[1], length):
-        out = model(input_ids=feed, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        feed = sampling.draw(out.logits[:, -1], generator).unsqueeze(-1)
-        rows.append(feed)
+        rows.append(sampling.draw(decode.read(rows[-1]), generator).unsqueeze(-1))
         step(position)
     return torch.cat(rows, dim=1)
