@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lynx_learn.measure.bound import WIDER, count_bound, last_within, upper_bound
+from lynx_learn.measure.bound import WIDER, clopper_pearson, count_bound, exact_levels, last_within, upper_bound
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -65,3 +65,34 @@ def test_every_bound_of_a_threshold_has_to_hold_and_nothing_is_taken_beyond_a_fa
     assert last_within([1.0, 2.0, 3.0, 4.0], uppers.__getitem__, 1.0) == (2.0, [0.3, 0.9])
     assert last_within([3.0, 4.0], uppers.__getitem__, 1.0) == (0.0, ())
     assert last_within([1.0], lambda tau: [math.nan], 1.0) == (0.0, ())
+
+
+@pytest.mark.parametrize(("tested", "rest", "groups"), [(20, 72, 96), (8, 30, 42), (44, 20, 68)])
+def test_exact_levels_are_those_of_a_procedure_that_uses_up_its_error(tested: int, rest: int, groups: int) -> None:
+    """Losses are scaled so that the bound is the budget: other groups are over it where their mean is over the bound."""
+    from scipy.stats import t
+
+    draws = np.random.default_rng(tested).normal(5.0, size=(20_000, groups))
+    own, others = draws[:, :tested], draws[:, tested : tested + rest]
+    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
+    found = exact_levels(tested, rest, groups, 0.95)
+    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.006)
+    assert found["pool_over"] == pytest.approx((draws.mean(1) > bounds).mean(), abs=0.006)
+    assert found["true_over"] == pytest.approx((bounds < 5.0).mean(), abs=0.006)
+    whole = draws[0]  # in splits of one given pool the shares are the same
+    generator = np.random.default_rng(1)
+    split = np.stack([generator.permutation(whole) for _ in range(20_000)])
+    own, others = split[:, :tested], split[:, tested : tested + rest]
+    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
+    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.02)
+    assert found["pool_over"] == pytest.approx((whole.mean() > bounds).mean(), abs=0.02)
+
+
+def test_the_interval_is_that_of_clopper_and_pearson() -> None:
+    """Its ends by the beta distribution; of no events, the rule of three."""
+    from scipy.stats import beta
+
+    assert clopper_pearson(7, 200) == pytest.approx([beta.ppf(0.025, 7, 194), beta.ppf(0.975, 8, 193)])
+    low, high = clopper_pearson(0, 2000)
+    assert low == 0.0
+    assert high == pytest.approx(3.69 / 2000, rel=0.01)

@@ -1,7 +1,6 @@
 """Coverage: right and wrong bounds on populations whose mean is known, the procedure against `calibrate`, and resuming."""
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flows import LENGTH, PROMPT, contents, one_line, tiny_flow
-from hypothesis import given
-from hypothesis import strategies as st
+from pool_cases import SIZE, doubles, loss_at, made_up, pool_of
 from shared import SHARED
 from torch import Tensor
 
@@ -24,59 +22,30 @@ from lynx_learn.cli import main, parse
 from lynx_learn.decode import simulate
 from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.measure import coverage as module
+from lynx_learn.measure import pools
 from lynx_learn.measure.bound import Curve, clopper_pearson, plan, upper_bound
-from lynx_learn.measure.calibrate import PILOT_GROUPS, PILOT_STEP, certify, pilot_curve, pilot_thresholds
+from lynx_learn.measure.calibrate import PILOT_GROUPS, certify, pilot_curve, pilot_thresholds
 from lynx_learn.measure.coverage import (
-    GRID,
     CoverageOptions,
-    Meter,
-    Pool,
     bootstrap,
     coverage,
-    exact_levels,
     figures,
-    grid,
     read_groups,
     recertify,
     resplit,
 )
+from lynx_learn.measure.pools import Meter, Pool, grid
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.traces.groups import Group
 
-SIZE, BUDGETS = 2, [0.05, 0.1]
+BUDGETS = [0.05, 0.1]
 SHIFT = {"calibrate": ["even"], "test": ["odd"]}
 
 
-# Populations that are made up: what is true of them is known.
-
-
-def made_up(groups: int, seed: int, spread: float = 0.15, scale: float = 1.0) -> Pool:
-    """Losses that grow with the threshold, each group's by a factor of its own, with the long upper tail of losses."""
-    taus = grid(power_law(), [0.01, 0.03])
-    factors = np.random.default_rng(seed).gamma(spread**-2, spread**2, size=groups) * scale
-    losses = doubles([[0.0] * groups, *((loss_at(tau) * factors).tolist() for tau in taus)])
-    kept = doubles([[1.0] * groups, *([1 / (1 + 50 * tau)] * groups for tau in taus)])
-    return pool_of([0.0, *taus], losses, kept)
-
-
-def pool_of(taus: list[float], losses: Tensor, kept: Tensor) -> Pool:
-    """One in which every group has one token, and the mean is all that is guarded."""
-    return Pool(doubles(taus), losses.unsqueeze(1), torch.ones(1, losses.shape[1]), kept)
-
-
-def doubles(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def loss_at(tau: float) -> float:
-    return float(2.0 * tau**1.3)
-
-
-def power_law() -> Curve:
-    return [(tau, loss_at(tau)) for tau in pilot_thresholds([0.01, 0.03], SIZE)]
+# Pools that are made up: what is true of them is known.
 
 
 def drawing(**changes: Any) -> CoverageOptions:
@@ -210,80 +179,6 @@ def test_a_split_uses_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({frozenset(pilot) for pilot, _ in drawn}) == 5
 
 
-@pytest.mark.parametrize(("tested", "rest", "groups"), [(20, 72, 96), (8, 30, 42), (44, 20, 68)])
-def test_exact_levels_are_those_of_a_procedure_that_uses_up_its_error(tested: int, rest: int, groups: int) -> None:
-    """Losses are scaled so that the bound is the budget: other groups are over it where their mean is over the bound."""
-    from scipy.stats import t
-
-    draws = np.random.default_rng(tested).normal(5.0, size=(20_000, groups))
-    own, others = draws[:, :tested], draws[:, tested : tested + rest]
-    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
-    found = exact_levels(tested, rest, groups, 0.95)
-    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.006)
-    assert found["pool_over"] == pytest.approx((draws.mean(1) > bounds).mean(), abs=0.006)
-    assert found["true_over"] == pytest.approx((bounds < 5.0).mean(), abs=0.006)
-    whole = draws[0]  # in splits of one given pool the shares are the same
-    generator = np.random.default_rng(1)
-    split = np.stack([generator.permutation(whole) for _ in range(20_000)])
-    own, others = split[:, :tested], split[:, tested : tested + rest]
-    bounds = own.mean(1) + t.ppf(0.95, tested - 1) * own.std(1, ddof=1) / math.sqrt(tested)
-    assert found["test_over"] == pytest.approx((others.mean(1) > bounds).mean(), abs=0.02)
-    assert found["pool_over"] == pytest.approx((whole.mean() > bounds).mean(), abs=0.02)
-
-
-def test_the_interval_is_that_of_clopper_and_pearson() -> None:
-    """Its ends by the beta distribution; of no events, the rule of three."""
-    from scipy.stats import beta
-
-    assert clopper_pearson(7, 200) == pytest.approx([beta.ppf(0.025, 7, 194), beta.ppf(0.975, 8, 193)])
-    low, high = clopper_pearson(0, 2000)
-    assert low == 0.0
-    assert high == pytest.approx(3.69 / 2000, rel=0.01)
-
-
-# The grid, and what is read between its thresholds.
-
-
-@given(st.floats(0.3, 3.0), st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=3), st.floats(1e-6, 1e3))
-def test_plans_fall_between_thresholds_that_are_close(power: float, budgets: list[float], factor: float) -> None:
-    """Also those of pilots that lose a fifth more or less than the one the grid was made from."""
-    curve = [(tau, factor * tau**power) for tau in pilot_thresholds(budgets, 4)]
-    taus = grid(curve, budgets)
-    assert taus == sorted(set(taus))
-    assert set(taus) & {tau for tau, _ in curve}
-    for off in (0.8, 1.0, 1.25):
-        pilot = [(tau, off * loss) for tau, loss in curve if tau in taus]
-        for planned in plan(pilot, budgets).values():
-            for tau in planned:
-                assert tau <= taus[-1] * (1 + 1e-9)
-                above = min((t for t in taus if t >= tau), default=taus[-1])
-                below = max((t for t in taus if t <= tau), default=0.0)
-                assert above <= below * PILOT_STEP ** (1 / GRID) * (1 + 1e-9)
-
-
-def test_a_pilot_reads_the_same_plan_off_the_grid_as_off_all_its_thresholds() -> None:
-    curve = power_law()
-    known = grid(curve, [0.01, 0.03])
-    for off in (0.8, 1.0, 1.25):
-        whole = [(tau, off * loss) for tau, loss in curve]
-        assert plan([(tau, loss) for tau, loss in whole if tau in known], [0.01, 0.03]) == plan(whole, [0.01, 0.03])
-    assert len(known) < 20
-
-
-@given(st.floats(0.0, 0.5), st.integers(0, 50))
-def test_between_thresholds_losses_lie_on_straight_lines(tau: float, seed: int) -> None:
-    pool = made_up(3, seed)
-    taus = pool.thresholds.tolist()
-    for group in range(3):
-        wanted = np.interp(tau, taus, pool.sums[:, 0, group])
-        assert float(pool.losses_at(tau)[0][group]) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
-    index = seed % len(taus)
-    assert torch.allclose(pool.losses_at(taus[index])[0], pool.sums[index, 0], rtol=1e-12)
-    assert torch.equal(pool.bytes_at(taus[index]), pool.bytes[index])
-    assert torch.equal(pool.losses_at(0.0)[0], torch.zeros(3).double())
-    assert torch.equal(pool.bytes_at(0.0), torch.ones(3).double())
-
-
 # The whole command, on the tiny model.
 
 
@@ -352,7 +247,7 @@ def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
     loaded = load_model(str(tiny_flow().model), "cpu")
     selector, layers = LynxSelector.from_pretrained(tiny_flow().selector), find_moe_layers(loaded.model)
     groups = read_groups(options, loaded, SIZE, None, 24)
-    pool = module.Meter(options, selector, loaded).pool(groups)
+    pool = Meter(tmp_path, options.procedure(), selector, loaded).pool(groups)
     found = 0
     for seed in range(2):
         order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]
@@ -466,8 +361,8 @@ def test_a_shift_calibrates_on_some_sources_and_tests_on_others(
         return run(model, layers, groups, policies, *rest)
 
     made: list[Curve] = []
-    monkeypatch.setattr(module, "compare", spy)
-    monkeypatch.setattr(module, "grid", lambda curve, budgets: made.append(curve) or grid(curve, budgets))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(pools, "compare", spy)
+    monkeypatch.setattr(pools, "grid", lambda curve, budgets: made.append(curve) or grid(curve, budgets))  # type: ignore[func-returns-value]
     coverage(choices(tmp_path, shift=SHIFT, groups=25))
     assert [(names, count) for names, count, _ in seen] == [({"even", "odd"}, 25), ({"even"}, 16), ({"odd"}, 9)]
     assert seen[1][2] == seen[2][2]

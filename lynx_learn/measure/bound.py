@@ -116,6 +116,28 @@ def clopper_pearson(count: int, of: int) -> list[float]:
     return [float(low), float(high)]
 
 
+def exact_levels(tested: int, rest: int, groups: int, confidence: float) -> dict[str, float]:
+    """What each share would be if the bound were exact and the certified threshold one whose bound is the budget.
+
+    The mean of r other groups then exceeds the budget when it exceeds the bound m + t·s/√n that the n tested ones gave.
+    For normal losses (mean of the others − m)/(s·√(1/n + 1/r)) has Student's distribution with n − 1 degrees of freedom,
+    in a random split of a given pool as for independent groups, so the share is P(T > t·√(r/(r + n))). In the whole pool
+    of N groups the n tested ones count too: (mean − m)/(s·√(1/n − 1/N)), and the share is P(T > t·√(N/(N − n))). Of the
+    true mean it is 1 − confidence.
+
+    Args:
+        tested, rest, groups: groups tested, left over, and in the pool.
+    """
+    from scipy.stats import t
+
+    quantile = student_quantile(confidence, tested - 1)
+    return {
+        "test_over": float(t.sf(quantile * math.sqrt(rest / (rest + tested)), tested - 1)),
+        "pool_over": float(t.sf(quantile * math.sqrt(groups / (groups - tested)), tested - 1)),
+        "true_over": 1.0 - confidence,
+    }
+
+
 def margin(values: Tensor) -> float:
     """Half the width of the 95% interval of the mean of independent `values`, by Student's t."""
     from scipy.stats import t

@@ -1,10 +1,8 @@
 """`lynx-learn coverage`: does the bound of `calibrate` hold, and how sharp is it?
 
-For each batch size a pool of groups of sequences is measured once, at a grid of thresholds around those of the budgets.
-Then the procedure of `calibrate`, by its own functions, is repeated on groups drawn from the pool, and the loss at the
-threshold it certifies is read off the pool. The thresholds of a plan fall between those of the grid; there each group's
-loss is read off the straight line between its two measured ones. Rounding down to the grid instead would make every
-certified threshold smaller than that of `calibrate`, and so hide overruns. Two ways of drawing:
+For each batch size a pool of groups of sequences is measured once, at a grid of thresholds around those of the budgets
+(see `pools`). Then the procedure of `calibrate`, by its own functions, is repeated on groups drawn from the pool, and the
+loss at the threshold it certifies is read off the pool. Two ways of drawing:
 
 *Re-splits*: the pool is split at random into groups for the pilot, groups that thresholds are tested on, and the rest.
 Counted are the splits in which the mean of the rest, and that of the whole pool, exceeds the budget. Neither share is an
@@ -24,48 +22,37 @@ What is guaranteed of a cell is all that `calibrate` guards there: the mean, tha
 and with `worst-source` that of every source. With `sizes` and `all` it is counted, too, how often any cell fails.
 """
 
-import hashlib
 import json
 import math
 from collections import Counter
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..decode.served import ServedText, TextOptions
-from ..decode.simulate import METRICS, Comparison, compare, per_token
 from ..errors import OptionError
-from ..files import check_writable, write, write_json
-from ..moe.families import MoeLayer, find_moe_layers
+from ..files import check_writable, write_json
 from ..moe.loading import LoadedModel, load_base
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Split, open_sources
 from ..traces.groups import Group
-from .bound import FRACTIONS, Bound, Curve, clopper_pearson, last_within, plan, rising, threshold_at, upper_bound
+from .bound import Bound, clopper_pearson, exact_levels, last_within, plan, rising, threshold_at, upper_bound
 from .calibrate import (
     FEWEST_GROUPS,
     PILOT_GROUPS,
-    PILOT_STEP,
     CalibrateOptions,
     Guarantee,
     check_groups,
-    pilot_curve,
     pilot_thresholds,
     shares,
 )
-
-# Thresholds of the grid to one step of the pilot's: 25% apart.
-GRID = 5
-# The grid reaches beyond the losses that plans aim at by this factor, since pilots differ.
-MARGIN = 1.5
+from .pools import Meter, Pool
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
     loaded = load_base(
         options.model, selector.config.base_model, selector.config.base_revision, options.device, options.dtype
     )
-    meter = Meter(options, selector, loaded)
+    meter = Meter(Path(options.out), options.procedure(), selector, loaded)
     # All text before the first measurement, so that too little of it is found out at once.
     texts = [read_texts(options, loaded, size) for size in sorted(set(options.batch_sizes))]
     rows: list[dict[str, Any]] = []
@@ -225,130 +212,6 @@ def check_sources(options: CoverageOptions) -> None:
         )
 
 
-# Measuring.
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What each group loses and reads at the thresholds that were measured, and by straight lines between them.
-
-    Attributes:
-        thresholds: `(points,)`, rising from 0, where nothing is skipped.
-        sums: `(points, guarded, groups)`; losses summed over the tokens of each part of a group whose mean shall stay
-            within the budget: all of them, those of the last quarter of the positions, and those of each source.
-        counts: `(guarded, groups)`; how many tokens these are.
-        bytes: `(points, groups)`; bytes read relative to the untouched model.
-    """
-
-    thresholds: Tensor
-    sums: Tensor
-    counts: Tensor
-    bytes: Tensor
-
-    @property
-    def groups(self) -> int:
-        return self.counts.shape[1]
-
-    def losses_at(self, threshold: float, chosen: Tensor | slice = slice(None)) -> list[Tensor]:
-        """Of everything that is guarded one value per chosen group, see `per_token`."""
-        sums = self._between(self.sums, threshold)[:, chosen]
-        return [per_token(*pair) for pair in zip(sums, self.counts[:, chosen], strict=True)]
-
-    def worst_at(self, threshold: float, chosen: Tensor | slice = slice(None)) -> float:
-        """The largest mean loss of what is guarded, over the chosen groups."""
-        return max(float(values.mean()) for values in self.losses_at(threshold, chosen) if len(values))
-
-    def bytes_at(self, threshold: float) -> Tensor:
-        """Bytes of every group `(groups,)`."""
-        return self._between(self.bytes, threshold)
-
-    def _between(self, values: Tensor, threshold: float) -> Tensor:
-        above = int(torch.searchsorted(self.thresholds, threshold).clamp(1, len(self.thresholds) - 1))
-        low, high = self.thresholds[above - 1 : above + 1].tolist()
-        return torch.lerp(values[above - 1], values[above], min(1.0, (threshold - low) / (high - low)))
-
-
-def guarded_sums(result: Comparison, options: "CoverageOptions") -> tuple[Tensor, Tensor]:
-    """Sums and counts of tokens, both `(guarded, groups)`, in the order of `calibrate.guarded`."""
-    place = METRICS.index(options.metric)
-    rows = [(result.sums[:, :, place].sum(1), result.counts.sum(1))]
-    rows.append((result.part_sums[:, -1, place], result.part_counts[:, -1]))
-    if options.guarantee == "worst-source":
-        for source in sorted({name for names in result.sources for name in names}):
-            own = torch.tensor([[name == source for name in names] for names in result.sources])
-            rows.append(((result.sums[:, :, place] * own).sum(1), (result.counts * own).sum(1)))
-    sums, counts = zip(*rows, strict=True)
-    return torch.stack(sums), torch.stack(counts)
-
-
-class Meter:
-    """Measures pools, each into a file that is named by what decides its content."""
-
-    def __init__(self, options: CoverageOptions, selector: LynxSelector, loaded: LoadedModel) -> None:
-        self.options, self.selector, self.loaded = options, selector, loaded
-        self.layers: list[MoeLayer] = find_moe_layers(loaded.model)
-        selector.check(self.layers, loaded.model)
-        weights = save({name: value.contiguous() for name, value in selector.state_dict().items()})
-        self.decided_by = {
-            "selector": hashlib.sha256(weights).hexdigest(),
-            "identity": selector.config.identity,
-            "revision": loaded.revision,
-            "dtype": str(self.layers[0].dtype),
-            "prompt": options.prompt,
-            "metric": options.metric,
-            "guarantee": options.guarantee,
-            "ends": options.text.ends(loaded),
-            "budgets": sorted(options.budgets),
-        }
-
-    def pool(self, groups: list[Group], thresholds: list[float] | None = None) -> Pool:
-        """The groups' losses at `thresholds`, or at their own grid, measured now or before."""
-        digest = hashlib.sha256(json.dumps({**self.decided_by, "thresholds": thresholds}).encode())
-        for tokens, names in groups:
-            digest.update(tokens.cpu().numpy().tobytes() + "\n".join(names).encode())
-        name = f"batch-{len(groups[0][1])}-{digest.hexdigest()[:12]}.safetensors"
-        path = Path(self.options.out) / "pools" / name
-        tensors = read_tensors(path)
-        if tensors is None:
-            tensors = self._measure(groups, thresholds)
-            write(path, save(tensors))
-        return Pool(**tensors)
-
-    def _measure(self, groups: list[Group], thresholds: list[float] | None) -> dict[str, Tensor]:
-        loaded, options, (count, size) = self.loaded, self.options, (len(groups), len(groups[0][1]))
-        if thresholds is None:
-            first = groups[:PILOT_GROUPS]
-            curve = pilot_curve(loaded, self.layers, self.selector, first, options.procedure())
-            thresholds = grid(curve, options.budgets)
-        results = compare(
-            loaded.model,
-            self.layers,
-            groups,
-            [self.selector.at_threshold(tau) for tau in thresholds],
-            options.prompt,
-            lambda steps: track(steps, f"coverage, batch {size}", count, unit="groups"),
-            options.text.ends(loaded),
-        )
-        sums, counts = zip(*(guarded_sums(result, options) for result in results), strict=True)
-        return {
-            "thresholds": torch.tensor([0.0, *thresholds], dtype=torch.float64),
-            "sums": torch.stack([torch.zeros_like(sums[0]), *sums]),
-            "counts": counts[0],
-            "bytes": torch.tensor(
-                [[1.0] * count, *([s.bytes_ratio for s in r.stats] for r in results)], dtype=torch.float64
-            ),
-        }
-
-
-def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """What was measured before, or None; a crash of the machine may have damaged the file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in ("thresholds", "sums", "counts", "bytes")}
-    except (OSError, SafetensorError):
-        return None
-
-
 def read_texts(options: CoverageOptions, loaded: LoadedModel, size: int) -> list[list[Group]]:
     """The groups of one batch size: of all sources; with a shift, also of the sources of either side.
 
@@ -372,24 +235,6 @@ def read_groups(
     """
     units = options.text.units(loaded, [(size, count)], sources)
     return options.text.groups(loaded, units, size, count, count)
-
-
-def grid(curve: Curve, budgets: list[float]) -> list[float]:
-    """Thresholds to measure, rising: GRID to a step of the pilot's where plans may look, elsewhere the pilot's own."""
-    step = PILOT_STEP ** (1 / GRID)
-    aims = [(threshold_at(curve, FRACTIONS[0] * b / MARGIN), threshold_at(curve, b * MARGIN)) for b in budgets]
-    lowest, highest = min(low for low, _ in aims) / step, max(high for _, high in aims)
-    pilot = [tau for tau, _ in curve]
-    further = max(0, math.ceil(math.log(pilot[0] / lowest, PILOT_STEP)))
-    coarse = [*(pilot[0] * PILOT_STEP**-k for k in range(further, 0, -1)), *pilot]
-    fine = (low * (high / low) ** (k / GRID) for low, high in pairwise(coarse) for k in range(GRID))
-    near = {tau for tau in fine if any(low / step <= tau <= high * step for low, high in aims)}
-    first = max((tau for tau in coarse if tau <= lowest), default=coarse[0])
-    last = min((tau for tau in pilot if tau >= highest), default=pilot[-1])
-    return sorted(near | {tau for tau in coarse if first <= tau <= last})
-
-
-# Drawing.
 
 
 class Outcome(NamedTuple):
@@ -482,28 +327,6 @@ def together(pools: list[tuple[int, Pool]], options: CoverageOptions) -> list[di
         }
         for budget, fails in joint.items()
     ]
-
-
-def exact_levels(tested: int, rest: int, groups: int, confidence: float) -> dict[str, float]:
-    """What each share would be if the bound were exact and the certified threshold one whose bound is the budget.
-
-    The mean of r other groups then exceeds the budget when it exceeds the bound m + t·s/√n that the n tested ones gave.
-    For normal losses (mean of the others − m)/(s·√(1/n + 1/r)) has Student's distribution with n − 1 degrees of freedom,
-    in a random split of a given pool as for independent groups, so the share is P(T > t·√(r/(r + n))). In the whole pool
-    of N groups the n tested ones count too: (mean − m)/(s·√(1/n − 1/N)), and the share is P(T > t·√(N/(N − n))). Of the
-    true mean it is 1 − confidence.
-
-    Args:
-        tested, rest, groups: groups tested, left over, and in the pool.
-    """
-    from scipy.stats import t
-
-    quantile = t.ppf(confidence, tested - 1)
-    return {
-        "test_over": float(t.sf(quantile * math.sqrt(rest / (rest + tested)), tested - 1)),
-        "pool_over": float(t.sf(quantile * math.sqrt(groups / (groups - tested)), tested - 1)),
-        "true_over": 1.0 - confidence,
-    }
 
 
 def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int) -> list[dict[str, Any]]:

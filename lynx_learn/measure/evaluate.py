@@ -31,8 +31,7 @@ from ..show.figures import frontier
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Split
 from ..traces.groups import Batches
-from .report import Cell, make_report
-from .store import Store
+from .report import Cell, Store, make_report
 from .sweeps import Runner, Setup, Subject, Task, measuring, plan
 
 FEWEST_GROUPS = 8

@@ -1,6 +1,14 @@
-"""The report of an evaluation, from what was measured."""
+"""What an evaluation has finished, on disk, and the report that is made from it.
 
+    options.json                 written first; what a run must match to go on
+    groups/16-mixed/00000.json   per group: what every policy lost on each sequence, and what it loaded
+
+Every file is written under a temporary name, flushed and renamed.
+"""
+
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +16,11 @@ from torch import Tensor
 
 from ..decode.simulate import METRICS, Comparison
 from ..decode.tally import Stats
+from ..files import RunFolder
 from ..moe.loading import environment
 from ..traces.groups import Batches, Group
 from .bound import margin
 from .equal_loss import Readings, Sweep, matched, ratios
-from .store import Store
 from .sweeps import Key, Row, Subject, Task, key
 
 
@@ -35,6 +43,31 @@ class Cell:
 
     def task(self, index: int, wanted: list[Key] | None) -> Task:
         return Task(self.name, index, self.groups[index][0].tolist(), wanted, self.ends)
+
+
+class Store(RunFolder):
+    """The folder of an evaluation; one that holds finished groups of the same identity is gone on with.
+
+    Raises:
+        OptionError: it holds something else, or cannot be written to.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        super().__init__(folder, identity, "an evaluation")
+
+    def read(self, cell: str, index: int) -> list[Row] | None:
+        """A finished group, or None; a damaged file counts as none."""
+        try:
+            rows: list[Row] = json.loads((self.folder / self._name(cell, index)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return rows
+
+    def write(self, cell: str, index: int, rows: list[Row]) -> None:
+        self.put(self._name(cell, index), json.dumps(rows).encode())
+
+    def _name(self, cell: str, index: int) -> str:
+        return f"groups/{cell}/{index:05d}.json"
 
 
 def make_report(options: dict[str, Any], subject: Subject, cells: list[Cell], store: Store) -> dict[str, Any]:
