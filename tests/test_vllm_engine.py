@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import EXPERTS, HIDDEN, TOP_K, random_selector, tiny_model
 from torch import Tensor
-from vllm_stand_ins import CPURouter, engine_runner, run_experts, worker
+from vllm_stand_ins import CPURouter, engine_config, engine_runner, run_experts
 
 from lynx_learn.errors import SelectorError
 from lynx_learn.integrations.vllm import engine as vllm_engine
@@ -265,14 +265,12 @@ def test_an_engine_that_is_built_otherwise_is_refused_or_left_alone(
     known = acting()
     known.detach()
     del known.layers[1].runner._fused_output_is_reduced
-    engine = worker(runner=known.runner)
-    engine.vllm_config.additional_config, engine.rank = {}, 0
+    engine = SimpleNamespace(vllm_config=engine_config(), model_runner=known.runner, rank=0)
     known.runner.get_model, known.runner.input_batch = lambda: None, None
     warned: list[str] = []
     monkeypatch.setenv("LYNX_SELECTOR", "x")
     monkeypatch.setenv("LYNX_BUDGET", "0.01")
     monkeypatch.setenv("LYNX_ON_UNSUPPORTED", action)
-    monkeypatch.setattr(vllm_engine, "check_version", lambda _: True)
     monkeypatch.setattr(vllm_engine, "load_policy", lambda _: known.policy)
     monkeypatch.setattr(vllm_engine, "find_layers", lambda *_: known.layers)
     if action == "warn":

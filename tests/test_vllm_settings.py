@@ -1,11 +1,14 @@
 """What a user sets for a server, and what is refused."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lynx_learn.errors import OptionError
-from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError, check_version, opted_out, read_settings
+from lynx_learn.integrations.vllm.settings import Settings, opted_out, read_settings
 
 
 def test_settings() -> None:
@@ -48,9 +51,12 @@ def test_opting_out(value: Any, out: bool) -> None:
     assert not opted_out(None)
 
 
-def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.32.1")
-    assert check_version(Settings("x", 0.01))
-    monkeypatch.setattr("lynx_learn.integrations.vllm.settings.engine_version", lambda: "0.33.0")
-    with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.0 is not supported: install 0\.32\.x"):
-        check_version(Settings("x", 0.01))
+def test_settings_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first process writes is what any other reads, whatever its own environment and folder are."""
+    folder = tmp_path / "selector"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = Settings("selector", 0.01, "warn")
+    written = json.loads(json.dumps({"lynx": settings.to_config()}))
+    assert read_settings({"LYNX_BUDGET": "0.5"}, written) == replace(settings, selector=str(folder))
+    assert Settings("owner/name", 0.01).to_config()["selector"] == "owner/name"

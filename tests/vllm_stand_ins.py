@@ -5,13 +5,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from tiny import HIDDEN, TOP_K
+from tiny import EXPERTS, HIDDEN, TOP_K
 from torch import Tensor
 
 
-def worker(**changes: Any) -> Any:
-    """As much of a vLLM worker as is looked at, in a state that can be acted on; `changes` by dotted names' last part."""
+def engine_config(**changes: Any) -> Any:
+    """As much of a vLLM configuration as is looked at, of an engine that can be acted on; `changes` by dotted names' last part."""
     parallel = {
+        "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "data_parallel_size": 1,
         "prefill_context_parallel_size": 1,
@@ -20,13 +21,33 @@ def worker(**changes: Any) -> Any:
         "enable_eplb": False,
     }
     compilation = {"mode": 0, "cudagraph_mode": 0}
-    config = {"speculative_config": None, "lora_config": None}
-    for part in (parallel, compilation, config):
+    attention = {"hisparse_config": None}
+    config = {"speculative_config": None, "lora_config": None, "watermark_config": None, "use_v2_model_runner": False}
+    config |= {"model_config": None, "additional_config": {}}
+    for part in (parallel, compilation, attention, config):
         part.update({key: changes.pop(key) for key in part if key in changes})
-    runner = changes.pop("runner", SimpleNamespace(_model_forward=None, input_batch=None))
     assert not changes
-    spaces = {"parallel_config": SimpleNamespace(**parallel), "compilation_config": SimpleNamespace(**compilation)}
-    return SimpleNamespace(vllm_config=SimpleNamespace(**spaces, **config), model_runner=runner)
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        compilation_config=SimpleNamespace(**compilation),
+        attention_config=SimpleNamespace(**attention),
+        **config,
+    )
+
+
+def model_config(**changes: Any) -> Any:
+    """As much of vLLM's description of a model as is looked at: the tiny model's."""
+    plain = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "runner_type": "generate",
+        "is_diffusion": False,
+        "get_num_experts": lambda: EXPERTS,
+        "get_hidden_size": lambda: HIDDEN,
+        "using_transformers_backend": lambda: False,
+        "model_impl": "auto",
+    }
+    assert not changes.keys() - plain.keys()
+    return SimpleNamespace(**{**plain, **changes})
 
 
 class CPURouter:

@@ -2,15 +2,14 @@
 
 Three places are wrapped, all on the instances of one loaded model: the model runner's step, which says what is being
 run for whom; each MoE layer's routing, where the decision is made; and each MoE layer's experts, where the surrogates'
-answer is added. Classes of vLLM stay as they are but for the worker's `load_model`, after which this is attached, and a
-request's question whether it may read cached prefixes.
+answer is added.
 """
 
 import os
 import time
 import uuid
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,10 @@ from ...errors import LynxError, SelectorError
 from ...moe.decision import Routing
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from . import metrics as metrics
-from .layers import EngineLayer, check_engine, find_layers
+from .checks import engine_reasons
+from .layers import EngineLayer, Wrapping, find_layers
 from .record import Recording
-from .settings import Settings, UnsupportedError, check_version, opted_out, read_settings, recorded, refuse
-from .wrapping import Wrapping
+from .settings import Settings, UnsupportedError, opted_out, read_settings, recorded, refuse
 
 LOG_EVERY_S = 60.0
 
@@ -40,42 +39,6 @@ def load_policy(settings: Settings) -> ThresholdPolicy:
     return LynxSelector.from_pretrained(settings.selector).policy(settings.budget, kernel=kernel)
 
 
-def install() -> None:
-    """Have every model that a worker of this process loads looked at by `attach`."""
-    from vllm.v1.request import Request
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    if hasattr(WorkerWrapperBase, "lynx_learn"):
-        return
-    WorkerWrapperBase.lynx_learn = True
-
-    # Where a wrapper has no such method of its own, it passes the call on to its worker.
-    own = getattr(WorkerWrapperBase, "load_model", None) or (
-        lambda wrapper, *a, **k: wrapper.worker.load_model(*a, **k)
-    )
-
-    def load_model(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-        result = own(wrapper, *args, **kwargs)
-        try:
-            attach(wrapper.worker)
-        except LynxError as error:
-            _say(error)
-            raise
-        return result
-
-    WorkerWrapperBase.load_model = load_model
-
-    may_not_read = Request.get_skip_reading_prefix_cache
-
-    @wraps(may_not_read)
-    def get_skip_reading_prefix_cache(request: Any) -> bool:
-        # Cached prefixes may hold what other requests generated with fewer experts.
-        params = request.sampling_params
-        return may_not_read(request) or (params is not None and opted_out(params.extra_args))
-
-    Request.get_skip_reading_prefix_cache = get_skip_reading_prefix_cache
-
-
 def attach(worker: Any) -> None:
     """Let the model that a worker has just loaded skip experts, if that was asked for.
 
@@ -87,8 +50,9 @@ def attach(worker: Any) -> None:
         check_engine(worker)
         Recording.on(worker, find_layers(worker.model_runner.get_model(), names, 0))
         return
+    # Those of the environment are in the additional config, but of an engine whose configuration was made by hand.
     settings = read_settings(os.environ, config.additional_config)
-    if settings is None or not check_version(settings):
+    if settings is None:
         return
     policy = load_policy(settings)
     logger = _logger()
@@ -114,6 +78,16 @@ def attach(worker: Any) -> None:
         policy.setting,
         len(acting.layers),
     )
+
+
+def check_engine(worker: Any) -> None:
+    """Refuse again, in a worker, what the first process refuses: a configuration may have been made without it.
+
+    Raises:
+        UnsupportedError: with all reasons.
+    """
+    if found := engine_reasons(worker.vllm_config):
+        raise UnsupportedError("; ".join(reason.text for reason in found))
 
 
 def check_shape(layers: list[EngineLayer], selector: LynxSelector) -> None:
@@ -267,7 +241,7 @@ class Acting(Wrapping):
         try:
             refuse(self.settings, reason)
         except LynxError as error:
-            _say(error)
+            say(error)
             raise
 
     def _publish(self) -> None:
@@ -366,7 +340,7 @@ def _run_kept(own: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, topk_
     return total.to(rows.dtype)
 
 
-def _say(error: LynxError) -> None:
+def say(error: LynxError) -> None:
     _logger().error("lynx-learn: %s", error)
     metrics.refused(str(error))
 

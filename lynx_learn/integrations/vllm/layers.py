@@ -1,6 +1,8 @@
-"""What this package knows about the structure of vLLM's engines and MoE layers, and which of them are refused."""
+"""What this package knows about the structure of vLLM's MoE layers, which of them are refused, and how they are wrapped."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,31 +18,30 @@ KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_engine(worker: Any) -> None:
-    """Refuse an engine in which the wrapped places would not be called, or not with the rows that they expect.
+class Wrapping:
+    """Wraps methods of instances, never of classes: another model in the same process stays as it is."""
 
-    Raises:
-        UnsupportedError: with the reason and what to do.
-    """
-    config, runner = worker.vllm_config, worker.model_runner
-    parallel, compilation = config.parallel_config, config.compilation_config
-    if not (hasattr(runner, "_model_forward") and hasattr(runner, "input_batch")):
-        raise UnsupportedError("vLLM's model runner V2 is not supported: set VLLM_USE_V2_MODEL_RUNNER=0")
-    if compilation.mode or compilation.cudagraph_mode:
-        raise UnsupportedError("compiled graphs run past the routing that skipping acts on: add --enforce-eager")
-    if config.speculative_config is not None:
-        raise UnsupportedError("speculative decoding has no steps of one token per request: turn it off")
-    if config.lora_config is not None:
-        raise UnsupportedError("LoRA changes the experts that the selector was trained for: turn it off")
-    sizes = {
-        "pipeline": parallel.pipeline_parallel_size,
-        "data": parallel.data_parallel_size,
-        "context": parallel.prefill_context_parallel_size * parallel.decode_context_parallel_size,
-    }
-    if split := [name for name, size in sizes.items() if size > 1]:
-        raise UnsupportedError(f"{split[0]} parallelism is not supported: use tensor or expert parallelism alone")
-    if parallel.use_ubatching or parallel.enable_eplb:
-        raise UnsupportedError("micro-batches (DBO) and expert load balancing are not supported: turn them off")
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], None]] = []
+
+    def replace(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Have `wrapper` called instead of the method, with the method as its first argument."""
+        own = getattr(owner, name)
+        # Where the instance has one of its own already, somebody else's wrapper perhaps, that is put back.
+        undo = partial(setattr, owner, name, own) if name in vars(owner) else partial(delattr, owner, name)
+
+        @wraps(own)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(own, *args, **kwargs)
+
+        setattr(owner, name, call)
+        self.undo.append(undo)
+
+    def detach(self) -> None:
+        """Take everything off again."""
+        for undo in reversed(self.undo):
+            undo()
+        self.undo.clear()
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from torch import Tensor
 from ...errors import TraceError
 from ...moe.families import alike
 from ...moe.identity import identify
-from .layers import EngineLayer
-from .wrapping import Wrapping
+from .layers import EngineLayer, Wrapping
 
 
 class Recording(Wrapping):

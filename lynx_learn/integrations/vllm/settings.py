@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from ...errors import LynxError, OptionError
@@ -39,6 +40,15 @@ class Settings:
     selector: str
     budget: float
     on_unsupported: str = "fail"
+
+    def to_config(self) -> dict[str, Any]:
+        """As `read_settings` takes them from the additional config; a folder by its full path, as workers may be elsewhere."""
+        folder = Path(self.selector)
+        return {**asdict(self), "selector": str(folder.resolve()) if folder.is_dir() else self.selector}
+
+    def untouched(self) -> "Settings":
+        """The same with nothing to skip."""
+        return replace(self, budget=0.0)
 
 
 def read_settings(environment: Mapping[str, str], additional: object = None) -> Settings | None:
@@ -104,25 +114,20 @@ def opted_out(extra_args: object) -> bool:
     return isinstance(value, int | float) and not value
 
 
-def check_version(settings: Settings) -> bool:
-    """Whether this vLLM is a version that the plugin knows; `refuse` when not."""
-    found = engine_version()
-    if found.startswith(SUPPORTED):
-        return True
-    refuse(settings, UnsupportedError(f"vLLM {found or 'of unknown version'} is not supported: install {SUPPORTED}x"))
-    return False
-
-
 def refuse(settings: Settings, reason: LynxError) -> None:
     """Fail, or say once that everything is served untouched.
 
     Raises:
         UnsupportedError: unless LYNX_ON_UNSUPPORTED=warn.
     """
-    if settings.on_unsupported == "warn":
-        from vllm.logger import init_logger
+    if settings.on_unsupported != "warn":
+        raise UnsupportedError(f"{reason} (or set {ON_UNSUPPORTED}=warn to serve untouched)") from None
+    warn(str(reason))
 
-        # Only loggers below vLLM's own are shown by default.
-        init_logger("vllm.plugins.lynx_learn").warning_once("lynx-learn serves untouched: %s", reason)
-        return
-    raise UnsupportedError(f"{reason} (or set {ON_UNSUPPORTED}=warn to serve untouched)") from None
+
+def warn(reason: str) -> None:
+    """Say once in this process's log that everything is served untouched."""
+    from vllm.logger import init_logger
+
+    # Only loggers below vLLM's own are shown by default.
+    init_logger("vllm.plugins.lynx_learn").warning_once("lynx-learn serves untouched: %s", reason)

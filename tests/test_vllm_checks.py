@@ -1,0 +1,212 @@
+"""Engines and models that are refused by their configuration, and what the refusal says."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny import HIDDEN, random_selector, tiny_model
+from vllm_stand_ins import engine_config, model_config
+
+from lynx_learn.integrations.vllm import checks
+from lynx_learn.integrations.vllm.checks import engine_reasons, make_again, model_reasons, prepare, without
+from lynx_learn.integrations.vllm.settings import UnsupportedError
+
+COMPILED = {"mode": 3, "cudagraph_mode": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "options"),
+    [
+        ({"mode": 3}, "add --enforce-eager", {"enforce_eager": True}),
+        ({"cudagraph_mode": 2}, "add --enforce-eager", {"enforce_eager": True}),
+        ({"speculative_config": object()}, "speculative decoding", {"speculative_config": None}),
+        ({"lora_config": object()}, "LoRA", {"enable_lora": False}),
+        (
+            {"pipeline_parallel_size": 2, "tensor_parallel_size": 4},
+            "pipeline parallelism is not supported",
+            {"pipeline_parallel_size": 1, "tensor_parallel_size": 8},
+        ),
+        ({"data_parallel_size": 2}, "data parallelism is not supported", {"data_parallel_size": 1}),
+        (
+            {"decode_context_parallel_size": 2},
+            "context parallelism is not supported",
+            {"decode_context_parallel_size": 1},
+        ),
+        ({"use_ubatching": True}, "micro-batches", {"enable_dbo": False}),
+        ({"enable_eplb": True}, "load balancing", {"enable_eplb": False}),
+        ({"watermark_config": object()}, "watermarking needs", {"watermark_config": None}),
+        ({"hisparse_config": object()}, "HiSparse needs", {}),
+    ],
+)
+def test_engines_refused(changes: dict[str, Any], line: str, options: dict[str, Any]) -> None:
+    assert engine_reasons(engine_config()) == []
+    (reason,) = engine_reasons(engine_config(**changes))
+    assert line in reason.text
+    assert reason.options == options
+
+
+def test_the_second_model_runner_is_refused() -> None:
+    (reason,) = engine_reasons(engine_config(use_v2_model_runner=True))
+    assert reason.environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"get_num_experts": lambda: 0}, "Qwen3MoeForCausalLM has no MoE layer"),
+        ({"get_num_experts": lambda: 7}, f"has 7 of width {HIDDEN}: load the model it was trained for"),
+        ({"get_hidden_size": lambda: 7}, "of width 7: load the model it was trained for"),
+        ({"using_transformers_backend": lambda: True}, "leave --model-impl out"),
+        ({"runner_type": "pooling"}, "generates no text token by token"),
+        ({"is_diffusion": True}, "generates no text token by token"),
+    ],
+)
+def test_models_refused(changes: dict[str, Any], line: str) -> None:
+    own = random_selector(tiny_model("qwen3_moe")).config
+    assert model_reasons(model_config(), own) == []
+    (reason,) = model_reasons(model_config(**changes), own)
+    assert line in reason.text
+
+
+@dataclass
+class Arguments:
+    """As much of vLLM's arguments as these tests change; LoRA keeps it from compiling, as in vLLM on a CPU."""
+
+    additional_config: Mapping[str, Any] | None = None
+    enforce_eager: bool = False
+    enable_lora: bool = False
+    max_lora_rank: int = 16
+    pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+
+    def make(self) -> Any:
+        compiled = not self.enforce_eager and not self.enable_lora
+        return engine_config(
+            additional_config=self.additional_config or {},
+            lora_config=self.max_lora_rank if self.enable_lora else None,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            tensor_parallel_size=self.tensor_parallel_size,
+            model_config=model_config(),
+            **(COMPILED if compiled else {}),
+        )
+
+
+@pytest.fixture
+def selector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Calibrated for 0.01 and 0.03, and asked for in the environment."""
+    own = random_selector(tiny_model("qwen3_moe"))
+    own.config = replace(own.config, thresholds={"kl": {"0.01": {"1": 1.0}, "0.03": {"1": 2.0}}})
+    own.save_pretrained(tmp_path / "selector")
+    for name in [name for name in os.environ if name.startswith("LYNX_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LYNX_SELECTOR", str(tmp_path / "selector"))
+    monkeypatch.setenv("LYNX_BUDGET", "0.01")
+    monkeypatch.setattr(checks, "engine_version", lambda: "0.32.0")
+    return tmp_path / "selector"
+
+
+def prepared(args: Arguments) -> Any:
+    """As the plugin does with what the first process is given."""
+    again = make_again(Arguments.make, args)
+    config = args.make()
+    prepare(config, again)
+    return config
+
+
+def test_settings_of_the_environment_are_put_into_the_configuration(selector: Path) -> None:
+    own = prepared(Arguments(enforce_eager=True, additional_config={"other": 1})).additional_config
+    assert own == {
+        "other": 1,
+        "lynx": {"selector": str(selector), "budget": 0.01, "on_unsupported": "fail"},
+    }
+
+
+def test_nothing_is_touched_when_nothing_is_asked_for(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LYNX_SELECTOR")
+    monkeypatch.delenv("LYNX_BUDGET")
+    assert prepared(Arguments(enable_lora=True)).additional_config == {}
+
+
+def test_all_reasons_at_once(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the one that shows only when others are mended; and the last line mends them all."""
+    monkeypatch.setenv("LYNX_BUDGET", "0.02")
+    with pytest.raises(UnsupportedError) as raised:
+        prepared(Arguments(enable_lora=True, pipeline_parallel_size=2, tensor_parallel_size=2))
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "skipping cannot act here, for 4 reasons:"
+    assert [line.split(" ")[0] for line in lines[1:5]] == ["1.", "2.", "3.", "4."]
+    told = "\n".join(lines)
+    for part in ("not calibrated for a budget of 0.02", "LoRA", "pipeline parallelism", "--enforce-eager"):
+        assert part in told
+    assert lines[5:] == [
+        "this works:",
+        "LYNX_BUDGET=0.01 LLM(…, enable_lora=False, pipeline_parallel_size=1, tensor_parallel_size=4, enforce_eager=True)",
+    ]
+
+
+def test_what_no_option_mends_is_not_said_to_work(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LYNX_SELECTOR", "nowhere")
+    with pytest.raises(UnsupportedError, match=r"(?s)'nowhere' is neither.+with what an option can mend:\nLLM"):
+        prepared(Arguments())
+    monkeypatch.setenv("LYNX_SELECTOR", str(selector))
+    monkeypatch.setattr(checks, "engine_version", lambda: "0.33.0")
+    with pytest.raises(UnsupportedError) as raised:
+        prepared(Arguments())
+    line = "vLLM 0.33.0 is not supported: install 0.32.x (or set LYNX_ON_UNSUPPORTED=warn to serve untouched)"
+    assert str(raised.value) == line
+
+
+def test_a_budget_in_the_additional_config_is_mended_there(selector: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"LLM\(…, additional_config=\{'lynx': \{'budget': 0.03\}\}\)$"):
+        prepared(Arguments(enforce_eager=True, additional_config={"lynx": {"budget": 5}}))
+
+
+def test_warned_and_served_untouched(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are told so, but a mistake in the settings is refused all the same."""
+    warned: list[str] = []
+    monkeypatch.setattr(checks, "warn", warned.append)
+    monkeypatch.setenv("LYNX_ON_UNSUPPORTED", "warn")
+    assert prepared(Arguments()).additional_config["lynx"]["budget"] == 0
+    assert warned == ["compiled graphs run past the routing that skipping acts on: add --enforce-eager"]
+    monkeypatch.setenv("LYNX_BUDGET", "many")
+    with pytest.raises(UnsupportedError, match="LYNX_BUDGET=many"):
+        prepared(Arguments())
+
+
+def test_the_command_is_the_users_own(
+    selector: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--compilation-config", "-cc")
+    parser.add_argument("--enable-lora", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--lora-modules", nargs="+")
+    parser.add_argument("--model")
+    named = SimpleNamespace(make_arg_parser=lambda _: parser)
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.launchers.cli_args", named)  # type: ignore[arg-type]
+    flexible = SimpleNamespace(FlexibleArgumentParser=lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm.utils.argparse_utils", flexible)  # type: ignore[arg-type]
+    words = ["/bin/python", "/bin/vllm", "serve", "--model", "a b", "--enable_lora", "--lora-modules", "x=y", "z=w"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    with pytest.raises(UnsupportedError) as raised:
+        prepared(Arguments(enable_lora=True))
+    assert str(raised.value).splitlines()[-1] == "vllm serve --model 'a b' --enforce-eager"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "vllm", "serve", "--config", "x.yaml"])
+    with pytest.raises(UnsupportedError) as raised:  # what a file says, no option takes back
+        prepared(Arguments(enable_lora=True))
+    assert "serve" not in str(raised.value).splitlines()[-1].partition("to serve untouched")[2]
+
+
+def test_options_are_left_out_however_they_are_written() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--some-config", "-sc")
+    parser.add_argument("--flag", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--many", nargs="*")
+    given = ["x", "--some-config", "1", "-a", "1", "--some_config=2", "-sc.b.c", "3", "--flag", "y", "--no-flag"]
+    kept = without([*given, "--many", "1", "2", "3", "--manual", "4"], parser._actions)
+    assert kept == ["x", "-a", "1", "y", "--manual", "4"]
