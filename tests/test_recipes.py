@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from flows import BUDGETS, LENGTH, PROMPT, calibrated, tiny_flow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, cli, skip_experts
+from lynx_learn.measure.evaluate import EvaluateOptions
 from lynx_learn.traces.documents import read_documents
 
 Script = Callable[..., str]
@@ -206,6 +209,33 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     assert all(re.search(rf"<!-- {name} -->\n\|", filled) for name in ("frontier", "methods", "ablations", "coverage"))
 
 
+def test_certificate_recipe_puts_every_text_into_one_table(tmp_path: Path, script: Script) -> None:
+    recipe = yaml.safe_load((ROOT / "train" / "certificate.yaml").read_text())
+    for where in recipe["prompts"].values():
+        for how in recipe["texts"].values():
+            EvaluateOptions(recipe["selector"], "unused", methods=["learned"], **recipe["base"], **where, **how)
+    names = ["greedy", "sampled while skipping at 0.01"]
+    texts = {name: {**recipe["texts"][name], "skipping_budget": BUDGETS[0]} for name in names}
+    prompts = {"own": {"corpus": str(tiny_flow().texts)}, "other": {"corpus": str(tiny_flow().texts), "seed": 5}}
+    small = {"batch_sizes": [2], "tokens": 1, "length": LENGTH, "prompt": PROMPT, "ignore_eos": True}
+    places = ["--config", "train/certificate.yaml", "--selector", calibrated(), "--out", tmp_path]
+    changes = [
+        f"--{name}={json.dumps(value)}" for name, value in (("prompts", prompts), ("texts", texts), ("base", small))
+    ]
+    said = script("train/certificate.py", *places, *changes)
+    assert (tmp_path / "certificate.md").read_text() in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| o")]
+    assert [row[:3] for row in rows] == 2 * [[source, text, "2"] for source in prompts for text in texts]
+    report = json.loads((tmp_path / "own-greedy" / "report.json").read_text())
+    assert (report["options"]["mode"], report["options"]["temperature"]) == ("generate", 0.0)
+    point = next(p for p in report["points"] if p["setting"] == f"budget={BUDGETS[1]:g}")
+    shown = f"{point['kl']:.4f} ± {point['kl_margin']:.4f}"
+    over = point["kl"] - point["kl_margin"] > BUDGETS[1]
+    assert rows[0][4] == f"{f'**{shown}**' if over else shown}, {point['bytes']:.0%}"
+    assert rows[4][4] == " ".join(f"{value:.4f}" for value in point["kl_by_part"])
+    assert len({row[4] for row in rows[:4]}) == 4  # other text loses something else
+
+
 def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Path, script: Script) -> None:
     words = ["docs/random_model.py", "--layers", 2, "--fraction", 0.5, "--out", tmp_path / "new"]
     assert "at budget 1.0" in script(*words)
@@ -225,6 +255,6 @@ def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Pa
 def test_no_recipe_is_left_out() -> None:
     recipes = {path.relative_to(ROOT / "train").as_posix() for path in (ROOT / "train").rglob("*.yaml")}
     assert recipes == {
-        *("reference-moe.yaml", "reference-moe-50m.yaml", "second-moe.yaml", "ablations.yaml"),
+        *("reference-moe.yaml", "reference-moe-50m.yaml", "second-moe.yaml", "ablations.yaml", "certificate.yaml"),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }
