@@ -119,8 +119,7 @@ def test_the_last_threshold_before_the_first_failure_is_taken() -> None:
     loaded, layers, selector, groups = ready(6, 16)
     budget = 0.1
     options = CalibrateOptions("unused", mode="teacher", budgets=[budget], prompt=PROMPT, length=LENGTH)
-    curve = pilot_curve(loaded, layers, selector, groups[:PILOT_GROUPS], options)
-    taus = [threshold_at(curve, share * budget) for share in FRACTIONS]
+    taus = certified_taus(loaded, layers, selector, groups, options, budget)
     assert taus == sorted(set(taus))
     rest = groups[PILOT_GROUPS:]
     measured = compare(loaded.model, layers, rest, [selector.at_threshold(tau) for tau in taus], PROMPT)
@@ -186,6 +185,35 @@ def test_thresholds_are_tested_on_other_groups_than_they_were_chosen_on() -> Non
     assert len(tested) > len(FRACTIONS)
     assert all(pilot.isdisjoint(test) for pilot in chosen for test in tested)
     assert all(test == tested[0] for test in tested)
+
+
+def test_nothing_is_measured_beyond_the_first_failure() -> None:
+    loaded, layers, selector, groups = ready(6, 12)
+    budget = 0.1
+    options = CalibrateOptions("unused", mode="teacher", budgets=[budget], prompt=PROMPT, length=LENGTH)
+    taus = certified_taus(loaded, layers, selector, groups, options, budget)
+    seeing: Any = Seeing(Dented(selector, taus[2]))  # type: ignore[arg-type]
+    certify(loaded, layers, seeing, groups, options)
+    tested = sorted(tau for tau, seen in seeing.seen.items() if len(seen) == 12 - PILOT_GROUPS)
+    assert tested == taus[:3]
+    # The pilot, too, ends at the first threshold beyond the budget.
+    whole = pilot_curve(loaded, layers, selector, groups[:PILOT_GROUPS], options)
+    walked = sorted(set(seeing.seen) - set(tested))
+    assert walked == [tau for tau, _ in whole[: len(walked)]]
+    assert whole[len(walked) - 2][1] <= budget < whole[len(walked) - 1][1]
+
+
+def certified_taus(
+    loaded: LoadedModel,
+    layers: list[MoeLayer],
+    selector: LynxSelector,
+    groups: list[Group],
+    options: CalibrateOptions,
+    budget: float,
+) -> list[float]:
+    """The thresholds that `certify` plans to test."""
+    curve = pilot_curve(loaded, layers, selector, groups[:PILOT_GROUPS], options)
+    return [threshold_at(curve, share * budget) for share in FRACTIONS]
 
 
 def test_no_sequence_is_in_two_groups(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from texts import Bytes, jsonl
 
 from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.traces.corpus import LONGEST
-from lynx_learn.traces.groups import Unit, decode_groups, group_units, read_units
+from lynx_learn.traces.groups import Batches, Unit, decode_groups, group_units, read_units, used_rows
 
 
 def written(folder: Path, **counts: int) -> str:
@@ -138,3 +138,17 @@ def test_no_document_is_in_two_groups_whatever_they_hold(lengths: list[int], siz
     assert sum(map(len, seen)) == len(set().union(*seen))
     rows = [tuple(row) for tokens, _ in groups for row in tokens.tolist()]
     assert len(set(rows)) == len(rows)
+
+
+@pytest.mark.parametrize("batches", ["mixed", "single"])
+def test_used_rows_are_those_that_groups_hold(batches: Batches) -> None:
+    units = [Unit([[u, r] for r in range(1 + u % 3)], "ab"[u % 2]) for u in range(20)]
+    cells = [(4, 2), (2, 5)]
+    held = {
+        tuple(row)
+        for size, most in cells
+        for rows, _ in group_units(units, size, most, batches)
+        for row in rows.tolist()
+    }
+    assert set(used_rows(units, cells, batches)) == held
+    assert len(held) < sum(len(unit.rows) for unit in units)

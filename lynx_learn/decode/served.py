@@ -15,7 +15,7 @@ from ..moe.loading import LoadedModel
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Bos
 from ..traces.documents import Split
-from ..traces.groups import Batches, Group, Unit, check_groups, enough_units, group_units, read_units
+from ..traces.groups import Batches, Group, Unit, check_groups, enough_units, group_units, read_units, used_rows
 from ..traces.sampling import Sampling, continue_rows
 from .runtime import Skipping
 
@@ -121,7 +121,10 @@ class ServedText:
         only: Iterable[str] | None = None,
         batches: Batches = "mixed",
     ) -> list[Unit]:
-        """Documents' sequences in full, for cells of (size, groups) or all there are; continued by the untouched model."""
+        """Documents' sequences for cells of (size, groups), or all there are; continued by the untouched model.
+
+        What no group of these cells holds is left at its prompt.
+        """
         self.check(loaded.model)
         block = max(size for size, _ in cells) if batches == "single" else 1
         text, seed = (self.options.corpus, loaded.tokenizer, self.splits, self.stored), self.options.seed
@@ -132,9 +135,12 @@ class ServedText:
         )
         if self.options.mode == "teacher" or not units:
             return units
-        prompts = [row for unit in units for row in unit.rows]
-        rows = iter(self._continue(loaded, prompts))
-        return [Unit([next(rows) for _ in unit.rows], unit.source) for unit in units]
+        units = [Unit(list(unit.rows), unit.source) for unit in units]
+        used = used_rows(units, cells, batches)
+        continued = self._continue(loaded, [units[unit].rows[row] for unit, row in used])
+        for (unit, row), tokens in zip(used, continued, strict=True):
+            units[unit].rows[row] = tokens
+        return units
 
     def _continue(self, loaded: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
         rows: list[list[int]] = []

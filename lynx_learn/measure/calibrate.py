@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..decode.real import RealDecode
 from ..decode.served import ServedText, TextOptions
-from ..decode.simulate import Comparison, compare
+from ..decode.simulate import Comparison, Simulation
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
@@ -204,23 +204,45 @@ def certify(
 ) -> dict[float, dict[str, Any]]:
     """For each budget the certified threshold of one batch size, with what was measured at it."""
     pilot, rest = groups[:PILOT_GROUPS], list(groups[PILOT_GROUPS:])
-    planned = plan(pilot_curve(loaded, layers, selector, pilot, options), options.budgets)
+    planned = plan(pilot_curve(loaded, layers, selector, pilot, options, max(options.budgets)), options.budgets)
+    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
 
     def measure(taus: list[float], tested: list[Group]) -> dict[float, Comparison]:
-        policies = [selector.at_threshold(tau) for tau in taus]
-        ends = options.text.ends(loaded)
-        return dict(zip(taus, compare(loaded.model, layers, tested, policies, options.prompt, ends=ends), strict=True))
+        return dict(zip(taus, simulation.compare(tested, [selector.at_threshold(tau) for tau in taus]), strict=True))
 
-    results = {}
-    if options.mode != "skipping":
-        results = measure(sorted({tau for taus in planned.values() for tau in taus}), rest)
     found = {}
-    for budget, taus in planned.items():
-        if options.mode == "skipping":  # text as the largest of them leaves it, which is the furthest from untouched
+    if options.mode == "skipping":
+        for budget, taus in planned.items():
+            # Text as the largest of them leaves it, which is the furthest from untouched.
             results = measure(taus, options.text.while_skipping(loaded, rest, selector.at_threshold(taus[-1])))
-        tau, uppers = last_within(taus, lambda tau: bounds(results[tau], options), budget)  # noqa: B023
-        found[budget] = describe(results[tau] if tau else None, tau, uppers, len(rest), options)
-    return found
+            found[budget] = taken(results, taus, budget, options)
+        return found
+    results = {}
+    # Every budget's next threshold at a time: what comes after the first failure is not asked for.
+    while wanted := {tau for budget, taus in planned.items() for tau in next_tested(results, taus, budget, options)}:
+        results |= measure(sorted(wanted), rest)
+    return {budget: taken(results, taus, budget, options) for budget, taus in planned.items()}
+
+
+def next_tested(
+    results: dict[float, Comparison], taus: list[float], budget: float, options: CalibrateOptions
+) -> list[float]:
+    """The first of a budget's thresholds that is not measured; none where one before it fails."""
+    for tau in taus:
+        if tau not in results:
+            return [tau]
+        if not all(upper <= budget for upper in bounds(results[tau], options)):
+            break
+    return []
+
+
+def taken(
+    results: dict[float, Comparison], taus: list[float], budget: float, options: CalibrateOptions
+) -> dict[str, Any]:
+    """A budget's cell, from what was measured at its thresholds up to the first that fails."""
+    tau, uppers = last_within(taus, lambda tau: bounds(results[tau], options), budget)
+    groups = len(next(iter(results.values())).stats)
+    return describe(results[tau] if tau else None, tau, uppers, groups, options)
 
 
 def bounds(result: Comparison, options: CalibrateOptions) -> list[float]:
@@ -270,9 +292,13 @@ def pilot_curve(
     selector: LynxSelector,
     groups: Sequence[Group],
     options: CalibrateOptions,
+    most: float = math.inf,
 ) -> Curve:
-    """What the pilot groups lose at thresholds that span the budgets."""
-    taus = pilot_thresholds(options.budgets, groups[0][0].shape[0])
-    policies = [selector.at_threshold(tau) for tau in taus]
-    measured = compare(loaded.model, layers, groups, policies, options.prompt, ends=options.text.ends(loaded))
-    return rising(taus, [result.mean(options.metric) for result in measured])
+    """What the pilot groups lose at thresholds that span the budgets, up to the first at which it is more than `most`."""
+    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
+    taus, losses = pilot_thresholds(options.budgets, groups[0][0].shape[0]), []
+    for tau in taus:
+        losses.append(simulation.compare(groups, [selector.at_threshold(tau)])[0].mean(options.metric))
+        if losses[-1] > most:
+            break
+    return rising(taus[: len(losses)], losses)

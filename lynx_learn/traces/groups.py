@@ -165,22 +165,35 @@ def group_units(units: list[Unit], size: int, most: int, batches: Batches = "mix
     """
     import torch
 
-    pools: dict[str, list[Unit]] = {}
-    for unit in units:
-        pools.setdefault(unit.source if batches == "single" else "", []).append(unit)
+    return [
+        (torch.tensor([units[u].rows[r] for u, r in group]), [units[u].source for u, _ in group])
+        for group in _places(units, size, most, batches)
+    ]
+
+
+def used_rows(units: list[Unit], cells: Iterable[tuple[int, int]], batches: Batches = "mixed") -> list[tuple[int, int]]:
+    """Which sequences the groups of these sizes and numbers hold: the unit's place, and the row's in the unit."""
+    groups = (group for size, most in cells for group in _places(units, size, most, batches))
+    return sorted({place for group in groups for place in group})
+
+
+def _places(units: list[Unit], size: int, most: int, batches: Batches) -> list[list[tuple[int, int]]]:
+    """Groups as places in `units`; they depend on how many rows each unit has, and on nothing in them."""
+    pools: dict[str, list[int]] = {}
+    for number, unit in enumerate(units):
+        pools.setdefault(unit.source if batches == "single" else "", []).append(number)
     by_pool = []
     for pool in pools.values():
+        held = [len(units[u].rows) for u in pool]
         # With enough documents each gives one sequence.
-        each = next((n for n in range(1, LONGEST) if sum(min(n, len(u.rows)) for u in pool) >= size * most), LONGEST)
-        groups: list[Group] = []
-        rows: list[list[int]] = []
-        names: list[str] = []
-        for unit in pool:
-            own = unit.rows[: min(each, size - len(rows))]
-            rows, names = rows + own, names + [unit.source] * len(own)
-            if len(rows) == size:
-                groups.append((torch.tensor(rows), names))
-                rows, names = [], []
+        each = next((n for n in range(1, LONGEST) if sum(min(n, h) for h in held) >= size * most), LONGEST)
+        groups: list[list[tuple[int, int]]] = []
+        group: list[tuple[int, int]] = []
+        for number, count in zip(pool, held, strict=True):
+            group += [(number, row) for row in range(min(each, count, size - len(group)))]
+            if len(group) == size:
+                groups.append(group)
+                group = []
         by_pool.append(groups)
     return [group for turn in zip_longest(*by_pool) for group in turn if group is not None][:most]
 
@@ -201,7 +214,7 @@ def enough_units(
     reached = -1
     for room in ROOM:
         more = read(math.ceil(room * count))
-        groups = sum(len(group_units(more, size, most, batches)) for size, most in cells)
+        groups = sum(len(_places(more, size, most, batches)) for size, most in cells)
         if groups > reached:
             units, reached = more, groups
         if reached >= wanted:
