@@ -15,6 +15,8 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from lynx_learn.show.tables import Table, loss
+
 Report = dict[str, Any]
 
 
@@ -65,16 +67,11 @@ def main(options: Options) -> None:
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return Table("", head, rows).markdown + "\n"
 
 
 def place(row: Report) -> str:
     return f"{row['batch_size']}, one source" if row["batches"] == "single" else str(row["batch_size"])
-
-
-def loss(row: Report) -> str:
-    return f"{'KL' if row['metric'] == 'kl' else 'ΔNLL'} {row['level']:g}"
 
 
 def interval(found: dict[str, float | None] | None) -> str:

@@ -8,7 +8,7 @@ from .errors import ModelError
 from .moe.families import find_moe_layers, model_type
 from .moe.identity import describe
 from .moe.loading import load_model
-from .show.tables import show, table
+from .show.tables import Table, show
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def inspect_model(options: InspectOptions) -> dict[str, Any]:
     ]
     ways = Counter(f"{type(la.router).__name__}: {describe(la)}" for la in layers)
     show(
-        table(
+        Table(
             f"{options.model} ({model_type(loaded.model)}): supported",
             ["MoE block", "experts per token", "width", "bytes of an expert"],
             rows,

@@ -18,7 +18,7 @@ from .measure.evaluate import EvaluateOptions, evaluate
 from .moe.loading import REFERENCE, LoadedModel, generate_plainly, load_model
 from .selector.saving import read_metrics
 from .selector.selector import LynxSelector
-from .show.tables import calibration_lines, matched_table, show, table, training_table
+from .show.tables import Table, calibration_lines, matched_table, show, training_table
 from .traces import corpus as corpora
 from .traces.collect import CollectOptions, collect
 from .traces.groups import decode_groups
@@ -149,7 +149,7 @@ def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOption
     return {"off_ms": off.median, "on_ms": on.median, "ratio": paired_ratio(off, on), "steps": len(off.ms)}
 
 
-def _closing_table(report: dict[str, Any], times: dict[str, float], options: QuickstartOptions) -> object:
+def _closing_table(report: dict[str, Any], times: dict[str, float], options: QuickstartOptions) -> Table:
     rows = []
     for p in report["points"]:
         if p["method"] == "untouched":
@@ -175,7 +175,7 @@ def _closing_table(report: dict[str, Any], times: dict[str, float], options: Qui
         "ΔNLL, nats",
         "decode step, 1 thread",
     ]
-    return table("Distinct experts, bytes, loss and time", head, rows)
+    return Table("Distinct experts, bytes, loss and time", head, rows)
 
 
 @torch.no_grad()

@@ -545,9 +545,9 @@ def test_the_card_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
         for row in rows:
             for word in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?%?", row):
                 assert is_rounded(word, known), (section, row, word)
-    test = [line for line in card.split("## Test\n")[1].splitlines() if line.startswith("| learned | budget=0.1 | 4 |")]
+    test = [line for line in card.split("## Test\n")[1].splitlines() if line.startswith("| learned budget=0.1 | 4 |")]
     (row,) = points(report, setting="budget=0.1", batch_size=4, batches="mixed")
-    assert f"| {row['experts']:.1f} | {row['bytes']:.0%} | {row['kl']:.4f} ± {row['kl_margin']:.4f} |" in test[0]
+    assert f"| {row['experts']:.1f} | {row['bytes']:.0%} | {row['kl']:.4f} ±{row['kl_margin']:.4f} |" in test[0]
 
 
 def numbers(value: Any) -> list[float]:

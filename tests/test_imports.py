@@ -37,6 +37,7 @@ RESERVED = {
     "datasets": {"traces.documents"},
     "rich": {"show.progress", "show.tables"},
     "jsonargparse": {"cli", "show.help"},
+    "jinja2": {"show.card"},
     "shtab": {"cli"},
     "prometheus_client": {"integrations.client", "integrations.vllm.metrics"},
     "matplotlib": {"show.figures"},

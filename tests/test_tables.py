@@ -14,6 +14,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "training": lambda: tables.training_table(METRICS["train"]["layers"]),
     "coverage": lambda: tables.coverage_table(METRICS["coverage"]),
     "evaluation": lambda: tables.evaluation_table(METRICS["evaluate"]),
+    "calibration": lambda: tables.calibration_table("kl", METRICS["calibrate"]["kl"]).without("groups"),
     "matched": lambda: tables.matched_table(METRICS["evaluate"]),
     "ratios": lambda: tables.ratios_table(METRICS["evaluate"]),
 }
@@ -27,7 +28,7 @@ def test_tables_of_the_shipped_selector_fit(name: str, capsys: pytest.CaptureFix
     assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
     assert "…" not in out
     printed = set(out.split())
-    figures = {word for column in made.columns[1:] for cell in column.cells for word in str(cell).split()}
+    figures = {word for row in made.rows for cell in row[1:] for word in cell.split()}
     lost = {word for word in figures - printed if any(c.isdigit() for c in word) and "_" not in word}
     assert not lost
 
@@ -39,6 +40,14 @@ def test_widths_wrap_between_words_before_they_break_one() -> None:
     assert sum(widths) + tables.GAP * 3 - 1 <= tables.WIDTH
     assert all(width >= least for width, least in zip(widths, (20, 10, 20), strict=True))
     assert sum(tables.fit([["z" * 60, "z" * 60]] * 2)) == tables.WIDTH - 3
+
+
+def test_a_page_holds_the_same_cells_as_the_terminal() -> None:
+    made = tables.Table("title", ["name", "left out", "loss"], [["a|b\nc", "1", "0.25"], ["*", "2", ""]])
+    assert made.markdown.splitlines()[2:] == ["| a\\|b c | 1 | 0.25 |", "| * | 2 |  |"]
+    kept = made.without("left out")
+    assert kept.markdown.splitlines() == ["| name | loss |", "| --- | --- |", "| a\\|b c | 0.25 |", "| * |  |"]
+    assert [list(column.cells) for column in kept.__rich__().columns] == [["a|b\nc", "*"], ["0.25", ""]]
 
 
 def test_lines_of_text_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:

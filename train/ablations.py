@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 
 from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
-from lynx_learn.show.tables import show, table
+from lynx_learn.show.tables import Table, show
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(options: Options) -> None:
     show(ablation_table(rows))
 
 
-def ablation_table(rows: list[dict[str, Any]]) -> object:
+def ablation_table(rows: list[dict[str, Any]]) -> Table:
     """Bytes and experts of each variant at equal KL, and the experts its oracle would need."""
     levels = sorted({row["level"] for row in rows[0]["matched"]})
     head = ["variant", *(f"KL {level:g}" for level in levels)]
@@ -83,7 +83,7 @@ def ablation_table(rows: list[dict[str, Any]]) -> object:
                 floor = f"{oracle['experts']:.1f}" if oracle["experts"] is not None else "–"
                 line.append(f"{learned['bytes']:.1%}, {learned['experts']:.1f} (oracle {floor})")
         lines.append(line)
-    return table("Bytes and distinct experts per layer at equal loss", head, lines)
+    return Table("Bytes and distinct experts per layer at equal loss", head, lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Tables for the terminal, from measured figures."""
+"""Tables from measured figures, for the terminal and for pages."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import rich.table
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .floor import floor_lines
 
@@ -12,15 +13,37 @@ from .floor import floor_lines
 WIDTH, GAP = 80, 2
 
 
-def table(title: str, head: list[str], rows: list[list[str]]) -> Table:
-    """A table of at most 80 columns whose first column is left-aligned, the others right-aligned."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    widths = fit([[name, *(row[index] for row in rows)] for index, name in enumerate(head)])
-    for index, (name, width) in enumerate(zip(head, widths, strict=True)):
-        made.add_column(name, justify="left" if index == 0 else "right", width=width, overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return made
+@dataclass(frozen=True)
+class Table:
+    """Heads and rows, which a terminal shows and a page holds as Markdown."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+    def without(self, *names: str) -> "Table":
+        """The same without these columns."""
+        kept = [index for index, name in enumerate(self.head) if name not in names]
+        return Table(self.title, [self.head[i] for i in kept], [[row[i] for i in kept] for row in self.rows])
+
+    @property
+    def markdown(self) -> str:
+        """Without the title; a cell may hold whatever means something there."""
+        rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in self.rows]
+        lines = [self.head, ["---"] * len(self.head), *rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def __rich__(self) -> rich.table.Table:
+        """At most 80 columns wide; the first column is left-aligned, the others right-aligned."""
+        made = rich.table.Table(
+            title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+        )
+        widths = fit([[name, *(row[index] for row in self.rows)] for index, name in enumerate(self.head)])
+        for index, (name, width) in enumerate(zip(self.head, widths, strict=True)):
+            made.add_column(name, justify="left" if index == 0 else "right", width=width, overflow="fold")
+        for row in self.rows:
+            made.add_row(*row)
+        return made
 
 
 def fit(columns: list[list[str]]) -> list[int]:
@@ -71,7 +94,7 @@ def evaluation_table(report: dict[str, Any]) -> Table:
         "KL, worst source",
     ]
     fewest = min(p["tokens"] for p in report["points"])
-    return table(f"Test text {report['options']['corpus']}, {fewest:,} tokens per point or more", head, rows)
+    return Table(f"Test text {report['options']['corpus']}, {fewest:,} tokens per point or more", head, rows)
 
 
 def matched_table(report: dict[str, Any]) -> Table:
@@ -83,7 +106,7 @@ def matched_table(report: dict[str, Any]) -> Table:
         cells.setdefault((row["method"], place(row)), {})[loss(row)] = cell
     losses = list(dict.fromkeys(loss(row) for row in report["matched"]))
     rows = [[method, batch, *(cell[name] for name in losses)] for (method, batch), cell in cells.items()]
-    return table("Bytes/experts at equal loss (on each method's measured curve)", ["method", "batch", *losses], rows)
+    return Table("Bytes/experts at equal loss (on each method's measured curve)", ["method", "batch", *losses], rows)
 
 
 def ratios_table(report: dict[str, Any]) -> Table:
@@ -94,7 +117,7 @@ def ratios_table(report: dict[str, Any]) -> Table:
         for row in report["ratios"]
     ]
     head = ["loss", "batch", "best rule", "bytes / best rule", "bytes / formula", "experts / oracle"]
-    return table("The learned method relative to others at equal loss (95%)", head, rows)
+    return Table("The learned method relative to others at equal loss (95%)", head, rows)
 
 
 def place(row: dict[str, Any]) -> str:
@@ -116,39 +139,38 @@ def interval(found: dict[str, float | None] | None) -> str:
 
 
 def calibration_lines(calibration: dict[str, Any]) -> list[object]:
-    """What was certified, and the noise floor beside it."""
-    return [calibration_table(calibration), *(line for how in calibration.values() for line in floor_lines(how))]
-
-
-def calibration_table(calibration: dict[str, Any]) -> Table:
-    """The thresholds' cells, each metric's below its noise floor."""
-    rows = []
+    """What was certified of each metric, and the noise floor beside it."""
+    lines: list[object] = []
     for metric, how in calibration.items():
-        if floor := how.get("floor"):
-            kinds = {"with a cache": floor["cached"], floor["other"]: floor["precision"]}
-            rows += [
-                [f"{metric} floor", str(floor["batch_size"]), f"{value:.1g}", "", f"untouched, {kind}", "100%"]
-                for kind, value in kinds.items()
-                if value is not None
-            ]
-        for budget, cells in how["cells"].items():
-            for size, cell in cells.items():
-                skips = cell["threshold"] > 0
-                rows.append(
-                    [
-                        f"{metric} {budget}",
-                        size,
-                        f"{cell['mean']:.4f}" if skips else "–",
-                        f"{cell['upper']:.4f}" if skips else "–",
-                        f"{cell['experts_before']:.1f} → {cell['experts']:.1f}"
-                        if skips
-                        else "skips nothing: no threshold qualified",
-                        f"{cell['bytes']:.0%}" if skips else "100%",
-                    ]
-                )
-    return table(
-        "Calibrated thresholds", ["budget", "batch", "measured", "upper bound", "experts per layer", "bytes"], rows
-    )
+        lines += [calibration_table(metric, how).without("by quarter of the decode", "groups"), *floor_lines(how)]
+    return lines
+
+
+def calibration_table(metric: str, how: dict[str, Any]) -> Table:
+    """A metric's cells below its noise floor."""
+    rows = []
+    if floor := how.get("floor"):
+        kinds = {"with a cache": floor["cached"], floor["other"]: floor["precision"]}
+        rows += [
+            ["floor", str(floor["batch_size"]), f"{value:.1g}", "–", "–", f"untouched, {kind}", "100%", "–"]
+            for kind, value in kinds.items()
+            if value is not None
+        ]
+    for budget, cells in how["cells"].items():
+        for size, cell in cells.items():
+            if cell["threshold"] > 0:
+                row = [
+                    f"{cell['mean']:.4f}",
+                    " ".join(f"{value:.4f}" for value in cell.get("by_part", ())) or "–",
+                    f"{cell['upper']:.4f}",
+                    f"{cell['experts_before']:.1f} → {cell['experts']:.1f}",
+                    f"{cell['bytes']:.0%}",
+                ]
+            else:
+                row = ["–", "–", "–", "skips nothing: no threshold qualified", "100%"]
+            rows.append([budget, size, *row, str(cell["groups"])])
+    head = ["budget", "batch", "measured", "by quarter of the decode", "upper bound", "experts per layer", "bytes"]
+    return Table(f"Calibrated thresholds, metric {metric}", [*head, "groups"], rows)
 
 
 def coverage_table(report: dict[str, Any]) -> Table:
@@ -179,7 +201,7 @@ def coverage_table(report: dict[str, Any]) -> Table:
     allowed = ["exact", "", *(f"{exact[key]:.1%}" for key in ("test_over", "pool_over", "true_over", "true_over"))]
     head = ["budget", "batch", "test over", "pool over", "true mean over", "bound misses", "none", "test", "bound"]
     title = f"Calibration repeated, {report['options']['metric']}; loss and bound relative to the budget"
-    return table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
+    return Table(title, [*head, "bytes"], [*rows, [*allowed, *[""] * 4]])
 
 
 def export_lines(found: dict[str, Any]) -> list[object]:
@@ -208,7 +230,7 @@ def export_lines(found: dict[str, Any]) -> list[object]:
             f"{times['experts']} experts, {times['tokens']} tokens, top {times['top_k']}, width {times['hidden']}, scorer "
             f"{times['scorer']}; one thread, {times['machine']['processor']}"
         )
-        lines.append(table("Microseconds of one layer's decision", ["by", "median", "10%", "90%"], rows))
+        lines.append(Table("Microseconds of one layer's decision", ["by", "median", "10%", "90%"], rows))
         if "reason" in times["microseconds"]:
             lines.append(f"torch.compile is not usable here: {times['microseconds']['reason']}")
     return lines
@@ -226,9 +248,9 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
         ]
         for row in layers
     ]
-    return table(
+    return Table(
         "Held-out traces: gamma deviance / correlation of predicted and true cost",
-        ["layer", "left open", "sensitivity", *(kind.replace("_", " ") for kind in kinds)],
+        ["layer", "unexplained", "sensitivity", *(kind.replace("_", " ") for kind in kinds)],
         rows,
     )
 
@@ -265,10 +287,10 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
             whole.append([name, *speeds, f"{end['ratio']:.2f}", f"{end['same_tokens']:.0%}"])
     machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
     head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
-    tables: list[Table | str] = [table(f"Decode step: {what}; {machine}", head, timed)]
+    tables: list[Table | str] = [Table(f"Decode step: {what}; {machine}", head, timed)]
     head = ["", "extra, ms", "of a step", "µs per layer", "µs per layer while skipping"]
-    tables.append(table("Deciding everything, skipping nothing", head, parts))
+    tables.append(Table("Deciding everything, skipping nothing", head, parts))
     if whole:
         head = ["", "tokens/s off", "tokens/s on", "off / on", "same tokens"]
-        tables.append(table("Whole calls of generate", head, whole))
+        tables.append(Table("Whole calls of generate", head, whole))
     return tables
