@@ -291,16 +291,23 @@ def test_a_request_that_opted_out_is_as_untouched(
     assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
 
 
-def test_opted_out_prompts_are_not_read_from_what_others_generated(
+@pytest.mark.parametrize("value", ["of", 0.003, -1])
+def test_what_is_neither_on_nor_off_is_a_bad_request(
+    untouched: Server, skipping: Server, prompts: list[list[int]], value: Any
+) -> None:
+    own = {"extra_body": {"vllm_xargs": {"lynx": value}}}
+    with pytest.raises(openai.BadRequestError, match=f"lynx={value!r} in vllm_xargs .+ expected false"):
+        skipping.complete(prompts[:1], 4, **own)
+    assert untouched.complete(prompts[:1], 4, **own)  # nobody there asked for anything
+
+
+def test_a_second_turn_reads_no_more_than_prompts(
     untouched: Server, skipping: Server, prompts: list[list[int]]
 ) -> None:
-    """A second turn: the prompt repeats what was generated with fewer experts, whose keys and values are cached."""
+    """Its prompt repeats what was generated with fewer experts, whose keys and values are cached."""
     few = prompts[:8]  # all blocks of both turns fit, so that none of the first is given up before it is read
     second = [p + new for p, new in zip(few, tokens_of(skipping.complete(few)), strict=True)]
-    off = {"extra_body": {"vllm_xargs": {"lynx": 0}}}
     wanted = untouched.complete(second, 8, logprobs=5)
-    cached = skipping.complete(second, 8, logprobs=5)
-    found = skipping.complete(second, 8, logprobs=5, **off)
 
     def distance(choices: list[Any]) -> float:
         """Of the first token's likeliest alternatives; it comes out of the prompt, which no request skips anything in."""
@@ -309,8 +316,15 @@ def test_opted_out_prompts_are_not_read_from_what_others_generated(
         ]
         return max(abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
 
+    off = {"extra_body": {"vllm_xargs": {"lynx": 0}}}
+    hits = 'vllm:prefix_cache_hits_total{engine="0",model_name="reference"}'
+    before = skipping.metrics()[hits]
+    found = skipping.complete(second, 8, logprobs=5, **off)
+    read = skipping.metrics()[hits] - before
     assert tokens_of(found) == tokens_of(wanted)
-    assert distance(found) < 1e-3 < distance(cached)
+    assert distance(found) < 1e-3
+    assert read == len(few) * PROMPT  # the first turns' prompts, and nothing behind them
+    assert distance(skipping.complete(second, 8, logprobs=5)) < 1e-3
 
 
 def test_preempted_requests_come_back(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:

@@ -123,7 +123,7 @@ def test_settings_of_the_environment_are_put_into_the_configuration(selector: Pa
     own = prepared(Arguments(enforce_eager=True, additional_config={"other": 1})).additional_config
     assert own == {
         "other": 1,
-        "lynx": {"selector": str(selector), "budget": 0.01, "on_unsupported": "fail"},
+        "lynx": {"selector": str(selector), "budget": 0.01, "on_unsupported": "fail", "reuse_generated": False},
     }
 
 

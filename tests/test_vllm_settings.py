@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lynx_learn.errors import OptionError
-from lynx_learn.integrations.vllm.settings import Settings, opted_out, read_settings
+from lynx_learn.integrations.vllm.settings import Settings, check_request, opted_out, read_settings
 
 
 def test_settings() -> None:
@@ -18,6 +18,7 @@ def test_settings() -> None:
     own = {"LYNX_SELECTOR": "a/b", "LYNX_BUDGET": "0.01"}
     assert read_settings(own) == Settings("a/b", 0.01)
     assert read_settings(own, {"lynx": {"budget": 0.03}}) == Settings("a/b", 0.03)
+    assert read_settings({**own, "LYNX_REUSE_GENERATED": "1"}).reuse_generated  # type: ignore[union-attr]
     assert read_settings({**own, "LYNX_ON_UNSUPPORTED": "warn"}).on_unsupported == "warn"  # type: ignore[union-attr]
 
 
@@ -30,6 +31,7 @@ def test_settings() -> None:
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "-1"}, None, "LYNX_BUDGET=-1 is not usable"),
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "nan"}, None, "LYNX_BUDGET=nan is not usable"),
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_ON_UNSUPPORTED": "ask"}, None, "expected fail or warn"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_REUSE_GENERATED": "ask"}, None, "expected 0 or 1"),
         ({}, {"lynx": {}}, "no selector"),
         ({}, {"lynx": "x"}, "expected an object"),
         ({}, {"lynx": {"selector": "x", "budget": True}}, "not usable"),
@@ -47,8 +49,16 @@ def test_settings_refused(environment: dict[str, str], additional: Any, line: st
 )
 def test_opting_out(value: Any, out: bool) -> None:
     assert opted_out({"lynx": value}) is out
+    check_request({"lynx": value})
     assert not opted_out({"other": value})
     assert not opted_out(None)
+
+
+@pytest.mark.parametrize("value", ["of", "none", "", 0.003, -1, 2, None, [0]])
+def test_what_is_neither_on_nor_off_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match="expected false, which keeps all experts, or true"):
+        check_request({"lynx": value})
+    assert opted_out({"lynx": value})  # where it was not looked at when it came
 
 
 def test_settings_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +66,7 @@ def test_settings_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     folder = tmp_path / "selector"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    settings = Settings("selector", 0.01, "warn")
+    settings = Settings("selector", 0.01, "warn", True)
     written = json.loads(json.dumps({"lynx": settings.to_config()}))
     assert read_settings({"LYNX_BUDGET": "0.5"}, written) == replace(settings, selector=str(folder))
     assert Settings("owner/name", 0.01).to_config()["selector"] == "owner/name"

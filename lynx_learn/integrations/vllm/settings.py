@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import LynxError, OptionError
 
 SELECTOR, BUDGET, ON_UNSUPPORTED = "LYNX_SELECTOR", "LYNX_BUDGET", "LYNX_ON_UNSUPPORTED"
+REUSE_GENERATED = "LYNX_REUSE_GENERATED"
 
 KEY = "lynx"
 """In `--additional-config`, and in a request's `extra_args` or `vllm_xargs`."""
@@ -35,11 +36,13 @@ class Settings:
         selector: folder or Hub id.
         budget: nats of KL per token.
         on_unsupported: `fail` or `warn`.
+        reuse_generated: prompts that repeat what was generated with fewer experts start from its cached keys and values.
     """
 
     selector: str
     budget: float
     on_unsupported: str = "fail"
+    reuse_generated: bool = False
 
     def to_config(self) -> dict[str, Any]:
         """As `read_settings` takes them from the additional config; a folder by its full path, as workers may be elsewhere."""
@@ -61,10 +64,9 @@ def read_settings(environment: Mapping[str, str], additional: object = None) -> 
     if given is not None and not isinstance(given, Mapping):
         raise OptionError(f"--additional-config has {KEY!r}: {given!r}: expected an object with selector and budget")
     own: Mapping[str, Any] = given or {}
-    if unknown := sorted(set(own) - {"selector", "budget", "on_unsupported"}):
-        raise OptionError(
-            f"--additional-config has {KEY}.{unknown[0]}, which is none of selector, budget and on_unsupported"
-        )
+    known = [part.name for part in fields(Settings)]
+    if unknown := sorted(set(own) - set(known)):
+        raise OptionError(f"--additional-config has {KEY}.{unknown[0]}, which is none of {', '.join(known)}")
     selector = own.get("selector", environment.get(SELECTOR, ""))
     budget = own.get("budget", environment.get(BUDGET, ""))
     if not selector and budget in ("", None) and given is None:
@@ -82,7 +84,10 @@ def read_settings(environment: Mapping[str, str], additional: object = None) -> 
     action = own.get("on_unsupported", environment.get(ON_UNSUPPORTED, "fail"))
     if action not in ("fail", "warn"):
         raise OptionError(f"{ON_UNSUPPORTED}={action} is not usable: expected fail or warn")
-    return Settings(selector, nats, action)
+    reuse = switched(own.get("reuse_generated", environment.get(REUSE_GENERATED) or False))
+    if reuse is None:
+        raise OptionError(f"{REUSE_GENERATED} is not usable: expected 0 or 1")
+    return Settings(selector, nats, action, reuse)
 
 
 def recorded(additional: object) -> tuple[str, ...] | None:
@@ -101,17 +106,32 @@ def engine_version() -> str:
     return ""
 
 
-def opted_out(extra_args: object) -> bool:
-    """Whether a request's `extra_args` say that it keeps all its experts.
+def switched(value: object) -> bool | None:
+    """What a value says that people write for on or off; None: neither.
 
     The OpenAI server turns JSON's `false` into the number 0, and passes words on as they are.
     """
-    if not isinstance(extra_args, Mapping) or KEY not in extra_args:
-        return False
-    value = extra_args[KEY]
+    words = {"false": False, "0": False, "off": False, "no": False, "true": True, "1": True, "on": True, "yes": True}
     if isinstance(value, str):
-        return value.strip().lower() in ("false", "0", "off", "no")
-    return isinstance(value, int | float) and not value
+        return words.get(value.strip().lower())
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
+
+
+def opted_out(extra_args: object) -> bool:
+    """Whether a request's `extra_args` say that it keeps all its experts; so does one that says what is neither on nor off."""
+    return isinstance(extra_args, Mapping) and KEY in extra_args and not switched(extra_args[KEY])
+
+
+def check_request(extra_args: object) -> None:
+    """Refuse a request that says something else than on or off.
+
+    Raises:
+        OptionError: with what it says.
+    """
+    if isinstance(extra_args, Mapping) and KEY in extra_args and switched(extra_args[KEY]) is None:
+        raise OptionError(
+            f"{KEY}={extra_args[KEY]!r} in vllm_xargs is not usable: expected false, which keeps all experts, or true"
+        )
 
 
 def refuse(settings: Settings, reason: LynxError) -> None:
