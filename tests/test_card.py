@@ -97,20 +97,38 @@ def test_the_budgets_are_said_to_be_certified_for_this_text_alone() -> None:
     text += f"{PROMPT} tokens of prompt and {LENGTH - PROMPT} of decode, in float32 on cpu"
     assert f"text: {text}; guarantee `cell`" in section(card, "Budgets")
     limits = section(card, "Limits")
-    assert f"1. For {text}, decoded in a batch" in limits
-    assert "at most 5% of all cases" in limits
-    assert "each budget and batch size on its own, not all of them at once" in limits
+    assert f"1. **What holds.** For {text}, decoded in batches of exactly a size" in limits
+    assert "at most the budget, over the whole decode and over its last quarter.\n" in limits
+    assert "each draw their prompts and samples anew, at most 5% take a threshold" in limits
+    assert "for each budget and batch size on its own, not for all of them at once" in limits
+    assert "one request, one source, one stretch of text" in limits
     assert limits.count("\n3. ") == 1
+    assert "earlier procedure" not in limits
+
+
+def test_thresholds_of_an_earlier_procedure_are_told() -> None:
+    """Which did not look at the last quarter."""
+    selector, metrics = parts()
+    cell = metrics["calibrate"]["kl"]["cells"][str(BUDGET)][str(SIZE)]
+    for more, earlier in (({"by_part": [0.1] * 4}, False), ({}, True)):
+        cell.pop("by_part", None)
+        cell |= {"threshold": 0.5, "experts": 1.0, "experts_before": 2.0, "bytes": 0.5, **more}
+        limits = section(render(asdict(selector.config), metrics), "Limits")
+        assert ("earlier procedure" in limits) is earlier
+        assert ("its last quarter" in limits) is not earlier
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"mode": "teacher"}, "For text like that of"),
+        ({"mode": "teacher"}, "each draw their documents anew"),
         ({"mode": "skipping"}, "what the skipping model itself writes up to its end"),
         ({"temperature": 0.0, "ignore_eos": True}, "writes, sampled greedily, after"),
         ({"guarantee": "all"}, "all budgets and batch sizes at once"),
-        ({"guarantee": "worst-source"}, "every source of the table's text"),
+        ({"guarantee": "sizes"}, "counted for all batch sizes of a budget at once"),
+        ({"guarantee": "worst-source"}, "for every source as well as for all of them.\n"),
+        ({"guarantee": "worst-source"}, "says nothing of one request, one stretch of text"),
     ],
     ids=str,
 )

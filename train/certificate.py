@@ -14,6 +14,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
+from lynx_learn.show.tables import Table
 
 Report = dict[str, Any]
 
@@ -68,15 +69,17 @@ def certificate_page(reports: dict[tuple[str, str], Report]) -> str:
                 [prompts, text, str(size), *(" ".join(f"{v:.4f}" for v in own[b]["kl_by_part"]) for b in budgets)]
             )
     options, environment = (next(iter(reports.values()))[key] for key in ("options", "environment"))
+    head = ["prompts", "text", "batch", *(f"budget {b:g}" for b in budgets)]
     tokens = min(p["tokens"] for report in reports.values() for p in report["points"])
     return "\n".join(
         [
             f"KL in nats per token ± 95% margin, and bytes of expert weights, at the calibrated thresholds of `{options['selector']}`; bold: "
             f"over the budget by more than the margin. Prompts of {options['prompt']} tokens, sequences of {options['length']}; {tokens:,} "
             f"decode tokens a point or more; {environment['machine']}; simulated decode, one run.\n",
-            grid([f"budget {b:g}" for b in budgets], losses),
-            "The same by quarter of the decode positions.\n",
-            grid([f"budget {b:g}" for b in budgets], parts),
+            Table("", head, losses).markdown,
+            "\nThe same by quarter of the decode positions.\n",
+            Table("", head, parts).markdown,
+            "",
         ]
     )
 
@@ -84,11 +87,6 @@ def certificate_page(reports: dict[tuple[str, str], Report]) -> str:
 def loss(point: Report, budget: float) -> str:
     shown = f"{point['kl']:.4f} ± {point['kl_margin']:.4f}"
     return f"{f'**{shown}**' if point['kl'] - point['kl_margin'] > budget else shown}, {point['bytes']:.0%}"
-
-
-def grid(columns: list[str], rows: list[list[str]]) -> str:
-    head = ["prompts", "text", "batch", *columns]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

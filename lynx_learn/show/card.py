@@ -68,9 +68,8 @@ def budgets(metric: str, how: dict[str, Any], limits: dict[str, Any]) -> dict[st
 
 def promise(metric: str, limits: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """What a calibration guarantees; `earlier` are those of a procedure that measured no quarters of the decode."""
-    cells = [cell for row in how.get("cells", {}).values() for cell in row.values()]
-    quarters = any("by_part" in cell for cell in cells)
-    return {"metric": metric, "limits": limits, "quarters": quarters, "earlier": bool(cells) and not quarters}
+    cells = [cell for row in how.get("cells", {}).values() for cell in row.values() if cell["threshold"] > 0]
+    return {"metric": metric, "limits": limits, "earlier": any("by_part" not in cell for cell in cells)}
 
 
 def not_certified(sources: list[str], calibration: dict[str, Any]) -> list[str]:
