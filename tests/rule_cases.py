@@ -56,8 +56,11 @@ def experts_of(decision: Decision) -> list[int]:
 def stats_of(
     norms: list[float] | None = None,
     squares: list[float] | None = None,
+    lengths: list[float] | None = None,
     distances: list[list[float]] | None = None,
     similarities: list[list[float]] | None = None,
+    scalars: list[list[float]] | None = None,
+    losses: list[list[float]] | None = None,
     ratios: list[float] | None = None,
     sample: Routing | None = None,
 ) -> ExpertStats:
@@ -66,8 +69,11 @@ def stats_of(
     return ExpertStats(
         torch.tensor([norms or [1.0] * 4]),
         torch.tensor([squares or [1.0] * 4]),
+        torch.tensor([lengths or [1.0] * 4]),
         torch.tensor([distances or nothing]),
         torch.tensor([similarities or nothing]),
+        torch.tensor([scalars or nothing]),
+        torch.tensor([losses or nothing]),
         torch.tensor([ratios or [0.5]]),
         torch.zeros(1, 1, 2, dtype=torch.int64) if sample is None else sample.indices,
         torch.ones(1, 1, 2) if sample is None else sample.weights,
@@ -91,7 +97,9 @@ def some_stats(experts: int = EXPERTS, layers: int = 1, seed: int = 0, top_k: in
     similarities = 1 - distances / distances.amax((1, 2), keepdim=True)
     logits = 1.5 * torch.randn(layers, 200, experts, generator=generator)
     weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
-    return ExpertStats(norms, squares, distances, similarities, ratios, indices, weights)
+    lengths = 0.2 + torch.rand(layers, experts, generator=generator)
+    scalars = torch.randn(layers, experts, experts, generator=generator)
+    return ExpertStats(norms, squares, lengths, distances, similarities, scalars, distances, ratios, indices, weights)
 
 
 # What is refused.

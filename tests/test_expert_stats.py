@@ -1,5 +1,6 @@
 """Statistics of experts against direct computations, from traces of tiny models."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def test_statistics_are_those_of_a_direct_computation(name: str, tmp_path: Path)
             routed = (seen["indices"] == i).any(1)
             mine = out[i][routed] if routed.any() else out[i]
             assert stats.norms[layer.index, i] == pytest.approx(float(mine.norm(dim=1).mean()), rel=1e-4)
+            assert stats.lengths[layer.index, i] == pytest.approx(float(out[i].norm(dim=1).mean()), rel=1e-4)
             squared = float(mine.square().sum(1).mean())
             assert stats.squares[layer.index, i] == pytest.approx(squared, rel=1e-4)
         apart = out[:, None] - out[None]
@@ -94,9 +96,36 @@ def test_chunks_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(MoeLayer, "expert_output", counting)
     monkeypatch.setattr(expert_stats, "CHUNK_BYTES", 7 * 4 * EXPERTS * HIDDEN)
     parts = measure_experts(layers, trace)
-    assert max(held) == 7
-    for name in ("norms", "squares", "distances", "similarities", "ratios"):
+    # tokens of which all experts run, and those of which the routed two do
+    assert held.count(7) >= EXPERTS
+    assert max(held) <= 7 * EXPERTS // 2
+    for name in ("norms", "squares", "lengths", "scalars", "losses", "distances", "similarities", "ratios"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
+
+
+def test_pairs_are_compared_on_the_tokens_routed_to_both(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    layers, trace = find_moe_layers(model), trace_of(model, tmp_path / "trace")
+    stats, layer = measure_experts(layers, trace), layers[1]
+    seen = everything(trace, 1)
+    found = set()
+    for i, j in itertools.product(range(EXPERTS), repeat=2):
+        scalar, loss = float(stats.scalars[1, i, j]), float(stats.losses[1, i, j])
+        both = (seen["indices"] == i).any(1) & (seen["indices"] == j).any(1)
+        if i == j:
+            assert (scalar, loss) == (1.0, 0.0)
+        elif not both.any():
+            assert (scalar, loss) == (0.0, pytest.approx(1e30))
+            found.add("unseen")
+        else:
+            u, v = (layer.expert_output(e, seen["hidden"][both]).double() for e in (i, j))
+            w = u.norm(dim=1)
+            best = float((w * (u * v).sum(1)).sum() / ((w * v.square().sum(1)).sum() + 1e-3))
+            assert scalar == pytest.approx(min(4.0, max(-4.0, best)), rel=1e-3, abs=1e-6)
+            left = (w * (u - scalar * v).square().sum(1)).sum() / (w * u.square().sum(1)).sum()
+            assert loss == pytest.approx(float(left), rel=1e-3)
+            found.add("seen")
+    assert found == {"seen", "unseen"}
 
 
 def test_equal_experts_are_at_distance_0_and_wholly_alike(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Methods: every curve can be measured, from gentle to harsh, and what does not apply is refused in one line."""
 
 import itertools
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,9 +25,9 @@ from lynx_learn.rules.oracle import Oracle
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 KEEP_SETS = {"random", "popularity", "lynx", "xshare", "gate_sum", "vote", "gate_sq", "gate_max"}
-NEED_STATS = {"sere", "siftmoe", "naee", "contribution", "layered"}
-NEED_SELECTOR = {"learned", "formula", "oracle", "layered"}
-# Of a large model alone; its layers are never run.
+NEED_STATS = {"sere", "siftmoe", "exfold", "naee", "contribution", "layered", "ace", "modes", "alloc"}
+NEED_SELECTOR = {"learned", "formula", "oracle", "layered", "modes", "alloc"}
+# Of a large model alone; its layers are never run, and have no weights for `ace`.
 SHAPES = [(8, 2), (32, 4), (60, 4), (128, 8), (256, 8)]
 
 
@@ -61,8 +62,21 @@ def refusal(method: str, layers: list[MoeLayer], **given: object) -> str:
 
 def test_methods_stand_in_the_order_of_tables() -> None:
     assert list(METHODS) == [
-        *("random", "top_k", "popularity", "lynx", "xshare", "gate_sum", "oea", "sere", "siftmoe", "naee"),
-        *("contribution", "vote", "gate_sq", "gate_max", "layered", "learned", "formula", "oracle"),
+        *("random", "top_k", "popularity", "lynx", "xshare", "gate_sum", "oea", "sere", "siftmoe"),
+        *("exfold", "naee"),
+        *(
+            "contribution",
+            "ace",
+            "modes",
+            "alloc",
+            "vote",
+            "gate_sq",
+            "gate_max",
+            "layered",
+            "learned",
+            "formula",
+            "oracle",
+        ),
     ]
 
 
@@ -71,7 +85,7 @@ def test_methods_stand_in_the_order_of_tables() -> None:
 def test_published_curves_are_named_and_every_setting_stands_once(experts: int, top_k: int, size: int) -> None:
     layers, stats = shaped(experts, top_k), some_stats(experts)
     for method in METHODS:
-        if method in NEED_SELECTOR or (method == "naee" and top_k != 2):
+        if method in NEED_SELECTOR | {"ace"} or (method == "naee" and top_k != 2):
             continue
         found = curves(method, layers, size, stats, None)
         assert found
@@ -113,23 +127,23 @@ def test_rules_with_a_second_parameter_have_a_curve_for_each() -> None:
     assert count == {**dict.fromkeys(count, 2), "sere": 3}
 
 
-def test_a_selector_gives_gate_rules_one_threshold_for_all_layers() -> None:
-    layers = find_moe_layers(wide_model())
+def test_a_selector_and_a_trace_give_gate_rules_one_threshold_for_all_layers() -> None:
+    layers, stats = find_moe_layers(wide_model()), some_stats(16, 2)
+    stats = replace(stats, squares=torch.tensor([[1.0, 3.0] * 8, [8.0] * 16]))
     selector = random_selector(wide_model())
-    for layer, value in zip(selector.layers, (0.08, 0.02), strict=True):
+    for layer, value in zip(selector.layers, (0.08, 0.005), strict=True):
         layer.sensitivity.fill_(value)  # type: ignore[operator]
-    for method, factors in (
-        ("gate_sq", [2.0, 0.5]),
-        ("gate_sum", [2**0.5, 0.5**0.5]),
-        ("gate_max", [2**0.5, 0.5**0.5]),
-    ):
-        without, curve = curves(method, layers, 16, None, None), curves(method, layers, 16, None, selector)[-1]
-        assert len(curves(method, layers, 16, None, selector)) == len(without) + 1
+    for method, factors in (("gate_sq", [0.16, 0.04]), ("gate_sum", [0.4, 0.2]), ("gate_max", [0.4, 0.2])):
+        without = curves(method, layers, 16, stats, None)
+        assert len(curves(method, layers, 16, None, selector)) == len(without)
+        curve = curves(method, layers, 16, stats, selector)[-1]
+        assert len(curves(method, layers, 16, stats, selector)) == len(without) + 1
         assert len(curve) == 14
-        for policy in curve:
+        for policy, tau in zip(curve, (0.04 * 2.0**i for i in range(-9, 5)), strict=True):
             assert isinstance(policy, Layered)
             assert policy.name == policy.score == method
             assert policy.factors[:, 3].tolist() == pytest.approx(factors)
+            assert policy.threshold == pytest.approx(tau if method == "gate_sq" else tau**0.5)
             policy.bind(layers)
 
 
@@ -256,7 +270,7 @@ def test_naee_is_refused_for_other_models() -> None:
     assert "naee skips the second of two experts" in refusal("naee", shaped(32, 4), stats=some_stats(32))
 
 
-@pytest.mark.parametrize("method", ["top_k", "oea", "sere", "contribution"])
+@pytest.mark.parametrize("method", ["top_k", "oea", "sere", "contribution", "ace", "modes", "alloc"])
 def test_rules_that_rank_a_tokens_experts_are_refused_for_models_with_one(method: str) -> None:
     text = refusal(method, shaped(8, 1), stats=some_stats())
     assert method in text

@@ -23,9 +23,9 @@ from lynx_learn.moe.decision import Decision, Policy, Routing, used_experts
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.routing_rules import ScoringRule
 from lynx_learn.rules.expert_stats import ExpertStats
-from lynx_learn.rules.keep_sets import GateMax, GateSquared, Layered, Lynx, Popularity, Random, Vote, XShare
-from lynx_learn.rules.per_token import NAEE, Contribution, TopK
-from lynx_learn.rules.substitutes import OEA, SERE, SiftMoE
+from lynx_learn.rules.keep_sets import GateMax, GateNorm, GateSquared, Layered, Lynx, Popularity, Random, Vote, XShare
+from lynx_learn.rules.per_token import ACE, NAEE, Alloc, Contribution, MoDES, TopK
+from lynx_learn.rules.substitutes import OEA, SERE, ExFold, SiftMoE
 
 
 def side_by_side(*batches: Routing) -> Routing:
@@ -59,9 +59,15 @@ RULES: dict[str, Callable[[ExpertStats], Policy]] = {
     "naee": lambda stats: NAEE(0.95, stats),
     "contribution": lambda stats: Contribution(stats, 0.45),
     "contribution kept": lambda stats: Contribution(stats, kept=1.15),
+    "ace": lambda stats: ACE(0.8, stats.norms, stats),
+    "modes": lambda stats: MoDES(0.6, torch.tensor([0.5])),
+    "alloc drop": lambda stats: Alloc((1,)),
     "oea": lambda stats: OEA(1),
     "sere": lambda stats: SERE(1, 0.3, stats),
-    "siftmoe": lambda stats: SiftMoE(0.4, stats),
+    "siftmoe drop": lambda stats: SiftMoE(0.4, stats),
+    "siftmoe drop by layer": lambda stats: SiftMoE(0.4, stats, torch.tensor([1.1])),
+    "exfold": lambda stats: ExFold(GateNorm(4, stats), stats),
+    "exfold layered": lambda stats: ExFold(Layered("layered", "gate_sq", 1.5, stats.squares), stats),
 }
 
 
@@ -88,9 +94,10 @@ def test_decisions_are_usable_and_load_no_more(rule_name: str, router: str) -> N
         assert int(decision.indices.min()) >= 0
         assert int(decision.indices.max()) < EXPERTS
         assert torch.isfinite(decision.weights).all()
-        assert (decision.weights >= 0).all()
+        folded = rule_name.startswith("exfold")  # whose scalars may be negative, and are here
+        assert folded or (decision.weights >= 0).all()
         every = decision.weights.sum(-1)
-        assert (every > 0).all() or "drop" in rule_name
+        assert folded or (every > 0).all() or "drop" in rule_name
         before += int(used_experts(routing.indices, routing.active, EXPERTS).sum())
         after += int(used_experts(decision.indices, routing.active, EXPERTS).sum())
     assert after < 0.95 * before
@@ -167,9 +174,13 @@ def test_gentlest_settings_change_nothing(name: str) -> None:
         TopK(2),
         NAEE(0.0, replace(stats, ratios=torch.zeros_like(stats.ratios))),
         Contribution(stats, 0.0),
+        ACE(0.0, stats.norms, replace(stats, weights=torch.tensor([1.0, 0.0]).expand_as(stats.weights))),
+        MoDES(0.0, torch.ones(stats.norms.shape[0])),
+        Alloc((2,) * stats.norms.shape[0]),
         OEA(2),
         SERE(1, 1.1, stats),
         SiftMoE(0.0, stats),
+        ExFold(GateNorm(EXPERTS, stats), stats),
     )
     untouched = decode(model, words(6, 10), prompt=4)[1]
     for policy in gentle:
@@ -179,5 +190,11 @@ def test_gentlest_settings_change_nothing(name: str) -> None:
 
 def test_statistics_of_another_model_are_refused() -> None:
     stats = some_stats(experts=6)
-    for policy in (NAEE(0.5, stats), Contribution(stats, 0.5), SERE(1, 0.5, stats), SiftMoE(0.5, stats)):
+    for policy in (
+        NAEE(0.5, stats),
+        Contribution(stats, 0.5),
+        SERE(1, 0.5, stats),
+        SiftMoE(0.5, stats),
+        ExFold(XShare(2), stats),
+    ):
         assert "of 1 layers of 6 experts" in refusal(policy, LAYER)

@@ -24,7 +24,8 @@ from rule_cases import (
 from tiny import EXPERTS, FAMILIES, tiny_model
 
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.rules.substitutes import OEA, SERE, SiftMoE
+from lynx_learn.rules.keep_sets import GateNorm, Layered
+from lynx_learn.rules.substitutes import OEA, SERE, ExFold, SiftMoE
 
 # Rules that send assignments to what others load.
 
@@ -68,13 +69,14 @@ def test_sere_sends_to_the_most_similar_of_the_first() -> None:
     assert by_token(decided(SERE(1, 0.5, twins), routed(A, C))) == approximately({0: 0.6, 1: 0.4}, {2: 0.6, 3: 0.4})
 
 
+FAR = [99.0] * 4
 SIFT_DISTANCES = [[0.0, 0.5, 1.0, 2.0], [0.5, 0.0, 0.9, 0.1], [1.0, 0.9, 0.0, 0.8], [2.0, 0.1, 0.8, 0.0]]
 
 
 def test_siftmoe_skips_what_an_expert_kept_before_stands_in_for() -> None:
     # Largest weights 0.6, 0.4, 0.65, 0.35. In the order 2, 0, 1, 3: 2 stays; 0 stays, as 0.6 × 1.0 > 0.25; 1 goes, as 0 is
     # at 0.4 × 0.5; 3 stays, as 2 is at 0.35 × 0.8: it is near 1, but that is gone. The nearest to 1 that stays is 3.
-    last, stats = [0.10, 0.20, 0.455, 0.245], stats_of(distances=SIFT_DISTANCES)
+    last, stats = [0.10, 0.20, 0.455, 0.245], stats_of(lengths=FAR, distances=SIFT_DISTANCES)
     assert by_token(decided(SiftMoE(0.25, stats), routed(A, last))) == approximately(
         {0: 0.6, 3: 0.4}, {2: 0.65, 3: 0.35}
     )
@@ -82,7 +84,7 @@ def test_siftmoe_skips_what_an_expert_kept_before_stands_in_for() -> None:
     wider = decided(SiftMoE(0.5, stats), routed(A, last))
     assert by_token(wider) == approximately({0: 1.0}, {2: 1.0})
     # bounds are shares of the layer's mean output norm
-    double = stats_of(norms=[1.0, 3.0, 2.0, 2.0], distances=SIFT_DISTANCES)
+    double = stats_of(norms=[1.0, 3.0, 2.0, 2.0], lengths=FAR, distances=SIFT_DISTANCES)
     assert by_token(decided(SiftMoE(0.25, double), routed(A, last))) == by_token(wider)
     assert by_token(decided(SiftMoE(0.0, stats), routed(A, last))) == approximately(
         {0: 0.6, 1: 0.4}, {2: 0.65, 3: 0.35}
@@ -94,8 +96,59 @@ def test_siftmoe_follows_a_chain_to_its_end() -> None:
     # 0, 1, 2, 3 by largest weight, each near the next alone: 1 goes to 0, so 2 stays, so 3 goes to 2
     chain = [[0.0, 0.1, 1.0, 1.0], [0.1, 0.0, 0.12, 1.0], [1.0, 0.12, 0.0, 0.1], [1.0, 1.0, 0.1, 0.0]]
     routing = routed([0.45, 0.40, 0.10, 0.05], [0.20, 0.20, 0.35, 0.25], rule=PLAIN)
-    decision = decided(SiftMoE(0.2, stats_of(distances=chain)), routing, PLAIN)
+    decision = decided(SiftMoE(0.2, stats_of(lengths=FAR, distances=chain)), routing, PLAIN)
     assert by_token(decision) == approximately({0: 0.85}, {2: 0.60})
+
+
+def test_siftmoe_drops_where_nothing_is_nearer_than_any_kept_expert() -> None:
+    last = [0.10, 0.20, 0.455, 0.245]
+    # As before 2 and 0 stay at .25, and 3, as its .35 × .8 is too much; nothing is at .08 of 1, nearer than 3.
+    near = stats_of(lengths=[0.9, 0.08, 0.1, 0.81], distances=SIFT_DISTANCES)
+    assert by_token(decided(SiftMoE(0.25, near), routed(A, last))) == approximately({0: 0.6}, {2: 0.65, 3: 0.35})
+    # at .5, 3 goes to 2; at .55 also 0 goes, to nothing: .9 is nearer than 1.0. 2 is the first and stays, near nothing
+    assert by_token(decided(SiftMoE(0.5, near), routed(A, last))) == approximately({0: 0.6}, {2: 1.0})
+    assert by_token(decided(SiftMoE(0.55, near), routed(A, last))) == approximately({}, {2: 1.0})
+    # 3 would go to 1, at .1, but that is dropped: 2 at .8 and nothing at .7 are left
+    far = stats_of(lengths=[9.0, 0.05, 9.0, 0.7], distances=SIFT_DISTANCES)
+    assert by_token(decided(SiftMoE(0.26, far), routed(A, last))) == approximately({0: 0.6}, {2: 0.65})
+
+
+def test_siftmoe_bounds_by_layer_are_those_of_its_sensitivity() -> None:
+    stats = stats_of(norms=[7.0] * 4, lengths=FAR, distances=SIFT_DISTANCES)
+    wanted = decided(SiftMoE(0.25, replace(stats, norms=torch.ones(1, 4))), routed(A, C))
+    doubled = SiftMoE(0.5, stats, torch.tensor([2.0]))
+    assert by_token(decided(doubled, routed(A, C))) == by_token(wanted)
+    assert by_token(decided(SiftMoE(0.5, stats, torch.tensor([1.0])), routed(A, C))) != by_token(wanted)
+
+
+# i -> j: 1 is best replaced by 3, then by 2; 3 by 0, then by 2.
+SCALARS = [[1.0, 9.0, 9.0, 9.0], [0.5, 1.0, -0.25, 2.0], [9.0, 9.0, 1.0, 9.0], [3.0, 0.1, 0.5, 1.0]]
+LOSSES = [[0.0, 1.0, 1.0, 1.0], [0.9, 0.0, 0.8, 0.3], [1.0, 1.0, 0.0, 1.0], [0.2, 0.9, 0.6, 0.0]]
+
+
+def test_exfold_scales_the_kept_expert_that_leaves_least() -> None:
+    stats = stats_of(scalars=SCALARS, losses=LOSSES)
+    # sums of weights 0.6, 0.4, 0.6, 0.4, the norms equal: 0 and 2 stay
+    decision = decided(ExFold(GateNorm(2, stats), stats), routed(A, C))
+    assert decision.indices.tolist() == [[[0, 2], [2, 0]]]
+    assert decision.weights[0].tolist() == [pytest.approx([0.6, 0.4 * -0.25]), pytest.approx([0.6, 0.4 * 3.0])]
+    # with three, 3 stays by its norm, and 1 is best replaced by it
+    loud = replace(stats, norms=torch.tensor([[1.0, 1.0, 1.0, 1.2]]))
+    decision = decided(ExFold(GateNorm(3, loud), loud), routed(A, C))
+    assert decision.indices.tolist() == [[[0, 3], [2, 3]]]
+    assert decision.weights[0, 0].tolist() == pytest.approx([0.6, 0.4 * 2.0])
+
+
+def test_exfold_uses_no_expert_that_the_batch_does_not_load_and_drops_what_it_never_saw() -> None:
+    stats = stats_of(scalars=SCALARS, losses=LOSSES)
+    pool = Layered("layered", "gate_sq", 0.2, torch.ones(1, 4))
+    # 1 is dropped (0.16), and 3, which would be best for it, is nobody's: 0 stands in
+    assert decided(ExFold(pool, stats), routed(A)).indices.tolist() == [[[0, 0]]]
+    assert by_token(decided(ExFold(pool, stats), routed(A))) == approximately({0: 0.6 + 0.4 * 0.5})
+    # no pair seen: the scalar is 0
+    unseen = stats_of(scalars=[[float(i == j) for j in range(4)] for i in range(4)], losses=[[1e30] * 4] * 4)
+    assert by_token(decided(ExFold(pool, unseen), routed(A))) == approximately({0: 0.6})
+    assert ExFold(pool, stats).setting == pool.setting
 
 
 @given(st.integers(0, 2**31), st.floats(0.02, 0.4), st.integers(1, 8))
@@ -105,7 +158,7 @@ def test_siftmoe_follows_its_order_one_expert_after_the_other(seed: int, thresho
     # on a line, so that neighbours of neighbours abound
     layer, points = layer_of(replace(RULE, top_k=3), 8), torch.rand(8, 1, generator=generator)
     distances = (points[:, None] - points[None]).norm(dim=-1)
-    stats = replace(some_stats(8), norms=torch.ones(1, 8), distances=distances[None])
+    stats = replace(some_stats(8), norms=torch.ones(1, 8), lengths=torch.full((1, 8), 99.0), distances=distances[None])
     routing = random_routing(layer, 1, tokens, seed)
     policy = SiftMoE(threshold, stats)
     policy.bind([layer])

@@ -10,6 +10,11 @@ from ..moe.families import MoeLayer
 from ..moe.identity import differences, identify
 from ..traces.format import Trace
 
+# Tokens on which two experts that both are routed to are compared, as multiples of those on which all experts run.
+PAIR_TOKENS = 8
+# ExFold's constants (arXiv 2608.24938): what keeps a denominator from 0, the largest scalar, and the loss of a pair that no
+# token was routed to.
+DAMPING, LARGEST_SCALAR, UNSEEN = 1e-3, 4.0, 1e30
 # Outputs of all experts, and their pairwise distances, that are held at a time.
 CHUNK_BYTES = 2**28
 
@@ -22,9 +27,13 @@ class ExpertStats:
         norms: mean norm of each expert's output over the tokens routed to it `(layers, experts)`; over all tokens for
             an expert to which none was.
         squares: mean squared norm over the same tokens `(layers, experts)`.
+        lengths: mean norm over all tokens `(layers, experts)`.
         distances: mean distance of two experts' outputs over all tokens `(layers, experts, experts)`.
         similarities: 1 - ‖E_i(X) - E_j(X)‖_F / the layer's largest such difference, X being all tokens
             `(layers, experts, experts)`; 1 for an expert with itself, 0 for the most unlike two (SERE, arXiv 2602.07616).
+        scalars, losses: of each ordered pair of experts i, j `(layers, experts, experts)`, over tokens routed to both: the
+            scalar with which E_j(x) stands in for E_i(x) best, and the share of E_i's energy that it leaves; tokens count
+            by ‖E_i(x)‖ (ExFold, arXiv 2608.24938). Pairs that no token was routed to have 0 and UNSEEN.
         ratios: second largest weight by the largest of each token, ascending `(layers, tokens)`; `(layers, 0)` for a
             model that gives each token one expert.
         indices, weights: experts and weights of each token, as routed `(layers, tokens, top_k)`.
@@ -32,8 +41,11 @@ class ExpertStats:
 
     norms: Tensor
     squares: Tensor
+    lengths: Tensor
     distances: Tensor
     similarities: Tensor
+    scalars: Tensor
+    losses: Tensor
     ratios: Tensor
     indices: Tensor
     weights: Tensor
@@ -54,7 +66,7 @@ class ExpertStats:
 
 @torch.no_grad()
 def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) -> ExpertStats:
-    """Run every expert on `tokens` tokens, spread evenly over the trace.
+    """Run every expert on `tokens` tokens, spread evenly over the trace, and the routed ones on PAIR_TOKENS times as many.
 
     Memory is bounded by one layer's sample of the trace and CHUNK_BYTES of outputs.
 
@@ -69,10 +81,18 @@ def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) ->
             f"{trace.folder} was collected from {trace.options.model}; this model differs in {' and '.join(other)}: give a "
             "trace of it, or collect one"
         )
-    count = min(tokens, trace.collected_tokens)
-    chosen = torch.arange(count) * trace.collected_tokens // count
-    rows = [_measure_layer(layer, *_sample(trace, layer.index, chosen)) for layer in layers]
+    few, many = (_spread(count, trace.collected_tokens) for count in (tokens, PAIR_TOKENS * tokens))
+    rows = []
+    for layer in layers:
+        pairs = _measure_pairs(layer, *_sample(trace, layer.index, many)[:2])
+        rows.append(_measure_layer(layer, *_sample(trace, layer.index, few), pairs))
     return ExpertStats(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+
+
+def _spread(wanted: int, count: int) -> Tensor:
+    """At most so many places among `count`, evenly."""
+    wanted = min(wanted, count)
+    return torch.arange(wanted) * count // wanted
 
 
 def _sample(trace: Trace, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,12 +108,41 @@ def _sample(trace: Trace, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, T
     return hidden, indices, weights
 
 
-def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+def _measure_pairs(layer: MoeLayer, hidden: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's `scalars` and `losses`, on the CPU."""
+    experts, (count, top_k) = layer.num_experts, indices.shape
+    # With u, v the outputs of i, j: sums of ‖u‖ times ⟨u, v⟩, ‖v‖² and ‖u‖².
+    sums = torch.zeros(3, experts * experts, dtype=torch.float64)
+    step = max(1, CHUNK_BYTES // (4 * top_k * layer.hidden_size))
+    for start in range(0, count, step):
+        own, x = indices[start : start + step], hidden[start : start + step].to(layer.device, layer.dtype)
+        outputs = torch.zeros(*own.shape, layer.hidden_size, device=layer.device)
+        for expert in range(experts):
+            token, slot = (own == expert).nonzero(as_tuple=True)
+            if len(token):
+                outputs[token, slot] = layer.expert_output(expert, x[token]).float()
+        products = (outputs @ outputs.transpose(-1, -2)).double().cpu()
+        squared = products.diagonal(dim1=-2, dim2=-1)
+        weight = squared.clamp_min(0.0).sqrt().unsqueeze(-1)
+        pair = (own.unsqueeze(-1) * experts + own.unsqueeze(-2)).flatten()
+        for total, part in zip(sums, (products, squared.unsqueeze(-2), squared.unsqueeze(-1)), strict=True):
+            total.index_add_(0, pair, (weight * part.expand_as(products)).flatten())
+    cross, vv, uu = sums.view(3, experts, experts)
+    scalars = (cross / (vv + DAMPING)).clamp(-LARGEST_SCALAR, LARGEST_SCALAR)
+    losses = (uu - 2 * scalars * cross + scalars.square() * vv) / uu.clamp_min(1e-30)
+    seen = uu > 0
+    scalars, losses = scalars.masked_fill(~seen, 0.0), losses.masked_fill(~seen, UNSEEN)
+    return scalars.fill_diagonal_(1.0), losses.fill_diagonal_(0.0)
+
+
+def _measure_layer(
+    layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Tensor, pairs: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
     """One layer's rows of `ExpertStats`, on the CPU."""
     count, experts = len(hidden), layer.num_experts
     routed = torch.zeros(count, experts, dtype=torch.float64).scatter(1, indices, 1.0)
     routed[:, routed.sum(0) == 0] = 1.0
-    norms, squares = torch.zeros(2, experts, dtype=torch.float64)
+    norms, squares, anywhere = torch.zeros(3, experts, dtype=torch.float64)
     apart, squares_apart = torch.zeros(2, experts, experts, dtype=torch.float64)
     step = max(1, CHUNK_BYTES // (4 * experts * max(experts, layer.hidden_size)))
     for start in range(0, count, step):
@@ -105,6 +154,7 @@ def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Te
                 f"{layer.dtype}: load it in float32"
             )
         own, lengths = routed[start : start + step], outputs.norm(dim=-1).double().cpu()
+        anywhere += lengths.sum(0)
         norms += (lengths * own).sum(0)
         squares += (lengths.square() * own).sum(0)
         distances = torch.cdist(outputs, outputs).double()
@@ -116,5 +166,6 @@ def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Te
     similarities = 1.0 - differences / differences.max().clamp_min(1e-20)
     largest = weights.float().topk(min(2, weights.shape[1]), dim=1).values
     ratios = (largest[:, 1:] / largest[:, :1]).flatten().sort().values
-    of_experts = (norms / routed.sum(0), squares / routed.sum(0), apart / count, similarities)
+    seen = routed.sum(0)
+    of_experts = (norms / seen, squares / seen, anywhere / count, apart / count, similarities, *pairs)
     return *(part.float() for part in of_experts), ratios, indices, weights.float()

@@ -11,10 +11,10 @@ from ..moe.decision import Policy
 from ..moe.families import MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .expert_stats import ExpertStats
-from .keep_sets import GateMax, GateSquared, KeepSet, Layered, Lynx, Popularity, Random, Vote, XShare
+from .keep_sets import GateMax, GateNorm, GateSquared, KeepSet, Layered, Lynx, Popularity, Random, Vote, XShare
 from .oracle import Oracle
-from .per_token import NAEE, Contribution, TopK
-from .substitutes import OEA, SERE, SiftMoE
+from .per_token import ACE, NAEE, Alloc, Contribution, MoDES, TopK, allocate, expert_gains, layer_losses, without_layers
+from .substitutes import OEA, SERE, ExFold, SiftMoE
 
 Curves = list[list[Policy]]
 
@@ -26,15 +26,16 @@ LYNX = ((2.0, 5), (4.0, 5))
 NAEE_QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 # Shares of a token's contributions that are left out.
 CONTRIBUTION_TAUS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-# Experts that a token keeps on average by contribution, where every layer has its own tau, as shares of its top-k.
-CONTRIBUTION_KEPT = (0.98, 0.96, 0.93, 0.9, 0.87, 0.83, 0.79, 0.74, 0.69, 0.63, 0.56, 0.48, 0.4, 0.3)
+# Experts that a token keeps on average, as shares of its top-k, where layers share a budget or have a tau of their own.
+KEPT_PER_TOKEN = (0.98, 0.96, 0.93, 0.9, 0.87, 0.83, 0.79, 0.74, 0.69, 0.63, 0.56, 0.48, 0.4, 0.3)
+# Shares of the assignments behind a token's first that ACE leaves out.
+ACE_SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Thresholds of MoDES, as multiples of a token's mean weight × the layers' mean importance.
+MODES_FACTORS = tuple(2.0 ** (i / 2) for i in range(-8, 6))
 # SERE's rho, as quantiles of the similarity of an expert's nearest neighbour; 0 comes after them.
 SERE_QUANTILES = (0.95, 0.85, 0.75, 0.65, 0.55, 0.45, 0.35, 0.25, 0.15, 0.05)
 # SiftMoE's thresholds, as multiples of a token's mean weight.
 SIFT_FACTORS = tuple(2.0 ** (i / 4) for i in range(-8, 6))
-# Thresholds of squared gate weights with one for all layers, as multiples of a token's mean weight squared for a batch of
-# one; they grow with its size's root, those of gate weights as their root.
-GATE_FACTORS = tuple(2.0**i for i in range(-8, 6))
 # Thresholds of the learned method, as multiples of so many nats for a batch of one; they grow with its size's root.
 TAU = 0.01
 TAU_FACTORS = tuple(2.0**i for i in range(-9, 5))
@@ -158,17 +159,16 @@ def _gate_max(setup: Setup) -> Curves:
 
 
 def _one_threshold(setup: Setup) -> Curves:
-    """A rule's score with one threshold over all layers, which a selector's sensitivities make comparable.
+    """A rule's score with one threshold over all layers, made comparable by what a layer's squared weights cost.
 
-    Squared weights are multiplied with them, relative to their mean, weights with the root.
+    That is the layer's sensitivity × the mean squared output norm of its experts; weights not squared have its root.
     """
-    if setup.given_selector is None:
+    if setup.given_selector is None or setup.given_stats is None:
         return []
     power = 1.0 if setup.method == "gate_sq" else 0.5
-    relative = (setup.sensitivities / setup.sensitivities.log().mean().exp()) ** power
-    factors = relative.unsqueeze(-1).expand(-1, setup.experts)
-    unit = (setup.layers[0].rule.scale / setup.top_k) ** 2 * setup.size**0.5
-    return [[Layered(setup.method, setup.method, (unit * factor) ** power, factors) for factor in GATE_FACTORS]]
+    factors = (setup.sensitivities * setup.stats.squares.mean(-1)) ** power
+    by_expert = factors.unsqueeze(-1).expand(-1, setup.experts)
+    return [[Layered(setup.method, setup.method, tau**power, by_expert) for tau in _thresholds(setup)]]
 
 
 def _layered(setup: Setup) -> Curves:
@@ -190,7 +190,19 @@ def _sere(setup: Setup) -> Curves:
 
 def _siftmoe(setup: Setup) -> Curves:
     weight = setup.layers[0].rule.scale / setup.top_k
-    return [[SiftMoE(factor * weight, setup.stats) for factor in SIFT_FACTORS]]
+    found = [[SiftMoE(factor * weight, setup.stats) for factor in SIFT_FACTORS]]
+    if setup.given_selector is not None:
+        roots = setup.sensitivities.sqrt()
+        found.append([SiftMoE((TAU * factor) ** 0.5, setup.stats, roots) for factor in TAU_FACTORS])
+    return found  # type: ignore[return-value]
+
+
+def _exfold(setup: Setup) -> Curves:
+    stats = setup.stats
+    found = [[ExFold(pool, stats) for pool in setup.keep(lambda m: GateNorm(m, stats))]]  # type: ignore[arg-type]
+    if setup.given_selector is not None:
+        found.append([ExFold(pool, stats) for pool in _layered(setup)[0]])  # type: ignore[arg-type]
+    return found  # type: ignore[return-value]
 
 
 def _naee(setup: Setup) -> Curves:
@@ -201,11 +213,31 @@ def _naee(setup: Setup) -> Curves:
 
 def _contribution(setup: Setup) -> Curves:
     setup.check_several()
-    means = [share * setup.top_k for share in CONTRIBUTION_KEPT]
+    means = [share * setup.top_k for share in KEPT_PER_TOKEN]
     return [
         [Contribution(setup.stats, tau=tau) for tau in CONTRIBUTION_TAUS],
         [Contribution(setup.stats, kept=kept) for kept in means if kept > 1],
     ]
+
+
+def _ace(setup: Setup) -> Curves:
+    setup.check_several()
+    stats, gains = setup.stats, expert_gains(setup.layers)
+    return [[ACE(share, gains, stats) for share in ACE_SHARES]]
+
+
+def _modes(setup: Setup) -> Curves:
+    setup.check_several()
+    importance = without_layers(setup.stats, setup.sensitivities)
+    unit = float(importance.log().mean().exp()) * setup.layers[0].rule.scale / setup.top_k
+    return [[MoDES(unit * factor, importance) for factor in MODES_FACTORS]]
+
+
+def _alloc(setup: Setup) -> Curves:
+    setup.check_several()
+    chosen = allocate(layer_losses(setup.stats, setup.sensitivities))
+    totals = dict.fromkeys(round(share * max(chosen)) for share in KEPT_PER_TOKEN)
+    return [[Alloc(chosen[total]) for total in totals if min(chosen) <= total < max(chosen)]]
 
 
 def _thresholds(setup: Setup) -> list[float]:
@@ -240,8 +272,12 @@ METHODS: dict[str, Callable[[Setup], Curves]] = {
     "oea": _oea,
     "sere": _sere,
     "siftmoe": _siftmoe,
+    "exfold": _exfold,
     "naee": _naee,
     "contribution": _contribution,
+    "ace": _ace,
+    "modes": _modes,
+    "alloc": _alloc,
     "vote": _vote,
     "gate_sq": _gate_sq,
     "gate_max": _gate_max,

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import OptionError
 from ..moe.decision import Decision, Routing
 from ..moe.families import MoeLayer
+from .expert_stats import ExpertStats
 from .rule import (
     Rule,
     Then,
@@ -30,6 +31,11 @@ class Keeping(Rule):
     """
 
     then: Then = "reroute"
+
+    @property
+    def setting(self) -> str:
+        """Its parameters, for tables."""
+        raise NotImplementedError
 
     def keep(self, layer: MoeLayer, routing: Routing) -> tuple[Tensor, Tensor]:
         """An expert that stays `(G, 1)`, and which do `(G, experts)`."""
@@ -208,6 +214,24 @@ class GateMax(KeepSet):
 
     def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
         return largest_weights(routing, layer.num_experts)
+
+
+@dataclass
+class GateNorm(KeepSet):
+    """M experts by the sum of gate weight × the expert's mean output norm."""
+
+    experts: int
+    stats: ExpertStats = field(repr=False)
+    then: Then = "reroute"
+    name = "gate_norm"
+
+    def bind(self, layers: list[MoeLayer]) -> None:
+        super().bind(layers)
+        self.stats.check(layers)
+        self.norms = {layer.index: self.stats.norms[layer.index].to(layer.device) for layer in layers}
+
+    def scores(self, layer: MoeLayer, routing: Routing) -> Tensor:
+        return gate_sum(routing, layer.num_experts) * self.norms[layer.index]
 
 
 @dataclass

@@ -29,9 +29,13 @@ LEGEND = {
     "other rules": {
         "layered": ("gate² × norm² × layer", GREEN, "o"),
         "contribution": ("contribution", GREEN, "s"),
+        "ace": ("ACE", GREEN, "x"),
+        "modes": ("MoDES", SKY, "o"),
+        "alloc": ("Alloc-MoE", GREEN, "v"),
         "oea": ("OEA", GREEN, "^"),
         "naee": ("NAEE", GREEN, "D"),
         "sere": ("SERE", PURPLE, "s"),
+        "exfold": ("ExFold", PURPLE, "D"),
         "siftmoe": ("SiftMoE", PURPLE, "^"),
         "top_k": ("smaller top-k", GREY, "^"),
     },
