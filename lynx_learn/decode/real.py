@@ -19,8 +19,8 @@ from ..traces.sampling import CachedDecode
 from .runtime import Skipping
 from .simulate import METRICS, Losses, Reference, simulated_logits
 
-# Decode steps that are run at most: what disagrees does so from the first ones on.
-STEPS = 64
+# Decode steps that are run at most: what disagrees does so from the first ones on, and quickstart waits for them.
+STEPS = 32
 # KL (nats per token) of the untouched model between one pass and cached decode from which they are two computations.
 # Measured on the reference MoE: less than .00001 in float32, .0003 in bfloat16; on models whose decode went wrong (keys at
 # wrong positions, other keys chosen by sparse attention) .08 and more. Logits that are coarser in half precision than the
