@@ -224,14 +224,3 @@ def layer_figures(selector: Path) -> list[dict[str, Any]]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def interrupting_forward(rows: int) -> Any:
-    """While open, every model that is given so many sequences is interrupted."""
-    from torch.nn.modules.module import register_module_forward_pre_hook
-
-    def stop(module: nn.Module, args: Any) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (rows,):
-            raise KeyboardInterrupt
-
-    return register_module_forward_pre_hook(stop)

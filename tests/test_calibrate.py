@@ -14,7 +14,6 @@ from flows import (
     PROMPT,
     blind,
     contents,
-    interrupting_forward,
     one_line,
     other_revision,
     reference_flow,
@@ -22,6 +21,8 @@ from flows import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import CorpusError, ModelError, OptionError, SelectorError
@@ -377,6 +378,16 @@ def test_stopping_half_way_leaves_the_selector_as_it_was(selector: Path) -> None
         calibrate(choices(selector, batch_sizes=[2, 64]))
     one_line(error)
     assert contents(selector) == before
+
+
+def interrupting_forward(rows: int) -> Any:
+    """While open, every model that is given so many sequences is interrupted."""
+
+    def stop(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:1] == (rows,):
+            raise KeyboardInterrupt
+
+    return register_module_forward_pre_hook(stop)
 
 
 def test_an_interruption_leaves_the_selector_as_it_was(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import random
 import re
 import resource
 import shlex
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from flows import LENGTH, VOCABULARY, blind, calibrated, contents, other_revision, save_model, save_tokenizer, tiny_flow
+from flows import LENGTH, blind, calibrated, contents, other_revision, save_model, save_tokenizer, tiny_flow
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -278,25 +277,6 @@ def test_a_budget_that_no_threshold_keeps_is_said(selector: Path, run: Run) -> N
     assert "skips nothing: no threshold qualified" in row
     assert "100%" in row
     assert json.loads((selector / "config.json").read_text())["thresholds"] == {"kl": {"1e-09": {"2": 0.0}}}
-
-
-@pytest.mark.slow
-def test_quickstart_runs_through(tmp_path: Path, run: Run) -> None:
-    """On the tiny model and enough random sentences; the closing table has the untouched row and both budgets."""
-    choose = random.Random(0)
-    lines = (json.dumps({"text": " ".join(choose.choices(VOCABULARY, k=128))}) + "\n" for _ in range(2200))
-    (tmp_path / "texts.jsonl").write_text("".join(lines))
-    out = tmp_path / "out"
-    words = ["--model", tiny_flow().model, "--corpus", tmp_path / "texts.jsonl", "--tokens", 4096, "--test-tokens", 1]
-    done = run("quickstart", *words, "--out", out, "--budget", 0.05)
-    assert (done.status, done.err) == (0, [])
-    closing = done.out[done.out.index("Distinct experts") :]
-    assert all(text in closing for text in ("untouched", "learned, budget 0.05", "learned, budget 0.15", "ms ("))
-    assert "## Test" in (out / "selector" / "README.md").read_text()
-    summary = json.loads((out / "quickstart.json").read_text())
-    assert [p["setting"] for p in summary["points"]] == ["", "budget=0.05"]
-    assert summary["decode_step"]["steps"] > 0
-    assert {p.name for p in out.iterdir()} == {"trace", "selector", "report", "quickstart.json"}
 
 
 # Bad words.
