@@ -77,6 +77,8 @@ def stats_of(
         torch.tensor([ratios or [0.5]]),
         torch.zeros(1, 1, 2, dtype=torch.int64) if sample is None else sample.indices,
         torch.ones(1, 1, 2) if sample is None else sample.weights,
+        torch.zeros(1, 1, 2),
+        torch.zeros(1, 1, 4),
     )
 
 
@@ -97,9 +99,12 @@ def some_stats(experts: int = EXPERTS, layers: int = 1, seed: int = 0, top_k: in
     similarities = 1 - distances / distances.amax((1, 2), keepdim=True)
     logits = 1.5 * torch.randn(layers, 200, experts, generator=generator)
     weights, indices = logits.softmax(-1).topk(top_k, dim=-1)
+    hidden = torch.randn(layers, 200, 2, generator=generator)
     lengths = 0.2 + torch.rand(layers, experts, generator=generator)
     scalars = torch.randn(layers, experts, experts, generator=generator)
-    return ExpertStats(norms, squares, lengths, distances, similarities, scalars, distances, ratios, indices, weights)
+    return ExpertStats(
+        norms, squares, lengths, distances, similarities, scalars, distances, ratios, indices, weights, hidden, logits
+    )
 
 
 # What is refused.

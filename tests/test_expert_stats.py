@@ -50,6 +50,8 @@ def test_statistics_are_those_of_a_direct_computation(name: str, tmp_path: Path)
         torch.testing.assert_close(stats.similarities[layer.index], wanted, rtol=1e-4, atol=1e-4)
         low, high = seen["weights"].sort(dim=1).values.unbind(1)
         torch.testing.assert_close(stats.ratios[layer.index], (low / high).sort().values)
+        for key in ("hidden", "logits"):
+            assert torch.equal(getattr(stats, key)[layer.index], seen[key])
         assert torch.equal(stats.indices[layer.index], seen["indices"])
         torch.testing.assert_close(stats.weights[layer.index], seen["weights"].float())
 

@@ -25,8 +25,20 @@ from lynx_learn.rules.oracle import Oracle
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 
 KEEP_SETS = {"random", "popularity", "lynx", "xshare", "gate_sum", "vote", "gate_sq", "gate_max"}
-NEED_STATS = {"sere", "siftmoe", "exfold", "naee", "contribution", "layered", "ace", "modes", "alloc"}
-NEED_SELECTOR = {"learned", "formula", "oracle", "layered", "modes", "alloc"}
+NEED_STATS = {
+    "sere",
+    "siftmoe",
+    "exfold",
+    "naee",
+    "contribution",
+    "layered",
+    "ace",
+    "modes",
+    "alloc",
+    "lda",
+    "learned_lda",
+}
+NEED_SELECTOR = {"learned_lda", "learned", "formula", "oracle", "layered", "modes", "alloc"}
 # Of a large model alone; its layers are never run, and have no weights for `ace`.
 SHAPES = [(8, 2), (32, 4), (60, 4), (128, 8), (256, 8)]
 
@@ -62,8 +74,7 @@ def refusal(method: str, layers: list[MoeLayer], **given: object) -> str:
 
 def test_methods_stand_in_the_order_of_tables() -> None:
     assert list(METHODS) == [
-        *("random", "top_k", "popularity", "lynx", "xshare", "gate_sum", "oea", "sere", "siftmoe"),
-        *("exfold", "naee"),
+        *("random", "top_k", "popularity", "lynx", "xshare", "gate_sum", "oea", "sere", "siftmoe", "exfold", "naee"),
         *(
             "contribution",
             "ace",
@@ -73,10 +84,11 @@ def test_methods_stand_in_the_order_of_tables() -> None:
             "gate_sq",
             "gate_max",
             "layered",
-            "learned",
-            "formula",
-            "oracle",
+            "k1k2",
+            "lda",
+            "learned_lda",
         ),
+        *("learned", "formula", "oracle"),
     ]
 
 
@@ -85,7 +97,7 @@ def test_methods_stand_in_the_order_of_tables() -> None:
 def test_published_curves_are_named_and_every_setting_stands_once(experts: int, top_k: int, size: int) -> None:
     layers, stats = shaped(experts, top_k), some_stats(experts)
     for method in METHODS:
-        if method in NEED_SELECTOR | {"ace"} or (method == "naee" and top_k != 2):
+        if method in NEED_SELECTOR | {"ace", "lda"} or (method == "naee" and top_k != 2):
             continue
         found = curves(method, layers, size, stats, None)
         assert found
@@ -199,6 +211,8 @@ def test_every_method_loads_fewer_experts_on_every_family(name: str, tmp_path: P
     layers, rows = find_moe_layers(model), words(6, 8)
     stats = measure_experts(layers, trace_of(model, tmp_path / "trace"))
     for method in METHODS:
+        if method == "k1k2" and not all(layer.rule.normalises for layer in layers):
+            continue
         for curve in curves(method, layers, 6, stats, learned(name, 1e-5)):
             with skip_experts(model, curve[-1]) as skipping, watching(layers) as watch:
                 decode(model, rows, prompt=4)
@@ -266,11 +280,16 @@ def test_learned_methods_ask_for_a_selector(method: str) -> None:
     assert "--selector" in text
 
 
+def test_k1k2_is_refused_for_models_that_do_not_divide_their_weights() -> None:
+    text = refusal("k1k2", [layer_of(ScoringRule("softmax", 4), 32)])
+    assert text.startswith("k1k2 changes what weights are divided by")
+
+
 def test_naee_is_refused_for_other_models() -> None:
     assert "naee skips the second of two experts" in refusal("naee", shaped(32, 4), stats=some_stats(32))
 
 
-@pytest.mark.parametrize("method", ["top_k", "oea", "sere", "contribution", "ace", "modes", "alloc"])
+@pytest.mark.parametrize("method", ["top_k", "oea", "sere", "contribution", "ace", "modes", "alloc", "k1k2", "lda"])
 def test_rules_that_rank_a_tokens_experts_are_refused_for_models_with_one(method: str) -> None:
     text = refusal(method, shaped(8, 1), stats=some_stats())
     assert method in text

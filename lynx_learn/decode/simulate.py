@@ -85,12 +85,19 @@ def stacked_logits(
         ]
         if not skipping:
             return None
-        indices, weights, added = ([getattr(d, name) for d in done] for name in ("indices", "weights", "addition"))
-        nothing = all(part is None for part in added)
+        names = ("indices", "weights", "addition", "factor")
+        indices, weights, added, factors = ([getattr(d, name) for d in done] for name in names)
+
+        def unless_none(parts: list[Tensor | None], otherwise: float) -> Tensor | None:
+            if all(part is None for part in parts):
+                return None
+            return put_back(torch.full_like(routing.hidden, otherwise), parts)
+
         return Decision(
             put_back(routing.indices, indices),
             put_back(routing.weights, weights),
-            None if nothing else put_back(torch.zeros_like(routing.hidden), added),
+            addition=unless_none(added, 0.0),
+            factor=unless_none(factors, 1.0),
         )
 
     tokens = runs[0].tokens if len(runs) == 1 else torch.cat([run.tokens for run in runs])

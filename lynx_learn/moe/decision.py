@@ -40,6 +40,8 @@ class Decision(NamedTuple):
     """(G, T, top_k) True where a surrogate answers."""
     loads: tuple[Tensor, Tensor] | None = None
     """Experts that active tokens load as routed and as run, both (G, experts), from a policy that has kept the others to the latter itself."""
+    factor: Tensor | None = None
+    """(G, T, hidden), what the experts' output is multiplied with before the addition; None: 1."""
 
 
 class Policy(Protocol):

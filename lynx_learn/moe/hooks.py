@@ -28,6 +28,7 @@ class _Held(threading.local):
 
     def __init__(self) -> None:
         self.logits: Tensor | None = None
+        self.factor: Tensor | None = None
         self.addition: Tensor | None = None
 
 
@@ -98,19 +99,23 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
     ) -> tuple[Any, dict[str, Any]] | None:
         values = list(args) + list(kwargs.values())
         hidden, indices, weights = values[:3]
-        logits, held.logits, held.addition = held.logits, None, None
+        logits, held.logits, held.factor, held.addition = held.logits, None, None, None
         assert logits is not None, "a router that did not run before its experts"
         active = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         parts = (hidden, logits, indices.long(), weights, active)
         decision = on_layer(layer, Routing(*(part.unsqueeze(0) for part in parts)))
         if decision is None:
             return None
-        held.addition = decision.addition
+        held.factor, held.addition = decision.factor, decision.addition
         return (hidden, decision.indices[0].to(indices.dtype), decision.weights[0].to(weights.dtype)), {}
 
     def after_experts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        addition, held.addition = held.addition, None
-        return None if addition is None else output + addition[0].to(output.dtype)
+        factor, addition, held.factor, held.addition = held.factor, held.addition, None, None
+        if factor is not None:
+            output = output * factor[0].to(output.dtype)
+        if addition is not None:
+            output = output + addition[0].to(output.dtype)
+        return output
 
     return [
         layer.router.register_forward_hook(foreign(after_router)),

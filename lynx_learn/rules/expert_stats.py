@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, TraceError
+from ..moe.decision import Routing
 from ..moe.families import MoeLayer
 from ..moe.identity import differences, identify
 from ..traces.format import Trace
 
 # Tokens on which two experts that both are routed to are compared, as multiples of those on which all experts run.
-PAIR_TOKENS = 8
+PAIR_TOKENS = 32
 # ExFold's constants (arXiv 2608.24938): what keeps a denominator from 0, the largest scalar, and the loss of a pair that no
 # token was routed to.
 DAMPING, LARGEST_SCALAR, UNSEEN = 1e-3, 4.0, 1e30
@@ -37,6 +38,7 @@ class ExpertStats:
         ratios: second largest weight by the largest of each token, ascending `(layers, tokens)`; `(layers, 0)` for a
             model that gives each token one expert.
         indices, weights: experts and weights of each token, as routed `(layers, tokens, top_k)`.
+        hidden, logits: what entered each block `(layers, tokens, hidden)` and its router's logits `(layers, tokens, experts)`.
     """
 
     norms: Tensor
@@ -49,6 +51,18 @@ class ExpertStats:
     ratios: Tensor
     indices: Tensor
     weights: Tensor
+    hidden: Tensor
+    logits: Tensor
+
+    def batches(self, layer: MoeLayer, size: int) -> Routing:
+        """The tokens of one layer as decode batches of at most `size`, drawn from all of them, on its device."""
+        parts = [getattr(self, name)[layer.index] for name in ("hidden", "logits", "indices", "weights")]
+        count = len(parts[0])
+        size = min(size, count)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // size * size]
+        hidden, logits, indices, weights = (part[order].unflatten(0, (-1, size)).to(layer.device) for part in parts)
+        active = torch.ones(weights.shape[:2], dtype=torch.bool, device=layer.device)
+        return Routing(hidden.to(layer.dtype), logits, indices, weights, active)
 
     def check(self, layers: list[MoeLayer]) -> None:
         """Refuse a model of another shape.
@@ -84,8 +98,10 @@ def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) ->
     few, many = (_spread(count, trace.collected_tokens) for count in (tokens, PAIR_TOKENS * tokens))
     rows = []
     for layer in layers:
-        pairs = _measure_pairs(layer, *_sample(trace, layer.index, many)[:2])
-        rows.append(_measure_layer(layer, *_sample(trace, layer.index, few), pairs))
+        hidden, _, indices, _ = _sample(trace, layer.index, many)
+        pairs = _measure_pairs(layer, hidden, indices)
+        hidden, logits, indices, weights = _sample(trace, layer.index, few)
+        rows.append((*_measure_layer(layer, hidden, indices, weights, pairs), hidden, logits))
     return ExpertStats(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
@@ -95,17 +111,17 @@ def _spread(wanted: int, count: int) -> Tensor:
     return torch.arange(wanted) * count // wanted
 
 
-def _sample(trace: Trace, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, indices and weights of the chosen tokens of the trace."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+def _sample(trace: Trace, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, logits, indices and weights of the chosen tokens of the trace."""
+    names, parts = ("hidden", "logits", "indices", "weights"), []
     start = 0
     for shard in trace.layer_shards(layer):
         length = len(shard["hidden"])
         own = chosen[(chosen >= start) & (chosen < start + length)] - start
-        parts.append((shard["hidden"][own], shard["indices"][own], shard["weights"][own]))
+        parts.append([shard[name][own] for name in names])
         start += length
-    hidden, indices, weights = (torch.cat(part) for part in zip(*parts, strict=True))
-    return hidden, indices, weights
+    hidden, logits, indices, weights = (torch.cat(part) for part in zip(*parts, strict=True))
+    return hidden, logits, indices, weights
 
 
 def _measure_pairs(layer: MoeLayer, hidden: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
+from .corrections import K1K2, LDA
 from .expert_stats import ExpertStats
 from .keep_sets import GateMax, GateNorm, GateSquared, KeepSet, Layered, Lynx, Popularity, Random, Vote, XShare
 from .oracle import Oracle
@@ -240,6 +241,30 @@ def _alloc(setup: Setup) -> Curves:
     return [[Alloc(chosen[total]) for total in totals if min(chosen) <= total < max(chosen)]]
 
 
+def _k1k2(setup: Setup) -> Curves:
+    """Around a smaller top-k and, where it can be had, around `layered`; without k2 = k1 and k2 = k, which `top_k` has."""
+    k, found = setup.top_k, []
+    K1K2(TopK(1), k).bind(setup.layers)
+    for k2 in dict.fromkeys((k - 1, 3 * k // 2)):
+        found.append([K1K2(TopK(count, scaled=False), k2) for count in setup.fewer if count != k2])
+        if setup.given_selector is not None and setup.given_stats is not None:
+            found.append([K1K2(policy, k2) for policy in _layered(setup)[0]])
+    return [curve for curve in found if curve]  # type: ignore[misc]
+
+
+def _lda(setup: Setup) -> Curves:
+    stats, size = setup.stats, setup.size
+    found: Curves = [[TopK(count) for count in setup.fewer], setup.keep(lambda m: GateSquared(m, "drop"))]
+    if setup.given_selector is not None:
+        found.append(_layered(setup)[0])
+    return [[LDA(policy, stats, size) for policy in curve] for curve in found]
+
+
+def _learned_lda(setup: Setup) -> Curves:
+    stats = setup.stats
+    return [[LDA(policy, stats, setup.size, "learned_lda") for policy in _learned(setup)[0]]]
+
+
 def _thresholds(setup: Setup) -> list[float]:
     return [TAU * setup.size**0.5 * factor for factor in TAU_FACTORS]
 
@@ -282,6 +307,9 @@ METHODS: dict[str, Callable[[Setup], Curves]] = {
     "gate_sq": _gate_sq,
     "gate_max": _gate_max,
     "layered": _layered,
+    "k1k2": _k1k2,
+    "lda": _lda,
+    "learned_lda": _learned_lda,
     "learned": _learned,
     "formula": _formula,
     "oracle": _oracle,

@@ -13,6 +13,7 @@ GREY, INK = "#8C8C8C", "#444444"
 LEGEND = {
     "with surrogates": {
         "learned": ("learned", RED, "o"),
+        "learned_lda": ("learned, with LDA", RED, "^"),
         "formula": ("formula, not learned", ORANGE, "o"),
         "oracle": ("oracle: the true cost", BLACK, ""),
     },
@@ -27,6 +28,8 @@ LEGEND = {
         "random": ("random", GREY, "x"),
     },
     "other rules": {
+        "k1k2": ("k1/k2", SKY, "x"),
+        "lda": ("LDA", SKY, "v"),
         "layered": ("gate² × norm² × layer", GREEN, "o"),
         "contribution": ("contribution", GREEN, "s"),
         "ace": ("ACE", GREEN, "x"),
