@@ -1,8 +1,16 @@
 """The errors a user can cause, each with one clear line: what, what was expected, what to do."""
 
+import re
+
+# What would break the line, or move a terminal's cursor: names that are quoted come from files.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 
 class LynxError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it as one line and exits with 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 class CorpusError(LynxError):

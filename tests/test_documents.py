@@ -246,6 +246,9 @@ def test_what_was_found_instead_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 3}\n')
     with pytest.raises(CorpusError, match=r"a string \"text\" \(found: content, id\)"):
         list(read_documents(str(tmp_path)))
+    (tmp_path / "a.jsonl").write_text('{"a\\nb\\u001b[2J": null}\n')
+    with pytest.raises(CorpusError, match=r"\(found: a\\nb\\x1b\[2J\)"):
+        list(read_documents(str(tmp_path)))
     (tmp_path / "a.jsonl").rename(tmp_path / "a.pdf")
     with pytest.raises(CorpusError, match=r"found: 1 \.pdf\): put text there") as error:
         list(read_documents(str(tmp_path)))

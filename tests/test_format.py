@@ -239,6 +239,10 @@ DAMAGE: dict[str, Callable[[dict[str, object]], object]] = {
     "one checksum gone": lambda m: {**m, "sha256": dict(list(m["sha256"].items())[1:])},  # type: ignore[attr-defined]
     "a checksum null": lambda m: {**m, "sha256": {**m["sha256"], "index/00000.safetensors": None}},  # type: ignore[dict-item]
     "layers null": lambda m: {**m, "layers": None},
+    "a number null": lambda m: {**m, "num_experts": None},
+    "a number true": lambda m: {**m, "top_k": True},
+    "a name a number": lambda m: {**m, "model": 1},
+    "a layer's name a number": lambda m: {**m, "layers": [0, *m["layers"][1:]]},  # type: ignore[index]
 }
 
 

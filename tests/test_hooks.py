@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import ModelError
+from lynx_learn.moe.calls import DRAFTS, NO_CACHE
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.hooks import owner_of
 from lynx_learn.rules.keep_sets import XShare
@@ -192,3 +193,41 @@ def test_what_is_no_model_or_runs_copies_is_refused_by_name() -> None:
     several.device_ids = [0, 1]
     with pytest.raises(ModelError, match="DataParallel runs copies"):
         skip_experts(several, policy)
+
+
+def test_a_model_compiled_before_attaching_with_experts_that_do_not_compile_is_refused() -> None:
+    torch._dynamo.reset()
+    model, text = tiny_model("qwen3_moe"), words(3, LENGTH)
+    model.set_experts_implementation("eager")
+    policy = random_selector(model).at_threshold(SOME)
+    model.compile(backend="eager")
+    with skip_experts(model, policy), pytest.raises(ModelError, match="set_experts_implementation"):
+        decode(model, text, PROMPT)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, DRAFTS),
+        ({"assistant_model": "itself"}, DRAFTS),
+        ({"use_cache": False}, NO_CACHE),
+    ],
+)
+def test_ways_to_generate_that_are_not_acted_on_say_so_and_write_untouched_text(
+    options: dict[str, Any], reason: str
+) -> None:
+    model, text = tiny_model("qwen3_moe"), words(1, LENGTH)
+    if "assistant_model" in options:
+        options = {"assistant_model": tiny_model("qwen3_moe")}
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+    untouched = model.generate(text, **options)  # type: ignore[operator]
+    with skip_experts(model, random_selector(model).at_threshold(EVERYTHING)) as skipping:
+        with pytest.warns(UserWarning, match="decoding without skipping"):
+            found = model.generate(text, **options)  # type: ignore[operator]
+        assert torch.equal(found, untouched)
+        assert set(skipping.stats.passed_by) == {reason}
+        assert skipping.stats.passed_by[reason] >= 2
+        assert skipping.stats.steps == 0
+        model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
+        assert skipping.stats.steps == 3

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .decision import Decision, Routing
 from .families import MoeLayer
 
@@ -100,7 +101,11 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
         values = list(args) + list(kwargs.values())
         hidden, indices, weights = values[:3]
         logits, held.logits, held.factor, held.addition = held.logits, None, None, None
-        assert logits is not None, "a router that did not run before its experts"
+        if logits is None:  # compiled code that is left in the middle of a block does not keep what its router said
+            raise ModelError(
+                "an MoE block's experts ran without its router: a model that was compiled before attaching needs experts that "
+                "compile; call model.set_experts_implementation('grouped_mm') first, or do not compile"
+            )
         active = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         parts = (hidden, logits, indices.long(), weights, active)
         decision = on_layer(layer, Routing(*(part.unsqueeze(0) for part in parts)))

@@ -12,7 +12,7 @@ Every file is written under a temporary name, flushed and renamed.
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,12 @@ class Trace:
         self.phases: dict[str, int] = manifest.pop("phases")
         self.sha256: dict[str, str] = manifest.pop("sha256")
         self.options = TraceOptions(**{**manifest, "layers": tuple(manifest["layers"])})
+        for field in fields(self.options):
+            value = getattr(self.options, field.name)
+            if field.type in (int, str) and type(value) is not field.type:
+                raise TypeError(f"{field.name} is {value!r}")
+        if not all(isinstance(name, str) for name in (*self.options.layers, *self.sources, *self.sha256)):
+            raise TypeError("a layer, source or file has no name")
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "Trace":
