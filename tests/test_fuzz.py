@@ -177,7 +177,9 @@ def test_configuration_files(data: st.DataObject, command: str) -> None:
         patch.setenv("HF_HUB_OFFLINE", "1")
         Path("run.yaml").write_bytes(whole)
         try:
-            status = main([command, "--config", "run.yaml"])
+            # Without it in the file these would take the reference MoE, and run.
+            model = ["--model", "no/model"] if "model" in COMMANDS[command] else []
+            status = main([command, "--config", "run.yaml", *model])
         except SystemExit as ended:  # --help and its like, as a key of the file
             status = int(ended.code or 0)
         assert status in (0, 2)
