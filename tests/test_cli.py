@@ -259,7 +259,7 @@ def test_the_flow_from_flags_and_from_a_file(tmp_path: Path, run: Run) -> None:
     assert f"next: lynx-learn calibrate --selector {selector}" in " ".join(done.out.split())
     done = run(*measuring_words("calibrate", selector, "--budgets", 0.1))
     assert (done.status, done.err) == (0, [])
-    assert re.search(r"^kl 0\.1 +2 +0\.\d{4} +0\.\d{4} +\d\.\d → \d\.\d +\d+%", done.out, re.MULTILINE)
+    assert re.search(r"^0\.1 +2 +0\.\d{4} +0\.\d{4} +\d\.\d → \d\.\d +\d+%", done.out, re.MULTILINE)
     choice = ["--methods", "xshare", "learned", "--levels", 0.1]
     done = run(*measuring_words("evaluate", selector, "--out", tmp_path / "e", *choice))
     assert (done.status, done.err) == (0, [])
