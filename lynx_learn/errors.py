@@ -2,8 +2,8 @@
 
 import re
 
-# What would break the line, or move a terminal's cursor: names that are quoted come from files.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# What moves a terminal's cursor: names that are quoted come from files. A list of reasons has a line for each.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class LynxError(Exception):

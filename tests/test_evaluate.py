@@ -444,7 +444,7 @@ def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> No
     evaluate(little(out, corpus=str(texts)))
     before = contents(out)
     for changes, named in (
-        ({"seed": 9, "levels": [0.2]}, "levels, seed, text_sha256 "),
+        ({"seed": 9, "levels": [0.2]}, "seed, levels, text_sha256 "),
         ({"tokens": 800}, "tokens, text_sha256 "),
         ({"methods": ["gate_sq"]}, "methods "),
         ({"corpus": str(tiny_flow().texts)}, "corpus "),

@@ -40,21 +40,10 @@ class Sampling:
             ranked, order = shares.sort(-1, descending=True)
             ranked[ranked.cumsum(-1) - ranked >= self.top_p] = 0.0
             shares = torch.zeros_like(shares).scatter(-1, order, ranked)
-        # The inverse of the distribution function; torch.multinomial takes longer than the model's own step.
-        below = shares.cumsum(-1)
-        place = torch.rand(len(below), 1, generator=generator, dtype=below.dtype) * below[:, -1:]
-        drawn = torch.searchsorted(below, place, right=True).squeeze(-1)
-        return drawn.clamp_max(below.shape[1] - 1).to(logits.device)
+        return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
-class CachedDecode:
-    """A model that reads sequences piece by piece, with its key/value cache, and whatever hooks it has."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.cache, self.seen = model, None, 0
-        self.known = inspect.signature(model.forward).parameters
-
-    @torch.no_grad()
+@torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """Logits of the next token `(sequences, vocabulary)` after the next tokens `(sequences, positions)`."""
         told: dict[str, object] = {"logits_to_keep": 1}
