@@ -43,7 +43,14 @@ class Sampling:
         return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
-@torch.no_grad()
+class CachedDecode:
+    """A model that reads sequences piece by piece, with its key/value cache, and whatever hooks it has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.cache, self.seen = model, None, 0
+        self.known = inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
         """Logits of the next token `(sequences, vocabulary)` after the next tokens `(sequences, positions)`."""
         told: dict[str, object] = {"logits_to_keep": 1}
