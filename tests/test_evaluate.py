@@ -464,7 +464,7 @@ def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> No
     with pytest.raises(OptionError, match="other environment "):
         evaluate(little(out, corpus=str(texts)))
     (out / "options.json").write_text("{")
-    with pytest.raises(OptionError, match="other selector, model, trace"):
+    with pytest.raises(OptionError, match="other model, corpus, mix"):
         evaluate(little(out, corpus=str(texts)))
     assert {k: v for k, v in contents(out).items() if k != "options.json"} == {
         k: v for k, v in before.items() if k != "options.json"
