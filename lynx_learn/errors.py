@@ -2,15 +2,19 @@
 
 import re
 
-# What moves a terminal's cursor: names that are quoted come from files. A list of reasons has a line for each.
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+# What would break the line or move a terminal's cursor: names that are quoted come from files.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class LynxError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it as one line and exits with 2."""
 
+    has_lines = False
+    """Whether line breaks of the message are its own, as in a list of reasons."""
+
     def __init__(self, message: str) -> None:
-        super().__init__(CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
+        lines = message.split("\n") if self.has_lines else [message]
+        super().__init__("\n".join(CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines))
 
 
 class CorpusError(LynxError):

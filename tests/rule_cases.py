@@ -72,13 +72,13 @@ def stats_of(
         torch.tensor([lengths or [1.0] * 4]),
         torch.tensor([distances or nothing]),
         torch.tensor([similarities or nothing]),
-        torch.tensor([scalars or nothing]),
-        torch.tensor([losses or nothing]),
         torch.tensor([ratios or [0.5]]),
         torch.zeros(1, 1, 2, dtype=torch.int64) if sample is None else sample.indices,
         torch.ones(1, 1, 2) if sample is None else sample.weights,
         torch.zeros(1, 1, 2),
         torch.zeros(1, 1, 4),
+        torch.tensor([scalars or nothing]),
+        torch.tensor([losses or nothing]),
     )
 
 
@@ -103,7 +103,7 @@ def some_stats(experts: int = EXPERTS, layers: int = 1, seed: int = 0, top_k: in
     lengths = 0.2 + torch.rand(layers, experts, generator=generator)
     scalars = torch.randn(layers, experts, experts, generator=generator)
     return ExpertStats(
-        norms, squares, lengths, distances, similarities, scalars, distances, ratios, indices, weights, hidden, logits
+        norms, squares, lengths, distances, similarities, ratios, indices, weights, hidden, logits, scalars, distances
     )
 
 

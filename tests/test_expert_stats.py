@@ -14,6 +14,8 @@ from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.rules import expert_stats
 from lynx_learn.rules.expert_stats import measure_experts
+from lynx_learn.rules.keep_sets import GateNorm
+from lynx_learn.rules.substitutes import ExFold
 from lynx_learn.traces.format import Trace
 
 
@@ -189,3 +191,18 @@ def test_statistics_of_another_shape_are_refused(changes: dict[str, int], tmp_pa
     with pytest.raises(OptionError, match=f"of 2 layers of {EXPERTS} experts") as error:
         stats.check(shaped(**changes))
     assert "trace of this model" in one_line(error)
+
+
+def test_pairs_are_measured_only_where_they_are_wanted(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    layers = find_moe_layers(model)
+    trace = trace_of(model, tmp_path / "trace")
+    whole, without = (measure_experts(layers, trace, pairs=pairs) for pairs in (True, False))
+    assert without.scalars is without.losses is None
+    assert whole.scalars is not None
+    assert all(
+        torch.equal(getattr(whole, name), getattr(without, name)) for name in ("norms", "similarities", "hidden")
+    )
+    with pytest.raises(OptionError, match="pairs=True") as error:
+        ExFold(GateNorm(4, without), without).bind(layers)
+    one_line(error)

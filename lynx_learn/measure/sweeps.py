@@ -96,7 +96,7 @@ class Subject:
         self.curves: dict[tuple[str, int, int], list[list[Policy]]] = {}
         self.stats = None
         if self.trace is not None:
-            self.stats = measure_experts(self.layers, self.trace)
+            self.stats = measure_experts(self.layers, self.trace, pairs="exfold" in setup.methods)
 
     def sweeps(self, size: int, index: int) -> dict[tuple[str, int], list[Policy]]:
         """Every curve of every method, each from gentle to harsh, for one group of `size` sequences."""

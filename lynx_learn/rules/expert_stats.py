@@ -34,7 +34,7 @@ class ExpertStats:
             `(layers, experts, experts)`; 1 for an expert with itself, 0 for the most unlike two (SERE, arXiv 2602.07616).
         scalars, losses: of each ordered pair of experts i, j `(layers, experts, experts)`, over tokens routed to both: the
             scalar with which E_j(x) stands in for E_i(x) best, and the share of E_i's energy that it leaves; tokens count
-            by ‖E_i(x)‖ (ExFold, arXiv 2608.24938). Pairs that no token was routed to have 0 and UNSEEN.
+            by ‖E_i(x)‖ (ExFold, arXiv 2608.24938). Pairs that no token was routed to have 0 and UNSEEN. None: not measured.
         ratios: second largest weight by the largest of each token, ascending `(layers, tokens)`; `(layers, 0)` for a
             model that gives each token one expert.
         indices, weights: experts and weights of each token, as routed `(layers, tokens, top_k)`.
@@ -46,13 +46,13 @@ class ExpertStats:
     lengths: Tensor
     distances: Tensor
     similarities: Tensor
-    scalars: Tensor
-    losses: Tensor
     ratios: Tensor
     indices: Tensor
     weights: Tensor
     hidden: Tensor
     logits: Tensor
+    scalars: Tensor | None = None
+    losses: Tensor | None = None
 
     def batches(self, layer: MoeLayer, size: int) -> Routing:
         """The tokens of one layer as decode batches of at most `size`, drawn from all of them, on its device."""
@@ -79,8 +79,8 @@ class ExpertStats:
 
 
 @torch.no_grad()
-def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) -> ExpertStats:
-    """Run every expert on `tokens` tokens, spread evenly over the trace, and the routed ones on PAIR_TOKENS times as many.
+def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048, pairs: bool = True) -> ExpertStats:
+    """Run every expert on `tokens` tokens, spread evenly over the trace; for `pairs` the routed ones on PAIR_TOKENS times as many.
 
     Memory is bounded by one layer's sample of the trace and CHUNK_BYTES of outputs.
 
@@ -98,10 +98,12 @@ def measure_experts(layers: list[MoeLayer], trace: Trace, tokens: int = 2048) ->
     few, many = (_spread(count, trace.collected_tokens) for count in (tokens, PAIR_TOKENS * tokens))
     rows = []
     for layer in layers:
-        hidden, _, indices, _ = _sample(trace, layer.index, many)
-        pairs = _measure_pairs(layer, hidden, indices)
         hidden, logits, indices, weights = _sample(trace, layer.index, few)
-        rows.append((*_measure_layer(layer, hidden, indices, weights, pairs), hidden, logits))
+        row = (*_measure_layer(layer, hidden, indices, weights), hidden, logits)
+        if pairs:
+            hidden, _, indices, _ = _sample(trace, layer.index, many)
+            row = (*row, *_measure_pairs(layer, hidden, indices))
+        rows.append(row)
     return ExpertStats(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
 
@@ -148,12 +150,10 @@ def _measure_pairs(layer: MoeLayer, hidden: Tensor, indices: Tensor) -> tuple[Te
     losses = (uu - 2 * scalars * cross + scalars.square() * vv) / uu.clamp_min(1e-30)
     seen = uu > 0
     scalars, losses = scalars.masked_fill(~seen, 0.0), losses.masked_fill(~seen, UNSEEN)
-    return scalars.fill_diagonal_(1.0), losses.fill_diagonal_(0.0)
+    return scalars.fill_diagonal_(1.0).float(), losses.fill_diagonal_(0.0).float()
 
 
-def _measure_layer(
-    layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Tensor, pairs: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+def _measure_layer(layer: MoeLayer, hidden: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
     """One layer's rows of `ExpertStats`, on the CPU."""
     count, experts = len(hidden), layer.num_experts
     routed = torch.zeros(count, experts, dtype=torch.float64).scatter(1, indices, 1.0)
@@ -183,5 +183,5 @@ def _measure_layer(
     largest = weights.float().topk(min(2, weights.shape[1]), dim=1).values
     ratios = (largest[:, 1:] / largest[:, :1]).flatten().sort().values
     seen = routed.sum(0)
-    of_experts = (norms / seen, squares / seen, anywhere / count, apart / count, similarities, *pairs)
+    of_experts = (norms / seen, squares / seen, anywhere / count, apart / count, similarities)
     return *(part.float() for part in of_experts), ratios, indices, weights.float()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError
 from ..moe.decision import Decision, Routing, used_experts
 from ..moe.families import MoeLayer
 from .expert_stats import ExpertStats
@@ -101,8 +102,12 @@ class ExFold(Rule):
     def bind(self, layers: list[MoeLayer]) -> None:
         self.pool.bind(layers)
         self.stats.check(layers)
-        pairs = (self.stats.scalars, self.stats.losses)
-        self.pairs = {layer.index: [part[layer.index].to(layer.device) for part in pairs] for layer in layers}
+        scalars, losses = self.stats.scalars, self.stats.losses
+        if scalars is None or losses is None:
+            raise OptionError("exfold needs statistics of pairs of experts: measure them with pairs=True")
+        self.pairs = {
+            layer.index: [part[layer.index].to(layer.device) for part in (scalars, losses)] for layer in layers
+        }
 
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         scalars, losses = self.pairs[layer.index]

