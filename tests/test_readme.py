@@ -40,7 +40,7 @@ def test_python_block_skips_experts() -> None:
 @pytest.mark.timeout(3600)
 def test_first_command_ends_with_the_table(tmp_path: Path) -> None:
     install = next(block for block in blocks("bash") if "quickstart" in block)
-    assert install.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt . && ")
+    assert install.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt '.[cpu]' && ")
     command = install.strip().split(" && ")[-1].removeprefix(".venv/bin/")
     out = run(command.split(), tmp_path)
     closing = out[out.index("Distinct experts, bytes, loss and time") :]
