@@ -197,7 +197,7 @@ class ReferenceMoe(L.LightningModule):
                 "factor": self.options.router_rate,
             },
         ]
-        return torch.optim.AdamW(groups, lr=self.options.rate, betas=(0.9, 0.95), foreach=True)
+        return torch.optim.AdamW(groups, lr=self.options.rate, betas=(0.9, 0.95), fused=True)
 
     def on_train_batch_start(self, batch: torch.Tensor, batch_idx: int) -> None:
         o, p = self.options, self.progress
