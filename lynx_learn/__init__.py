@@ -82,6 +82,7 @@ _HOMES = {
     "inspect_model": "inspection",
     "load_model": "moe.loading",
     "reference_moe": "moe.loading",
+    "reference_moe_50m": "moe.loading",
     "skip_experts": "decode.runtime",
     "train": "fit.train",
 }

@@ -9,13 +9,13 @@ import torch
 
 from .decode.runtime import skip_experts
 from .decode.served import Mode
-from .decode.timing import paired_ratio, take_turns
+from .decode.timing import paired_ratio, take_turns, take_turns_generating, with_threads
 from .errors import OptionError
 from .files import check_empty, write_json
 from .fit.train import TrainOptions, train
 from .measure.calibrate import CalibrateOptions, calibrate
 from .measure.evaluate import EvaluateOptions, evaluate
-from .moe.loading import REFERENCE, LoadedModel, generate_plainly, load_model
+from .moe.loading import REFERENCE, REFERENCE_50M, LoadedModel, generate_plainly, in_repository, load_model
 from .selector.saving import read_metrics
 from .selector.selector import LynxSelector
 from .show.tables import Table, calibration_lines, matched_table, show, training_table
@@ -30,6 +30,10 @@ LENGTH = 128
 TUNE_STEPS = 16
 EPOCHS = 6
 PROMPT = "def read_lines(path):\n"
+# Of the larger model where its selector is not calibrated for the budget that was asked for.
+LARGER_BUDGET = 0.01
+# Tokens of prefill, decode steps, and new tokens of a call of generate that are timed.
+PREFILL, STEPS, NEW_TOKENS = 64, 96, 48
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class QuickstartOptions:
     """number of tokens to collect"""
     test_tokens: int = 10_000
     """decode tokens that the test scores for each point, at least"""
+    larger: bool = True
+    """also decode with reference-moe-50m and its selector, where a clone of the repository is at hand"""
     budget: float = 0.01
     """nats of KL per token for the closing table"""
     mode: Mode = "generate"
@@ -69,12 +75,12 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     check_empty(out)
     device, dtype = options.device, options.dtype
     trace, selector_folder = str(out / "trace"), str(out / "selector")
-    show(f"1/5 collect router traces of {options.model} on {options.corpus}")
+    show(f"1/6 collect router traces of {options.model} on {options.corpus}")
     loaded = load_model(options.model, device, dtype)
     traced = collect(
         CollectOptions(options.model, trace, options.corpus, tokens=options.tokens, device=device, dtype=dtype), loaded
     )
-    show("2/5 train surrogates and scorers")
+    show("2/6 train surrogates and scorers")
     train(
         TrainOptions(
             trace,
@@ -91,7 +97,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         traced,
     )
     show(training_table(read_metrics(selector_folder)["train"]["layers"]))
-    show("3/5 calibrate thresholds on other documents")
+    show("3/6 calibrate thresholds on other documents")
     budgets = sorted({options.budget, 3 * options.budget})
     selector = calibrate(
         CalibrateOptions(
@@ -108,74 +114,133 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
         loaded,
     )
     show(*calibration_lines(read_metrics(selector_folder)["calibrate"]))
-    show("4/5 evaluate on documents used for nothing else")
-    report = evaluate(
+    show("4/6 evaluate on documents used for nothing else")
+    report = _evaluate(options, loaded, selector_folder, out / "report", ["xshare", "learned"], card=True)
+    show(matched_table(report))
+    show("5/6 time decode steps and whole calls of generate, skipping on and off in turns")
+    small = Part(options.model, report, options.budget, _time(loaded, selector, options.budget, options))
+    lines, parts = _continue(loaded, selector, options), [small]
+    show("6/6 decode with the larger trained model that lies in the repository, and with its selector")
+    if (why_not := _no_larger(options)) is None:
+        parts.append(_larger(options, out))
+    else:
+        show(why_not)
+    summary = {part.model: part.figures for part in parts}
+    show(closing_table(parts), *notes(parts), *lines)
+    write_json(out / "quickstart.json", summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the closing table says of one model: the test's report, and times at the budget."""
+
+    model: str
+    report: dict[str, Any]
+    budget: float
+    times: dict[str, Any]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """For `quickstart.json`: the untouched point and that of the budget, and the times."""
+        untouched = [p for p in self.report["points"] if p["method"] == "untouched"]
+        own = [p for p in self.report["points"] if p["setting"] == f"budget={self.budget:g}"]
+        return {"points": untouched + own, **self.times}
+
+
+def _evaluate(
+    options: QuickstartOptions, loaded: LoadedModel, selector: str, out: Path, methods: list[str], card: bool
+) -> dict[str, Any]:
+    budgets = sorted({options.budget, 3 * options.budget})
+    return evaluate(
         EvaluateOptions(
-            selector_folder,
-            str(out / "report"),
+            selector,
+            str(out),
             corpus=options.corpus,
-            methods=["xshare", "learned"],
+            methods=methods,
             batch_sizes=[BATCH],
             tokens=options.test_tokens,
             levels=budgets,
             mode=options.mode,
             length=LENGTH,
-            card=True,
-            device=device,
-            dtype=dtype,
+            card=card,
+            device=options.device,
+            dtype=options.dtype,
         ),
         loaded,
     )
-    show(matched_table(report))
-    show("5/5 time decode steps, skipping on and off in turns")
-    times = _time(loaded, selector, options)
-    summary = {
-        "points": [
-            p for p in report["points"] if p["method"] == "untouched" or p["setting"] == f"budget={options.budget:g}"
-        ],
-        "decode_step": times,
-    }
-    show(_closing_table(report, times, options), *_continue(loaded, selector, options))
-    write_json(out / "quickstart.json", summary)
-    return summary
 
 
-def _time(loaded: LoadedModel, selector: LynxSelector, options: QuickstartOptions) -> dict[str, float]:
-    rows, _ = decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, 160, 1, 3, fewest=1)[0]
-    steps = take_turns(
-        loaded.model, {"off": None, "on": selector.policy(options.budget)}, rows.to(loaded.input_device), prompt=64
-    )
+def _no_larger(options: QuickstartOptions) -> str | None:
+    """Why the larger model is left out, or None."""
+    if not options.larger:
+        return "left out: --larger false"
+    if not (in_repository(f"data/{REFERENCE_50M}") and in_repository(f"selectors/{REFERENCE_50M}")):
+        return "left out: it is in lynx-learn's repository and not in the package; run quickstart in a clone to see it"
+    return None
+
+
+def _larger(options: QuickstartOptions, out: Path) -> Part:
+    folder = str(in_repository(f"selectors/{REFERENCE_50M}"))
+    selector = LynxSelector.from_pretrained(folder)
+    calibrated = map(float, selector.config.thresholds.get("kl", {}))
+    budget = options.budget if options.budget in calibrated else LARGER_BUDGET
+    loaded = load_model(REFERENCE_50M, options.device, options.dtype)
+    report = _evaluate(options, loaded, folder, out / "report-50m", ["learned"], card=False)
+    return Part(REFERENCE_50M, report, budget, _time(loaded, selector, budget, options))
+
+
+def _time(
+    loaded: LoadedModel, selector: LynxSelector, budget: float, options: QuickstartOptions
+) -> dict[str, dict[str, float]]:
+    rows, _ = decode_groups(options.corpus, loaded.tokenizer, "test", BATCH, PREFILL + STEPS, 1, 3, fewest=1)[0]
+    rows, policy = rows.to(loaded.input_device), selector.policy(budget)
+    steps = take_turns(loaded.model, {"off": None, "on": policy}, rows, PREFILL)
     off, on = steps["off"], steps["on"]
-    return {"off_ms": off.median, "on_ms": on.median, "ratio": paired_ratio(off, on), "steps": len(off.ms)}
+    step = {"off_ms": off.median, "on_ms": on.median, "ratio": paired_ratio(off, on), "steps": len(off.ms)}
+    with with_threads(1):
+        generate = take_turns_generating(loaded.model, policy, rows[:, :PREFILL], NEW_TOKENS)
+    return {"decode_step": step, "generate": generate}
 
 
-def _closing_table(report: dict[str, Any], times: dict[str, float], options: QuickstartOptions) -> Table:
+def closing_table(parts: list[Part]) -> Table:
+    """Experts, bytes, loss and time of every model, untouched and skipping."""
     rows = []
-    for p in report["points"]:
-        if p["method"] == "untouched":
-            rows.append(["untouched", f"{p['experts']:.1f}", "100%", "", "", f"{times['off_ms']:.1f} ms"])
-        elif p["setting"].startswith("budget="):
-            budget = p["setting"].removeprefix("budget=")
-            step = f"{times['on_ms']:.1f} ms ({times['ratio']:.2f}×)" if budget == f"{options.budget:g}" else ""
-            rows.append(
-                [
-                    f"learned, budget {budget}",
-                    f"{p['experts']:.1f}",
-                    f"{p['bytes']:.0%}",
-                    f"{p['kl']:.4f} ± {p['kl_margin']:.4f}",
-                    f"{p['nll']:+.4f}",
-                    step,
+    for part in parts:
+        step, generate = part.times["decode_step"], part.times["generate"]
+        for p in part.report["points"]:
+            if p["method"] == "untouched":
+                times = [f"{step['off_ms']:.1f}", f"{generate['tokens_per_s_off']:.0f}"]
+                rows.append([f"{part.model}, untouched", f"{p['experts']:.1f}", "100%", "", "", *times])
+            elif p["setting"].startswith("budget="):
+                budget = p["setting"].removeprefix("budget=")
+                times = [
+                    f"{step['on_ms']:.1f} ({step['ratio']:.2f}×)",
+                    f"{generate['tokens_per_s_on']:.0f} ({generate['ratio']:.2f}×)",
                 ]
-            )
+                row = [f"{p['experts']:.1f}", f"{p['bytes']:.0%}", f"{p['kl']:.4f} ± {p['kl_margin']:.4f}"]
+                timed = times if budget == f"{part.budget:g}" else ["", ""]
+                rows.append([f"budget {budget}", *row, f"{p['nll']:+.4f}", *timed])
     head = [
-        "batch of 16, test text",
+        f"batch of {BATCH}, test text",
         "experts per layer",
         "bytes",
         "KL, nats (95%)",
         "ΔNLL, nats",
-        "decode step, 1 thread",
+        "decode step, ms",
+        "generate, tokens/s",
     ]
-    return Table("Distinct experts, bytes, loss and time", head, rows)
+    return Table("Distinct experts, bytes, loss and time (1 thread)", head, rows)
+
+
+def notes(parts: list[Part]) -> list[str]:
+    """Why a model is not faster, for each that is not."""
+    return [
+        f"{part.model} is not faster with fewer experts where they all fit in the processor's cache: reading them costs "
+        "next to nothing there, and deciding takes time."
+        for part in parts
+        if part.times["decode_step"]["ratio"] < 1
+    ]
 
 
 @torch.no_grad()

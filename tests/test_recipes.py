@@ -1,5 +1,6 @@
 """Every recipe in `train/` is fed to the real parser, and run in a small size by its script, as are those of `docs/`."""
 
+import csv
 import gzip
 import json
 import re
@@ -114,6 +115,10 @@ def test_reference_moe_recipe_resumes_and_writes_a_plain_model(
     script(*train_words(texts, out, 40))
     figures = json.loads((out / "model" / "training.json").read_text())
     assert (figures["steps"], figures["tokens_seen"]) == (40, 40 * STEP)
+    with next((out / "logs").glob("*/metrics.csv")).open() as lines:
+        balances = [float(row["balance"]) for row in csv.DictReader(lines)]
+    # Experts times the sum of load share × mean probability: top_k where both are even, whatever the number of tokens.
+    assert balances == pytest.approx([SMALL_MODEL["num_experts_per_tok"]] * len(balances), rel=0.5)
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert model.config.model_type == "qwen3_moe"

@@ -19,15 +19,14 @@ from ..errors import OptionError
 from ..files import check_writable, write_json
 from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import Layer, MoeLayer
-from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, generate_plainly, load_model, pick_device
+from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
 from ..traces import corpus as corpora
 from ..traces.groups import decode_groups
-from .runtime import skip_experts
 from .shapes import SHAPES, random_selector, shaped_model
-from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, with_threads
+from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, take_turns_generating, with_threads
 
 # Shares of a layer's experts that the line is measured at.
 LINE = (1.0, 0.75, 0.5, 0.25, 0.125)
@@ -37,7 +36,6 @@ NOTHING = 1e-37
 WARM_UP = 4
 # Steps that a threshold is tried on when a share of the experts is asked for, how often at most, and how close is enough.
 TRIAL_STEPS, TRIALS, CLOSE = 6, 24, 0.005
-GENERATE_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -292,7 +290,8 @@ def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
     result["microseconds_per_layer"] = {**micro, "all": 1e3 * result["deciding_ms"] / moe}
     result["moe_layers"], result["threshold"] = moe, [tau for _, tau in sorted(subject.policy.thresholds.items())]
     if options.generate:
-        result["generate"] = _generate(subject, options)
+        prompt = subject.tokens[:, : options.prompt]
+        result["generate"] = take_turns_generating(subject.model, subject.policy, prompt, options.generate)
     return result
 
 
@@ -345,40 +344,3 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     interval = quantile_test(values, p=0.5).confidence_interval(0.95)
     low, high = float(interval.low), float(interval.high)
     return min(values) if math.isnan(low) else low, max(values) if math.isnan(high) else high
-
-
-@torch.no_grad()
-def _generate(subject: Subject, options: BenchOptions) -> dict[str, Any]:
-    """Whole greedy `generate` calls, off and on in turns."""
-    model, ids = subject.model, subject.tokens[:, : options.prompt]
-    seconds: dict[str, list[float]] = {OFF: [], ON: []}
-    found: dict[str, Tensor] = {}
-
-    def run() -> Tensor:
-        return generate_plainly(
-            model,
-            ids,
-            torch.ones_like(ids),
-            max_new_tokens=options.generate,
-            min_new_tokens=options.generate,
-            do_sample=False,
-        )
-
-    for turn in range(GENERATE_TURNS + 1):
-        for name in (OFF, ON) if turn % 2 else (ON, OFF):
-            start = clock(ids.device)
-            if name == ON:
-                with skip_experts(model, subject.policy):
-                    found[name] = run()
-            else:
-                found[name] = run()
-            seconds[name].append(clock(ids.device) - start)
-    ratios = [x / y for x, y in zip(seconds[OFF][1:], seconds[ON][1:], strict=True)]  # the first turn warms up
-    tokens = options.generate * len(ids)
-    same = (found[OFF] == found[ON])[:, options.prompt :].float().mean()
-    return {
-        "tokens_per_s_off": tokens / statistics.median(seconds[OFF][1:]),
-        "tokens_per_s_on": tokens / statistics.median(seconds[ON][1:]),
-        "ratio": statistics.median(ratios),
-        "same_tokens": float(same),
-    }

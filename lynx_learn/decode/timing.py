@@ -13,8 +13,11 @@ from transformers import StaticCache
 
 from ..errors import OptionError
 from ..moe.decision import Policy
+from ..moe.loading import generate_plainly
 from .runtime import Skipping
 from .tally import Stats
+
+GENERATE_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -146,4 +149,42 @@ def take_turns(
                 times[name].append(decoders[name].step(tokens[:, position : position + 1]))
     return {
         name: Steps(times[name][warm_up:], None if acted is None else acted.stats) for name, acted in skipping.items()
+    }
+
+
+@torch.no_grad()
+def take_turns_generating(model: nn.Module, policy: Policy, prompt: Tensor, new_tokens: int) -> dict[str, Any]:
+    """Whole greedy `generate` calls, untouched and skipping in turns; the first turn is not counted.
+
+    Args:
+        prompt: `(sequences, positions)`, without padding.
+        new_tokens: of every sequence.
+
+    Returns:
+        Tokens per second of both, the median of the ratios of turns (above 1: skipping is faster), and the share of
+        tokens that are the same.
+    """
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, Tensor] = {}
+    skipping = Skipping(model, policy)
+    for turn in range(GENERATE_TURNS + 1):
+        for skips in (False, True) if turn % 2 else (True, False):
+            start = clock(prompt.device)
+            with skipping if skips else nullcontext():
+                found[skips] = generate_plainly(
+                    model,
+                    prompt,
+                    torch.ones_like(prompt),
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    do_sample=False,
+                )
+            seconds[skips].append(clock(prompt.device) - start)
+    off, on = seconds[False][1:], seconds[True][1:]
+    tokens = new_tokens * len(prompt)
+    return {
+        "tokens_per_s_off": tokens / statistics.median(off),
+        "tokens_per_s_on": tokens / statistics.median(on),
+        "ratio": statistics.median(a / b for a, b in zip(off, on, strict=True)),
+        "same_tokens": float((found[False] == found[True])[:, prompt.shape[1] :].float().mean()),
     }

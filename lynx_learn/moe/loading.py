@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 
-REFERENCE = "reference-moe"
+REFERENCE, REFERENCE_50M = "reference-moe", "reference-moe-50m"
 COMMIT = re.compile("[0-9a-f]{40}")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,6 +38,26 @@ class LoadedModel:
 def reference_moe() -> str:
     """Folder of the small trained MoE that ships with this package."""
     return str(files("lynx_learn") / "reference_moe")
+
+
+def in_repository(folder: str) -> Path | None:
+    """A folder of this package's repository, where that is at hand: beside the package or where the command runs."""
+    roots = (Path(str(files("lynx_learn"))).parent, Path.cwd())
+    return next((root / folder for root in roots if (root / folder / "config.json").is_file()), None)
+
+
+def reference_moe_50m() -> str:
+    """Folder of the larger trained MoE, which lies in the repository and not in the package.
+
+    Raises:
+        ModelError: no clone of the repository is at hand.
+    """
+    if (found := in_repository(f"data/{REFERENCE_50M}")) is None:
+        raise ModelError(
+            f"model {REFERENCE_50M!r} is in lynx-learn's repository, not in the package: run this in a clone of it, or give "
+            f"the path of its folder data/{REFERENCE_50M}"
+        )
+    return str(found)
 
 
 @contextmanager
@@ -126,7 +146,8 @@ def _not_loaded(name: str, error: Exception) -> ModelError:
 
 def model_path(name: str) -> str:
     """What transformers and vLLM are given for the name of a model."""
-    return reference_moe() if name == REFERENCE else name
+    ours = {REFERENCE: reference_moe, REFERENCE_50M: reference_moe_50m}
+    return ours[name]() if name in ours else name
 
 
 def load_model(
@@ -135,7 +156,7 @@ def load_model(
     """Load model and tokenizer; safetensors weights only, no code from the repository.
 
     Args:
-        name: folder, Hub id, or `reference-moe` for the one in this package.
+        name: folder, Hub id, `reference-moe` for the one in this package, or `reference-moe-50m` in its repository.
         device: a torch device, or `auto`: the CPU where there is no GPU, one GPU, or spread over several.
         dtype: one of DTYPES; `auto` as `fast_dtype` of what the checkpoint holds.
         tokenizer: whether one is needed; without it None takes its place.
