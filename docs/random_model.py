@@ -38,7 +38,7 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
     model = shaped_model(shape, layers, torch.device("cpu"), torch.bfloat16)
     if int(model.config.vocab_size) < len(tokenizer):  # type: ignore[union-attr,arg-type]
         raise SystemExit(f"--layers {layers} leaves fewer words than the tokenizer has ({len(tokenizer)}): take more")
-    selector = random_selector(model, options.rank)
+    selector = random_selector(model, options.surrogate_share)
     length = options.prompt + options.steps
     tokens = torch.randint(3, len(tokenizer), (batch_size, length), generator=torch.Generator().manual_seed(0))
     model.to(fast_dtype(torch.bfloat16, torch.device("cpu")))  # an emulated type would take minutes

@@ -169,7 +169,7 @@ class SeeingPolicy:
             self.seen.add(routing.hidden.numpy().tobytes())
         return self.inner.decide(layer, routing)
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return self.inner.own_bytes(layer, skipped, batches)
 
 

@@ -85,7 +85,14 @@ def collect_words(out: Path, **changes: object) -> list[object]:
 
 
 def train_words(out: Path, **changes: object) -> list[object]:
-    options = {"trace": tiny_flow().trace, "out": out, "rank": 4, "epochs": 1, "reference": "false", **changes}
+    options = {
+        "trace": tiny_flow().trace,
+        "out": out,
+        "surrogate_share": 0.19,
+        "epochs": 1,
+        "reference": "false",
+        **changes,
+    }
     return ["train", *(word for name, value in options.items() for word in (f"--{name}", value))]
 
 

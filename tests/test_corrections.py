@@ -101,5 +101,5 @@ def test_moments_are_measured_once_for_a_model(monkeypatch: pytest.MonkeyPatch, 
     assert policy.maps[0] is first
     policy.bind(find_moe_layers(model))
     assert policy.maps[0] is not first
-    assert policy.own_bytes(layers[0], 1.0, 3) == 3 * 8 * layers[0].hidden_size
+    assert policy.own_bytes(layers[0], torch.ones(layers[0].num_experts), 3) == 3 * 8 * layers[0].hidden_size
     assert "of 1 layers of 6 experts" in refusal(LDA(TopK(1), some_stats(6), 4), layer_of(replace(PLAIN)))

@@ -159,7 +159,7 @@ def test_trace_files(data: st.DataObject, trace: Path) -> None:
 
 COMMANDS = {
     "collect": {"model": "no/model", "out": "out", "tokens": 100, "mode": "teacher", "length": 32, "bos": "auto"},
-    "train": {"trace": "no-trace", "out": "out", "rank": 4, "scorer": "mlp", "tune_batch_sizes": [8, 16]},
+    "train": {"trace": "no-trace", "out": "out", "surrogate_share": 0.1, "scorer": "mlp", "tune_batch_sizes": [8, 16]},
     "calibrate": {"selector": "no-selector", "budgets": [0.01], "batch_sizes": [1, 8], "confidence": 0.9},
     "evaluate": {"selector": "no-selector", "out": "out", "methods": ["random"], "batches": ["mixed", "single:16"]},
     "coverage": {"selector": "no-selector", "out": "out", "shift": {"calibrate": ["a"], "test": ["b"]}},

@@ -75,7 +75,8 @@ def test_surrogates_answer_with_the_original_weight(batches: int, tokens: int, r
     for g, t, k in decision.answered.nonzero().tolist():
         expert, weight = int(routing.indices[g, t, k]), routing.weights[g, t, k]
         assert decision.weights[g, t, k] == 0
-        answer = part.up[expert].T @ (part.down[expert] @ routing.hidden[g, t]) + part.constant[expert]
+        down, up, constant = part.of(expert)
+        answer = up.T @ (down @ routing.hidden[g, t]) + constant
         wanted[g, t] += weight * answer
     torch.testing.assert_close(decision.addition, wanted, rtol=1e-4, atol=1e-4)
     kept = ~decision.answered & routing.active.unsqueeze(-1)
@@ -171,7 +172,7 @@ def test_deciding_is_one_graph_for_any_values(
     layer = find_moe_layers(model)[0]
     policy = random_selector(model, rank, scorer, keep_top1=keep_top1).at_threshold(2.0, "torch")  # bits are compared
     policy.bind(find_moe_layers(model))
-    policy.ready[0].selector.surrogates.form = "grouped" if rank == 8 else "dense"  # those of other devices than a CPU
+    policy.ready[0].selector.surrogates.use("grouped" if rank == 8 else "dense")  # those of other devices than a CPU
     torch.compiler.reset()
     traced = torch.compile(
         lambda routing: policy.decide(layer, routing), fullgraph=True, backend="eager", dynamic=False

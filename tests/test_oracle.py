@@ -31,7 +31,8 @@ def by_hand(layer: MoeLayer, selector: LynxSelector, routing: Routing, answers: 
             gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)  # type: ignore[operator,index]
             error = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)  # type: ignore[operator,index]
             if answers:
-                error = error - (x @ surrogates.down[expert].T @ surrogates.up[expert] + surrogates.constant[expert])
+                down, out, constant = surrogates.of(expert)
+                error = error - (x @ down.T @ out + constant)
             found[g, t, k] = (routing.weights[g, t, k] ** 2) * error.square().sum()
     return found
 
@@ -75,8 +76,9 @@ def test_the_oracle_reads_the_surrogates_and_no_scorer() -> None:
     layer = layers[0]
     policy = Oracle(selector, 1.0)
     policy.bind(layers)
-    # Two maps of rank 4 and a constant, in float32, for each expert that was skipped.
-    assert policy.own_bytes(layer, 5.0, 2) == 5 * 4 * (2 * 4 * HIDDEN + HIDDEN)
+    # Two maps of its rank and a constant, in float32, for each time that an expert was skipped.
+    ranks, skipped = selector.layers[0].surrogates.ranks, torch.arange(layer.num_experts)  # type: ignore[union-attr,operator]
+    assert policy.own_bytes(layer, skipped, 2) == float((skipped * 4 * (2 * ranks * HIDDEN + HIDDEN)).sum())
     learned = selector.at_threshold(1.0)
     learned.bind(layers)
-    assert learned.own_bytes(layer, 5.0, 2) > policy.own_bytes(layer, 5.0, 2)
+    assert learned.own_bytes(layer, skipped, 2) > policy.own_bytes(layer, skipped, 2)

@@ -194,7 +194,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     for step, options in small.items():
         assert cli.main([step, "--config", f"train/selector/{step}.yaml", *options]) == 0
     assert set(LynxSelector.from_pretrained(selector).config.thresholds["kl"]) == {"0.003", "0.01", "0.03"}
-    variants = {"base": {}, "no surrogates, not tuned": {"rank": 0, "tune_steps": 0}}
+    variants = {"base": {}, "no surrogates, not tuned": {"surrogate_share": 0, "tune_steps": 0}}
     places = ["--config", "train/ablations.yaml", "--trace", trace, *text, "--out", ablations]
     small_base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 1, "sensitivity_groups": 1}
     changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", 2, "--tokens", 1]

@@ -159,7 +159,7 @@ def test_names_and_settings_tell_rules_apart() -> None:
     policies = [make(some_stats()) for make in RULES.values()]
     assert len({(p.name, p.setting) for p in policies}) == len(policies)
     assert {p.name for p in policies} == {key.split()[0] for key in RULES}
-    assert all(p.own_bytes(LAYER, 3.0, 2) == 0 for p in policies)
+    assert all(p.own_bytes(LAYER, torch.ones(LAYER.num_experts), 2) == 0 for p in policies)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,6 +16,7 @@ from lynx_learn.moe.decision import Policy, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.rules.keep_sets import XShare
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
+from lynx_learn.selector.surrogates import Surrogates
 
 EVERYTHING = 1e9  # a threshold no cost reaches
 SOME = 2.0  # costs of typical assignments are around 1
@@ -42,9 +43,8 @@ def all_hooked_are_bare(model: nn.Module, layers: list[MoeLayer]) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks for m in own) and hooks(model) == 0
 
 
-def own_surrogates(selector: LynxSelector, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    part = selector.layers[seen.layer.index].surrogates
-    return part.down, part.up, part.constant  # type: ignore[union-attr,return-value]
+def own_surrogates(selector: LynxSelector, seen: Seen) -> Surrogates:
+    return selector.layers[seen.layer.index].surrogates  # type: ignore[union-attr,return-value]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -229,8 +229,9 @@ def test_fewer_experts_are_loaded_and_counted_rightly(
         wanted_bytes += len(seen.wanted) * seen.layer.expert_bytes
         loaded_bytes += len(seen.loaded) * seen.layer.expert_bytes
         if rank:
-            numbers = sum(part[0].numel() for part in own_surrogates(selector, seen))
-            loaded_bytes += len(seen.wanted - seen.loaded) * numbers * seen.layer.dtype.itemsize
+            for expert in seen.wanted - seen.loaded:
+                numbers = sum(part.numel() for part in own_surrogates(selector, seen).of(expert))
+                loaded_bytes += numbers * seen.layer.dtype.itemsize
         if keep_top1:
             best = seen.routed[0].gather(1, seen.routed[1].argmax(1, keepdim=True))
             assert set(best.flatten().tolist()) <= seen.loaded
@@ -254,7 +255,6 @@ def test_output_is_kept_experts_plus_surrogates(name: str, rank: int, rows: int)
         decode(model, tokens, PROMPT, mask)
     answers = 0
     for seen in watch.steps:
-        down, up, constant = own_surrogates(selector, seen)
         outputs = [seen.layer.expert_output(expert, seen.hidden) for expert in range(EXPERTS)]
         wanted = torch.zeros_like(seen.output)
         for token, (chosen, weights) in enumerate(zip(*seen.routed, strict=True)):
@@ -262,8 +262,8 @@ def test_output_is_kept_experts_plus_surrogates(name: str, rank: int, rows: int)
                 if expert in seen.loaded:
                     wanted[token] += weight * outputs[expert][token]
                 elif rank:
-                    codes = down[expert] @ seen.hidden[token]
-                    wanted[token] += weight * (codes @ up[expert] + constant[expert])
+                    down, up, constant = own_surrogates(selector, seen).of(expert)
+                    wanted[token] += weight * (down @ seen.hidden[token] @ up + constant)
                     answers += 1
         torch.testing.assert_close(seen.output, wanted, rtol=1e-4, atol=1e-4)
     assert answers > 0 or not rank
@@ -312,7 +312,7 @@ def test_nothing_waits_for_the_device(name: str, rows: int, kind: str) -> None:
     policy.bind(layers)
     if isinstance(policy, ThresholdPolicy):
         for ready in policy.ready.values():
-            ready.selector.surrogates.form = kind  # as on a device that is no CPU
+            ready.selector.surrogates.use(kind)  # as on a device that is no CPU
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         tally = Tally(layers, policy)
         for layer in layers:

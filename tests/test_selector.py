@@ -121,7 +121,7 @@ def truncate(folder: Path) -> None:
 def spoil(value: float) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         tensors = load_file(folder / "selector.safetensors")
-        tensors["layers.1.surrogates.up"][2, 1, 3] = value
+        tensors["layers.1.surrogates.up"][9, 3] = value
         save_file(tensors, folder / "selector.safetensors")
 
     return change

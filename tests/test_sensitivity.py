@@ -7,6 +7,7 @@ from flows import (
     reference_flow,
 )
 from tiny import random_selector, randomise, tiny_model, words
+from torch import Tensor
 
 from lynx_learn.decode.simulate import compare
 from lynx_learn.fit.sensitivity import LEVEL, measure_sensitivities, scale_to_nats
@@ -37,7 +38,7 @@ class Predicted:
         self.decided += routing.active.numel()
         return decision
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return self.inner.own_bytes(layer, skipped, batches)
 
 

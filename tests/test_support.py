@@ -102,7 +102,8 @@ def kept_and_surrogates(layer: MoeLayer, selector: LynxSelector, routed: Call, k
             if expert in kept:
                 wanted[token] += weight * outputs[expert][token]
             else:
-                answer = (part.down[expert] @ routed.hidden[token]) @ part.up[expert] + part.constant[expert]
+                down, up, constant = part.of(expert)
+                answer = (down @ routed.hidden[token]) @ up + constant
                 wanted[token] += weight * answer
     return wanted
 

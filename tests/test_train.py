@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from flows import (
-    HIDDEN,
     LAYERS,
     LENGTH,
     RANK,
+    SHARE,
     Flow,
     change_weights,
     contents,
@@ -76,7 +76,8 @@ def loop_costs(
     for t, x in enumerate(shard["hidden"]):
         for k, e in enumerate(shard["indices"][t].tolist()):
             y = expert(layer.experts, e, x)
-            answer = surrogates.up[e].T @ (surrogates.down[e] @ x) + surrogates.constant[e]
+            down, up, constant = surrogates.of(e)
+            answer = up.T @ (down @ x) + constant
             weight = float(shard["weights"][t, k])
             costs[t, k] = (weight * (y - answer)).square().sum()
             squares[t, k] = (weight * y).square().sum()
@@ -116,7 +117,7 @@ def test_surrogates_lower_the_cost_on_held_out_sequences() -> None:
 
 def test_rank_0_has_no_surrogates_and_still_skips(tmp_path: Path) -> None:
     flow = tiny_flow()
-    selector = train(train_options(flow, tmp_path / "s", rank=0))
+    selector = train(train_options(flow, tmp_path / "s", surrogate_share=0))
     assert [row["unexplained"] for row in layer_figures(tmp_path / "s")] == pytest.approx([1.0] * LAYERS, rel=1e-6)
     assert all(not layer.surrogates.constant.any() for layer in selector.layers)  # type: ignore[union-attr]
     model = load_model(str(flow.model), "cpu").model
@@ -202,7 +203,14 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"rank": -1}, {"rank": HIDDEN + 1}, {"epochs": 0}, {"batch": 0}, {"sensitivity_groups": 0}, {"rate": -1.0}],
+    [
+        {"surrogate_share": -1},
+        {"surrogate_share": 1.0},
+        {"epochs": 0},
+        {"batch": 0},
+        {"sensitivity_groups": 0},
+        {"rate": -1.0},
+    ],
     ids=str,
 )
 def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> None:
@@ -227,9 +235,9 @@ def test_ten_sequences_are_enough(tmp_path: Path) -> None:
     assert contents(tmp_path / "s").keys() >= FILES
 
 
-@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("share", [0, SHARE])
 def test_an_expert_that_overflows_leaves_nothing_behind(
-    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last layer's, when the first is fitted already."""
     monkeypatch.setattr("lynx_learn.fit.train.differences", lambda *_: [])
@@ -237,7 +245,7 @@ def test_an_expert_that_overflows_leaves_nothing_behind(
     shutil.copytree(flow.model, broken)
     change_weights(broken, lambda name, value: value * 1e25 if "layers.1.mlp.experts" in name else value)
     with pytest.raises(TraceError, match=r"layers\.1\.mlp.* not finite") as error:
-        train(train_options(flow, tmp_path / "s", model=str(broken), rank=rank))
+        train(train_options(flow, tmp_path / "s", model=str(broken), surrogate_share=share))
     assert "--dtype float32" in one_line(error)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -253,7 +261,7 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
         "for tokens in (2_048, 8_192):\n"
         "    trace = f'{out}/t{tokens}'\n"
         "    collect(CollectOptions(model, trace, texts, split='all', tokens=tokens, length=32))\n"
-        "    few = dict(rank=1, epochs=1, reference=False, sensitivity_groups=1, tune_steps=1)\n"
+        "    few = dict(surrogate_share=0.05, epochs=1, reference=False, sensitivity_groups=1, tune_steps=1)\n"
         "    fit.train(fit.TrainOptions(trace, f'{out}/s{tokens}', **few))\n"
         "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
     )

@@ -108,7 +108,7 @@ def random_selector(
     keep_top1: bool = False,
     seed: int = 0,
 ) -> LynxSelector:
-    """A selector that fits `model`, every parameter random and the cost of a typical assignment around 1."""
+    """A selector that fits `model`, of a mean rank, every parameter random and the cost of a typical assignment around 1."""
     layers = find_moe_layers(model)
     config = SelectorConfig(
         base_model="tiny",
@@ -139,6 +139,9 @@ def randomise(selector: LynxSelector, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     named = [*selector.named_parameters(), *selector.named_buffers()]
     for name, value in sorted(named, key=lambda item: "surrogates" in item[0]):
+        if name.endswith("owner"):  # uneven ranks
+            value.copy_(torch.randint(selector.config.num_experts, value.shape, generator=generator).sort().values)
+            continue
         noise = torch.randn(value.shape, generator=generator)
         if name.endswith(("spread", "sensitivity")):
             noise = 1.0 + 0.5 * noise.tanh()

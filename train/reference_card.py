@@ -1,6 +1,7 @@
 """Write the model card of a trained reference MoE from its `training.json` and the list of sources.
 
 python train/reference_card.py --model runs/reference-moe/model --config_file train/reference-moe.yaml --sources ../shared/data/sources.json
+python train/reference_card.py --model runs/reference-moe-50m/model --config_file train/reference-moe-50m.yaml --sources ../shared/data/sources.json
 """
 
 import json
@@ -22,10 +23,13 @@ def card(model: str, config_file: str, sources: str) -> None:
     """
     figures = json.loads((Path(model) / "training.json").read_text())
     recipe = yaml.safe_load(Path(config_file).read_text())
-    (Path(model) / "README.md").write_text(render(figures, recipe, json.loads(Path(sources).read_text())))
+    text = render(figures, recipe, config_file, json.loads(Path(sources).read_text()))
+    (Path(model) / "README.md").write_text(text)
 
 
-def render(figures: dict[str, Any], recipe: dict[str, Any], sources: dict[str, list[dict[str, Any]]]) -> str:
+def render(
+    figures: dict[str, Any], recipe: dict[str, Any], config_file: str, sources: dict[str, list[dict[str, Any]]]
+) -> str:
     """Markdown of the card."""
     shape = recipe["model"]
     heldout = {name: row for name, row in figures["heldout"].items() if name != "load"}
@@ -44,13 +48,13 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# Reference MoE
+# {title(config_file)}
 
 A small Mixture-of-Experts language model (Qwen3-MoE, {figures["parameters"]:,} parameters, {shape["num_hidden_layers"]} layers of
 {shape["num_experts"]} experts, top-{shape["num_experts_per_tok"]}) for trying and testing expert selection. It is no assistant:
 it continues English prose, Python and grade-school mathematics.
 
-Trained by `python train/reference_moe.py --config train/reference-moe.yaml`: {figures["minutes"]:.0f} minutes on
+Trained by `python train/reference_moe.py --config {config_file}`: {figures["minutes"]:.0f} minutes on
 {figures["device"]} ({figures["threads"]} threads), one run, {figures["tokens_seen"]:,} tokens in {figures["steps"]:,} steps; windows by source: {mix}.
 Documents whose content hash puts them in the `calibrate` and `test` splits (a fifth) were not trained on.
 
@@ -72,6 +76,11 @@ Load of the heaviest and of the lightest expert over the mean, on the same text.
 
 {by_licence(sources)}
 """
+
+
+def title(config_file: str) -> str:
+    """Of the card: the name of the recipe."""
+    return Path(config_file).stem.replace("-", " ").replace("moe", "MoE").replace("reference", "Reference")
 
 
 def by_licence(sources: dict[str, list[dict[str, Any]]]) -> str:

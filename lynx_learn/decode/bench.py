@@ -56,8 +56,8 @@ class BenchOptions:
     """budget of the selector, in nats of KL per token; not with --fraction"""
     fraction: float | None = None
     """share of the untouched model's distinct experts to keep, by a threshold that is searched for it"""
-    rank: int = 8
-    """rank of a random selector's surrogates"""
+    surrogate_share: float = 0.08
+    """size of a random selector's surrogates, as a share of the experts' bytes"""
     kernel: str = "auto"
     """what computes decisions: auto, torch, triton or numba"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
@@ -98,9 +98,11 @@ class BenchOptions:
             raise OptionError(f"--kernel {self.kernel!r} is not usable: expected one of {', '.join(KERNELS)}")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise OptionError(f"--fraction {self.fraction:g} is not usable: expected above 0, at most 1")
-        for name in ("layers", "prompt", "steps", "threads", "rank"):
+        for name in ("layers", "prompt", "steps", "threads"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if not 0 <= self.surrogate_share < 1:
+            raise OptionError(f"--surrogate_share {self.surrogate_share:g} is not usable: expected 0 or more, below 1")
         if self.generate < 0:
             raise OptionError(f"--generate {self.generate} is not usable: expected 0 or more")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
@@ -128,7 +130,7 @@ class Fewer:
         used, run = (used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, indices))
         return Decision(indices, routing.weights, loads=(used, run))
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return 0.0
 
 
@@ -244,7 +246,7 @@ def _subject(options: BenchOptions, model: nn.Module, tokenizer: Any, device: to
         )[0]
     tokens = tokens.to(device)
     selector = (
-        random_selector(model, options.rank, options.seed)
+        random_selector(model, options.surrogate_share, options.seed)
         if options.selector is None
         else LynxSelector.from_pretrained(options.selector)
     )

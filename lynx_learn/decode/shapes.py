@@ -10,6 +10,7 @@ from ..moe.families import find_moe_layers, model_type
 from ..moe.identity import identify
 from ..selector.config import SelectorConfig
 from ..selector.selector import LynxSelector
+from ..selector.surrogates import rank_for
 
 # Shape -> model type and the sizes of its published configuration; `layers` is the depth of the whole model.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,7 +114,7 @@ def shaped_model(shape: str, layers: int, device: torch.device, dtype: torch.dty
 
 
 @torch.no_grad()
-def random_selector(model: nn.Module, rank: int = 8, seed: int = 0) -> LynxSelector:
+def random_selector(model: nn.Module, surrogate_share: float, seed: int = 0) -> LynxSelector:
     """A selector with random parameters for the MoE layers of `model`; what it leaves out means nothing."""
     layers = find_moe_layers(model)
     first = layers[0]
@@ -128,7 +129,7 @@ def random_selector(model: nn.Module, rank: int = 8, seed: int = 0) -> LynxSelec
         hidden_size=first.hidden_size,
         expert_bytes=first.expert_bytes,
         scorer="mlp",
-        rank=rank,
+        rank=rank_for(surrogate_share, first.expert_bytes / first.dtype.itemsize, first.hidden_size),
         keep_top1=False,
     )
     selector = LynxSelector(config)

@@ -74,13 +74,14 @@ class Tally:
 
     def stats(self) -> "Stats":
         batches = [int(self.batches[layer.index]) for layer in self.layers]
-        loaded = [self.loads[layer.index].sum(1).tolist() for layer in self.layers]
+        each = [self.loads[layer.index].cpu() for layer in self.layers]
+        loaded = [loads.sum(1).tolist() for loads in each]
         assigned = sum(int(self.tokens[layer.index]) * layer.top_k for layer in self.layers)
         before, after = 0.0, 0.0
-        for layer, count, (wanted, run) in zip(self.layers, batches, loaded, strict=True):
+        for layer, count, loads, (wanted, run) in zip(self.layers, batches, each, loaded, strict=True):
             before += wanted * layer.expert_bytes
             after += run * layer.expert_bytes
-            after += self.policy.own_bytes(layer, wanted - run, count) if self.policy else 0.0
+            after += self.policy.own_bytes(layer, loads[0] - loads[1], count) if self.policy else 0.0
         return Stats(
             steps=max(batches, default=0),
             experts_before=[wanted / max(count, 1) for count, (wanted, _) in zip(batches, loaded, strict=True)],

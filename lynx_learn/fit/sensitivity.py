@@ -45,7 +45,7 @@ class HalfOfOneLayer:
         self.tokens += routing.active.numel()
         return decision
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return 0.0
 
 
@@ -96,7 +96,7 @@ class Summed:
         self.cost += float(costs[left_out].sum())
         return decision
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return 0.0
 
     @property

@@ -22,7 +22,7 @@ from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
 from ..selector.saving import run_record, write_card
 from ..selector.selector import LynxSelector
-from ..selector.surrogates import Moments, Surrogates, fit_surrogate
+from ..selector.surrogates import MOST_RANKS, Fit, Moments, Surrogates, fit_surrogate, rank_for
 from ..show.progress import track
 from ..traces.format import Trace
 from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
@@ -49,8 +49,8 @@ class TrainOptions:
     """folder or Hub id of the model that the trace is of; by default the one that the trace names"""
     scorer: Literal["mlp", "linear", "formula"] = "mlp"
     """kind of scorer: mlp, linear, or formula (gate² × the expert's mean residual, nothing learned)"""
-    rank: int = 8
-    """rank of the surrogates; 0 for none"""
+    surrogate_share: float = 0.08
+    """size of the surrogates, as a share of the experts' bytes; 0 for none"""
     keep_top1: bool = False
     """always keep every token's first expert"""
     epochs: int = 10
@@ -77,8 +77,8 @@ class TrainOptions:
     """seed of the scorers' initial weights and of the order of the assignments"""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise OptionError(f"--rank {self.rank} is not usable: expected 0 or more")
+        if not 0 <= self.surrogate_share < 1:
+            raise OptionError(f"--surrogate_share {self.surrogate_share:g} is not usable: expected 0 or more, below 1")
         for name in ("epochs", "batch", "sensitivity_groups"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
@@ -111,11 +111,9 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
             f"{trace.folder} was collected from {trace.options.model} (revision {trace.options.revision}); this model differs "
             f"in {' and '.join(other)}: give that one with --model, or collect again"
         )
-    if options.rank > trace.options.hidden_size:
-        raise OptionError(
-            f"--rank {options.rank} is not usable: expected at most the model's width, {trace.options.hidden_size}"
-        )
-    selector = LynxSelector(_config(options, trace, identity))
+    first = layers[0]
+    rank = rank_for(options.surrogate_share, first.expert_bytes / first.dtype.itemsize, first.hidden_size)
+    selector = LynxSelector(_config(options, trace, identity, rank))
     tenth = trace.index()["sequence"] % 10
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -141,7 +139,7 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
     return selector
 
 
-def _config(options: TrainOptions, trace: Trace, identity: Identity) -> SelectorConfig:
+def _config(options: TrainOptions, trace: Trace, identity: Identity, rank: int) -> SelectorConfig:
     t = trace.options
     return SelectorConfig(
         base_model=t.model,
@@ -154,7 +152,7 @@ def _config(options: TrainOptions, trace: Trace, identity: Identity) -> Selector
         hidden_size=t.hidden_size,
         expert_bytes=t.expert_bytes,
         scorer=options.scorer,
-        rank=options.rank,
+        rank=rank,
         keep_top1=options.keep_top1,
     )
 
@@ -167,8 +165,8 @@ def fit_layer(
     `tenth` is the sequence number modulo 10 of every token of the trace.
     """
     torch.manual_seed(options.seed * 1009 + layer.index)
-    if options.rank:
-        _fit_surrogates(layer, own.surrogates, trace, tenth, options.rank)
+    if own.surrogates.rank:
+        _fit_surrogates(layer, own.surrogates, trace, tenth)
     fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
     squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
     sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
@@ -180,8 +178,10 @@ def fit_layer(
     train_scorer(scorer, fit, held_out, training, logs, f"layer-{layer.index:02d}")
     own.scorer.load_state_dict(scorer.state_dict())
     floor = new_scorer("formula", fit, residuals)
+    ranks = own.surrogates.ranks
     figures: dict[str, Any] = {
         "name": layer.name,
+        "ranks": [int(ranks.min()), int(ranks.max())],
         "assignments": fit.costs.numel(),
         "unexplained": float(held_out.costs.sum() / energy),
         "formula": quality(predicted_costs(floor, held_out), held_out.costs),
@@ -192,8 +192,9 @@ def fit_layer(
     return figures
 
 
-def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor, rank: int) -> None:
-    hidden = layer.hidden_size
+def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor) -> None:
+    hidden, rank = layer.hidden_size, surrogates.rank
+    fits: list[Fit] = []
     at_a_time = max(1, MOMENT_BYTES // (2 * 2 * hidden * hidden * 8))
     for first in range(0, layer.num_experts, at_a_time):
         block = range(first, min(first + at_a_time, layer.num_experts))
@@ -202,8 +203,9 @@ def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth
             for which, own in enumerate((part < CHECK, part == CHECK)):
                 if own.any():
                     moments[expert][which].add(x[own], y[own], weights[own].square())
-        for expert, (fit, check) in moments.items():
-            surrogates.put(expert, *fit_surrogate(fit, check, rank))
+        for fit, check in moments.values():
+            fits.append(fit_surrogate(fit, check, rank, min(MOST_RANKS * rank, hidden)))
+    surrogates.put(fits)
     surrogates.round_to(layer.dtype)
 
 

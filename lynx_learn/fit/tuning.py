@@ -70,7 +70,7 @@ class StraightThrough:
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return 0.0
 
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:

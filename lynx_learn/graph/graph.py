@@ -20,7 +20,7 @@ from .onnx_runtime import CONFIG_KEY, FORMAT_VERSION, OUTPUTS, VERSION_KEY
 
 OPSET = 20
 # Tensors of a layer's surrogates.
-SURROGATES = ("down", "up", "constant")
+SURROGATES = ("down", "up", "constant", "owner")
 
 # A file of protocol buffers ends there; some room is left for the graph itself.
 LARGEST = 2**31 - 2**24
@@ -58,8 +58,11 @@ def decide(
 
 
 def surrogates_of(own: LayerSelector) -> tuple[Tensor, ...]:
-    """A layer's surrogates in the order of SURROGATES, float32; none at rank 0."""
-    return tuple(getattr(own.surrogates, name).data.float() for name in SURROGATES) if own.surrogates.rank else ()
+    """A layer's surrogates in the order of SURROGATES, float32 but for the last; none at rank 0."""
+    parts = own.surrogates
+    if not parts.rank:
+        return ()
+    return (*(getattr(parts, name).data.float() for name in SURROGATES[:-1]), parts.owner)
 
 
 class Graph(nn.Module):
@@ -122,7 +125,7 @@ def to_bytes(selector: LynxSelector) -> bytes:
     size = sum(buffer.numel() * buffer.element_size() for buffer in graph.buffers())
     if size > LARGEST:
         raise LynxError(
-            f"scorers and surrogates take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train with a smaller --rank"
+            f"scorers and surrogates take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train with a smaller --surrogate-share"
         )
     batch = random_batch(selector, 0, 5, torch.Generator().manual_seed(0))
     example = {"layer": torch.tensor(0), **batch._asdict(), "threshold": torch.tensor(1.0)}

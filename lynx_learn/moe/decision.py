@@ -61,7 +61,7 @@ class Policy(Protocol):
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         """Rewrite one layer's assignments."""
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         """Bytes that it reads itself, such as scorer and surrogates, for decode batches of a layer that left out `skipped` experts in all."""
 
 

@@ -57,7 +57,7 @@ class K1K2:
         weights = torch.where(lost, decision.weights * factor, decision.weights)
         return decision._replace(weights=weights.to(routing.weights.dtype))
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return self.inner.own_bytes(layer, skipped, batches)
 
 
@@ -113,7 +113,7 @@ class LDA:
             addition = addition + factor * decision.addition.float()
         return decision._replace(factor=factor.expand_as(routing.hidden), addition=addition.to(routing.hidden.dtype))
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return self.inner.own_bytes(layer, skipped, batches) + 2 * 4 * layer.hidden_size * batches
 
 

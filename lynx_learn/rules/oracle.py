@@ -26,7 +26,7 @@ class Oracle(ThresholdPolicy):
         costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
         return ready.selector.answer(routing, ready.rewrite(routing, exempt, costs))
 
-    def own_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         """Of surrogates alone: it has no scorer."""
         return self.ready[layer.index].selector.surrogates.bytes_read(skipped, batches)
 

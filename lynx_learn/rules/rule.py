@@ -22,7 +22,7 @@ class Rule:
     def bind(self, layers: list[MoeLayer]) -> None:
         pass
 
-    def own_bytes(self, layer: MoeLayer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         return 0.0
 
 

@@ -13,7 +13,7 @@ from ..moe.identity import Identity, is_identity
 
 CONFIG, WEIGHTS, METRICS, CARD, RUN = "config.json", "selector.safetensors", "metrics.json", "README.md", "run.yaml"
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # metric -> budget (as text) -> decode batch size (as text) -> threshold; 0 means that bucket skips nothing.
 Thresholds = dict[str, dict[str, dict[str, float]]]
 
@@ -26,7 +26,7 @@ class SelectorConfig:
         base_model, base_revision: where the model came from, for people.
         identity: what attaching compares the model with (`moe.identity`).
         layers: names of the MoE blocks, in order.
-        scorer, rank: kind of scorer, rank of the surrogates (0: none).
+        scorer, rank: kind of scorer, mean rank of the surrogates (0: none).
         keep_top1: every token keeps its first expert.
         thresholds: see `Thresholds`.
         calibration: metric -> for what text its thresholds hold, as the `sources` with their shares, and with what

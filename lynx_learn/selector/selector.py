@@ -100,7 +100,9 @@ class LynxSelector(nn.Module):
             selector = cls(config)
             tensors = load_file(folder / WEIGHTS)
             selector.load_state_dict(tensors, strict=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
+            for own in selector.layers:
+                own.surrogates.check()  # type: ignore[union-attr,operator]
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SelectorError(
                 f"{folder / WEIGHTS} cannot be loaded ({reason}): copy or train the selector again"
@@ -233,7 +235,7 @@ class ThresholdPolicy:
         cuda = routing.logits.is_cuda
         return fused if cuda and self.kernels.is_faster(ready.folded, routing, fused, ready.rewrite) else ready.rewrite
 
-    def own_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
+    def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         ready = self.ready[layer.index]
         return ready.folded.bytes * batches + ready.selector.surrogates.bytes_read(skipped, batches)
 

@@ -1,10 +1,12 @@
 """Low-rank stand-ins for experts: `f(x) = B A x + c`, fitted in closed form by weighted reduced-rank ridge regression.
 
 Reduced-rank regression after Izenman (1975), "Reduced-rank regression for the multivariate linear model"; with a ridge
-penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions".
+penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions". Ranks are uneven: each
+further direction goes to the expert where it explains most of what leaving the expert out costs.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,38 +14,89 @@ from torch.nn import functional
 
 # Ridge penalties tried, as multiples of the mean diagonal of the Gram matrix; the last leaves little but the mean.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# An expert may get this many times the mean rank of its layer.
+MOST_RANKS = 4
 # Up to this share of the experts' bytes, all surrogates are read in one product.
 SMALL_SHARE = 0.02
 
 
 class Surrogates(nn.Module):
-    """The surrogates of one layer's experts.
+    """The surrogates of one layer's experts, of uneven rank.
 
-    `down` `(experts, rank, hidden)`, `up` `(experts, rank, hidden)` and `constant` `(experts, hidden)`; rank 0 means no
+    The maps lie one below the other: `down` and `up` `(rows, hidden)` with `owner` `(rows,)`, the expert of each row in
+    rising order, and `constant` `(experts, hidden)`. There are `rank` rows for each expert on the mean; rank 0 means no
     surrogate: what is left out then adds nothing.
     """
+
+    owner: Tensor
 
     def __init__(self, experts: int, hidden: int, rank: int) -> None:
         super().__init__()
         self.rank = rank
         self.form = "dense"
-        self.down = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
-        self.up = nn.Parameter(torch.zeros(experts, rank, hidden), requires_grad=False)
+        self.down = nn.Parameter(torch.zeros(experts * rank, hidden), requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(experts * rank, hidden), requires_grad=False)
         self.constant = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
+        self.register_buffer("owner", torch.arange(experts).repeat_interleave(rank))
+        self.padded: tuple[Tensor, Tensor] | None = None
+        """What the grouped form reads instead of `down` and `up`: `(experts, largest rank, hidden)`."""
 
     @property
-    def bytes_each(self) -> int:
-        """Bytes of one expert's surrogate."""
-        if not self.rank:
-            return 0
-        return sum(t[0].numel() * t.element_size() for t in self.parameters())
+    def experts(self) -> int:
+        return len(self.constant)
+
+    @property
+    def ranks(self) -> Tensor:
+        """Rows of each expert `(experts,)`."""
+        return torch.bincount(self.owner, minlength=self.experts)
+
+    @property
+    def largest(self) -> int:
+        """The largest rank, as a multiple of 8, which the grouped product wants."""
+        return -(-int(self.ranks.max()) // 8) * 8
+
+    @property
+    def starts(self) -> Tensor:
+        """Where each expert's rows begin, and where the last one's end `(experts + 1,)`."""
+        return functional.pad(self.ranks.cumsum(0), (1, 0))
+
+    def check(self) -> None:
+        """Refuse an `owner` that no fit gives, which would be read past the ends.
+
+        Raises:
+            ValueError: it is not in order, or names experts that are not there.
+        """
+        owner = self.owner
+        if (owner.diff() < 0).any() or (owner < 0).any() or (owner >= self.experts).any():
+            raise ValueError("owner does not name experts in rising order")
+
+    @property
+    def bytes_each(self) -> Tensor:
+        """Bytes of each expert's surrogate `(experts,)`."""
+        hidden = self.constant.shape[-1]
+        numbers = self.ranks * 2 * hidden + hidden if self.rank else torch.zeros_like(self.ranks)
+        return numbers * self.constant.element_size()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all of them together."""
+        return sum(t.numel() * t.element_size() for t in self.parameters()) if self.rank else 0
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One expert's map: down and up `(its rank, hidden)`, and the constant `(hidden,)`."""
+        own = slice(*self.starts[expert : expert + 2].tolist())
+        return self.down[own], self.up[own], self.constant[expert]
 
     @torch.no_grad()
-    def put(self, expert: int, down: Tensor, up: Tensor, constant: Tensor) -> None:
-        """Put one expert's map in place; down and up `(at most rank, hidden)`, the rest stays 0."""
-        self.down[expert, self.rank - len(down) :] = down
-        self.up[expert, self.rank - len(up) :] = up
-        self.constant[expert] = constant
+    def put(self, fits: "list[Fit]") -> None:
+        """Put all experts' maps in place, with the ranks that explain most together."""
+        ranks = choose_ranks([fit.gains for fit in fits], len(self.owner))
+        self.owner.copy_(torch.arange(self.experts).repeat_interleave(torch.tensor(ranks)))
+        for expert, (fit, rank) in enumerate(zip(fits, ranks, strict=True)):
+            down, up, constant = self.of(expert)
+            down.copy_(fit.down[:rank])
+            up.copy_(fit.up[:rank])
+            constant.copy_(fit.constant(rank))
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
@@ -52,25 +105,40 @@ class Surrogates(nn.Module):
             tensor.copy_(tensor.to(dtype))
 
     def choose(self, expert_bytes: int) -> None:
-        """Choose the form in which assignments are answered, on this device and beside experts of so many bytes.
+        """Take the form that fits best; see `fitting`."""
+        self.use(self.fitting(expert_bytes))
+
+    def fitting(self, expert_bytes: int) -> str:
+        """The form in which assignments are answered fastest, on this device and beside experts of so many bytes.
 
         On a CPU those that answer are picked out first: their number is known there without waiting. Elsewhere the form
         must not depend on values. Where all surrogates together are a small share of the experts, one product with all
         of them costs least time; where they are not, `grouped_mm` reads only those that answer, if it can: it wants
         bfloat16 and rows of multiples of 16 bytes.
         """
-        able = self.down.dtype == torch.bfloat16 and not self.rank % 8 and not self.down.shape[-1] % 8
-        small = self.bytes_each <= SMALL_SHARE * expert_bytes
+        able = self.down.dtype == torch.bfloat16 and not self.down.shape[-1] % 8
+        small = self.bytes <= SMALL_SHARE * expert_bytes * self.experts
         on_cpu = self.down.device.type == "cpu"
-        self.form = "picked" if on_cpu else "grouped" if able and not small else "dense"
+        return "picked" if on_cpu else "grouped" if able and not small else "dense"
 
-    def bytes_read(self, skipped: float, batches: int) -> float:
-        """Bytes that decode batches read which left out `skipped` experts in all."""
-        return self.bytes_each * (float(self.down.shape[0] * batches) if self.form == "dense" else skipped)
+    def use(self, form: str) -> None:
+        """Take a form; for the grouped one the rows are padded now, so that a step's shapes depend on no values."""
+        self.form = form
+        self.padded = (self._pad(self.down), self._pad(self.up)) if form == "grouped" else None
+
+    def bytes_read(self, skipped: Tensor, batches: int) -> float:
+        """Bytes that decode batches read which left out each expert so many times, `skipped` `(experts,)`."""
+        if self.form == "dense":
+            return float(self.bytes * batches)
+        each = self.bytes_each
+        if self.form == "grouped" and self.rank:  # what is read is padded
+            hidden = self.constant.shape[-1]
+            each = torch.full_like(each, (self.largest * 2 * hidden + hidden) * self.constant.element_size())
+        return float(each.double().cpu() @ skipped.double().cpu())
 
     def output(self, expert: int, hidden: Tensor) -> Tensor:
         """One surrogate's output `(tokens, hidden)` in float32, from `hidden` `(tokens, hidden)`, on its device."""
-        down, up, constant = (part[expert].to(hidden.device).float() for part in (self.down, self.up, self.constant))
+        down, up, constant = (part.to(hidden.device).float() for part in self.of(expert))
         return hidden.float() @ down.T @ up + constant
 
     def answer(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -83,20 +151,25 @@ class Surrogates(nn.Module):
         """
         if self.form == "grouped":
             return self._answer_grouped(hidden, indices, weights)
-        by_expert = torch.zeros(*weights.shape[:-1], self.down.shape[0], dtype=weights.dtype, device=weights.device)
+        by_expert = torch.zeros(*weights.shape[:-1], self.experts, dtype=weights.dtype, device=weights.device)
         by_expert = by_expert.scatter_add(-1, indices, weights)
         if self.form == "picked" and not torch.compiler.is_compiling():
-            picked = by_expert.flatten(0, -2).any(0).nonzero().squeeze(-1)
-            if not len(picked):
+            picked = by_expert.flatten(0, -2).any(0)
+            if not picked.any():
                 return torch.zeros_like(hidden)
-            parts = (part.index_select(0, picked) for part in (self.down, self.up, self.constant))
-            return weighted_sum(hidden, by_expert.index_select(-1, picked), *parts)
+            rows, chosen = picked[self.owner].nonzero().squeeze(-1), picked.nonzero().squeeze(-1)
+            owner = (picked.cumsum(0) - 1)[self.owner[rows]]
+            parts = (self.down.index_select(0, rows), self.up.index_select(0, rows))
+            constant = self.constant.index_select(0, chosen)
+            return weighted_sum(hidden, by_expert.index_select(-1, chosen), *parts, constant, owner)
         return self(hidden, by_expert)
 
     def _answer_grouped(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Assignments are sorted by expert, so that each surrogate that answers is read once and no other at all."""
-        experts, top_k = self.down.shape[0], indices.shape[-1]
-        x, weights = hidden.to(self.down.dtype).flatten(0, -2), weights.to(self.down.dtype)
+        assert self.padded is not None
+        down, up = self.padded
+        experts, top_k = self.experts, indices.shape[-1]
+        x, weights = hidden.to(down.dtype).flatten(0, -2), weights.to(down.dtype)
         silent = weights.flatten() == 0
         expert, order = indices.flatten().masked_fill(silent, experts).sort(stable=True)
         counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
@@ -104,11 +177,18 @@ class Surrogates(nn.Module):
         live = (expert < experts).unsqueeze(-1)
         nothing = torch.zeros((), dtype=x.dtype, device=x.device)
         # Rows behind the last expert are left as they were in memory.
-        codes = functional.grouped_mm(x[order // top_k], self.down.transpose(-2, -1), offs=ends)
-        output = functional.grouped_mm(torch.where(live, codes, nothing), self.up, offs=ends)
+        codes = functional.grouped_mm(x[order // top_k], down.transpose(-2, -1), offs=ends)
+        output = functional.grouped_mm(torch.where(live, codes, nothing), up, offs=ends)
         output = torch.where(live, output + self.constant[expert.clamp_max(experts - 1)], nothing)
         back = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
         return (output[back].unflatten(0, (-1, top_k)) * weights.reshape(-1, top_k, 1)).sum(1).view(hidden.shape)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        """`(experts, largest rank, hidden)`."""
+        padded = rows.new_zeros(self.experts, self.largest, rows.shape[-1])
+        place = torch.arange(len(rows), device=rows.device) - self.starts[self.owner]
+        padded[self.owner, place] = rows
+        return padded
 
     def forward(self, hidden: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the surrogates' outputs `(..., hidden)`.
@@ -117,21 +197,37 @@ class Surrogates(nn.Module):
             hidden: what enters the block `(..., hidden)`.
             weights: weight of each expert's surrogate for each token `(..., experts)`, 0 where it does not answer.
         """
-        return weighted_sum(hidden, weights, self.down, self.up, self.constant)
+        return weighted_sum(hidden, weights, self.down, self.up, self.constant, self.owner)
 
 
-def weighted_sum(hidden: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor) -> Tensor:
+def weighted_sum(hidden: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor, owner: Tensor) -> Tensor:
     """Weighted sum of the surrogates' outputs `(..., hidden)`.
 
     Args:
         hidden: what enters the block `(..., hidden)`.
         weights: of each surrogate `(..., experts)`.
-        down, up, constant: `(experts, rank, hidden)` twice, and `(experts, hidden)`.
+        down, up, constant, owner: as in `Surrogates`.
     """
     x, weights = hidden.to(down.dtype), weights.to(down.dtype)
-    codes = (x @ down.flatten(0, 1).T).unflatten(-1, down.shape[:2])
-    codes = (codes * weights.unsqueeze(-1)).flatten(-2).flatten(0, -2)
-    return torch.addmm(weights.flatten(0, -2) @ constant, codes, up.flatten(0, 1)).view(hidden.shape)
+    codes = (x @ down.T * weights.index_select(-1, owner)).flatten(0, -2)
+    return torch.addmm(weights.flatten(0, -2) @ constant, codes, up).view(hidden.shape)
+
+
+def rank_for(share: float, expert_numbers: float, hidden: int) -> int:
+    """The mean rank at which surrogates hold this share of their experts' numbers; at least 1, 0 for none."""
+    return min(max(round((share * expert_numbers - hidden) / (2 * hidden)), 1), hidden) if share else 0
+
+
+def choose_ranks(gains: list[Tensor], rows: int) -> list[int]:
+    """How many directions each expert gets so that `rows` of them explain most together.
+
+    Args:
+        gains: what each direction of each expert explains, falling; all of one length.
+        rows: of all experts together.
+    """
+    each = len(gains[0]) if gains else 0
+    best = torch.cat(gains).argsort(descending=True, stable=True)[:rows] if gains else torch.zeros(0)
+    return torch.bincount(best // max(each, 1), minlength=len(gains)).tolist()
 
 
 @dataclass
@@ -171,30 +267,50 @@ class Moments:
         return float(self.yy + squares - 2 * cross)
 
 
-def fit_surrogate(fit: Moments, check: Moments, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The surrogate of one expert: down and up, both `(rank, hidden)`, and the constant `(hidden,)`, in float32.
+class Fit(NamedTuple):
+    """One expert's surrogate at any rank: directions in the order of what they explain."""
 
-    `fit` holds the tokens to fit on, `check` others by which the ridge penalty is chosen. An expert that saw no token
-    gets the zero map.
+    down: Tensor
+    """(directions, hidden)."""
+    up: Tensor
+    """(directions, hidden)."""
+    gains: Tensor
+    """(directions,), the weighted sum of squares that each explains; falling."""
+    mean_x: Tensor
+    """(hidden,)."""
+    mean_y: Tensor
+
+    def constant(self, rank: int) -> Tensor:
+        """The constant `(hidden,)` that goes with so many directions."""
+        return self.mean_y - self.mean_x @ self.down[:rank].T @ self.up[:rank]
+
+
+def fit_surrogate(fit: Moments, check: Moments, rank: int, directions: int | None = None) -> Fit:
+    """The surrogate of one expert, in float32.
+
+    Args:
+        fit: the tokens to fit on. An expert that saw none gets the zero map.
+        check: others, by which the ridge penalty is chosen, at this `rank`.
+        directions: how many to give, at least `rank`; by default as many.
     """
-    hidden = fit.x.shape[0]
-    zero = torch.zeros(rank, hidden)
+    hidden, count = fit.x.shape[0], directions or rank
+    zero, none = torch.zeros(count, hidden, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     if fit.weight <= 0.0:
-        return zero, zero.clone(), torch.zeros(hidden)
+        return Fit(zero.float(), zero.float(), none.float(), zero.float().new_zeros(hidden), torch.zeros(hidden))
     mean_x, mean_y = fit.x / fit.weight, fit.y / fit.weight
     xx = fit.xx - fit.weight * torch.outer(mean_x, mean_x)
     xy = fit.xy - fit.weight * torch.outer(mean_x, mean_y)
-    best = (check.error(torch.zeros_like(xx), mean_y), zero, zero.clone(), mean_y)
+    best = Fit(zero, zero, none, mean_x, mean_y)
+    lowest = check.error(torch.zeros_like(xx), mean_y)
     scale = float(xx.diagonal().mean())
     for penalty in PENALTIES if scale > 0 else ():
         ridged = xx + penalty * scale * torch.eye(hidden, dtype=torch.float64)
         full = torch.linalg.solve(ridged, xy)
         # Directions of the output along which the ridge fit carries the most energy.
-        up = torch.linalg.eigh(full.T @ ridged @ full).eigenvectors[:, hidden - rank :].T
-        down = (full @ up.T).T
-        matrix = down.T @ up
-        constant = mean_y - mean_x @ matrix
-        error = check.error(matrix, constant)
-        if error < best[0]:
-            best = (error, down, up, constant)
-    return best[1].float(), best[2].float(), best[3].float()
+        energy, vectors = torch.linalg.eigh(full.T @ ridged @ full)
+        up = vectors.flip(1)[:, :count].T
+        found = Fit((full @ up.T).T, up, energy.flip(0)[:count].clamp_min(0), mean_x, mean_y)
+        error = check.error(found.down[:rank].T @ up[:rank], found.constant(rank))
+        if error < lowest:
+            lowest, best = error, found
+    return Fit(*(part.float() for part in best))

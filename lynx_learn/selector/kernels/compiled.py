@@ -55,6 +55,7 @@ class Compiled:
             down=_array(surrogates.down),
             up=_array(surrogates.up),
             constant=_array(surrogates.constant),
+            starts=_array(surrogates.starts),
         )
         self.shape = (folded.experts.shape[0], folded.projection.shape[0])
         self.not_projected = np.empty((0, folded.projection.shape[1]), np.float32)
@@ -103,7 +104,7 @@ class Compiled:
             projected = (routing.hidden[0].float() @ self.projection).numpy()
         new_indices, new_weights = np.empty((1, *indices.shape), np.int64), np.empty((1, *indices.shape), np.float32)
         answered, loads = np.empty((1, *indices.shape), np.bool_), np.empty((2, 1, logits.shape[1]), np.bool_)
-        rank = self.own.down.shape[1]
+        rank = len(self.own.down)
         addition = np.empty((1, *hidden.shape) if rank else (1, 0, 0), np.float32)
         left_out = decide(
             hidden,

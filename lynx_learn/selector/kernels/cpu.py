@@ -53,10 +53,12 @@ class Arrays(NamedTuple):
     thresholds: Any
     """By the number of active tokens."""
     down: Any
-    """(experts, rank, hidden), float32 or the bits of bfloat16; so are the next two."""
+    """(rows, hidden), float32 or the bits of bfloat16; so are the next two."""
     up: Any
     constant: Any
     """(experts, hidden)."""
+    starts: Any
+    """(experts + 1,), where each expert's rows begin."""
 
 
 def _wide(value: Any) -> Any:
@@ -261,7 +263,7 @@ def _rewrite(indices, weights, usable, anchor, new_indices, new_weights, answere
 @_part
 def _answer_one(x, weight, down, up, constant, codes, out):
     """Add one expert's surrogate of one hidden state to `out`."""
-    size, rank = len(x), len(codes)
+    size, rank = len(x), len(down)
     for r in range(rank):
         into, product = down[r], _ZERO
         for h in range(size):
@@ -302,7 +304,7 @@ def decide(
     Arguments as in `Routing` and `Decision`, for one batch; `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden
     states are projected here.
     """
-    experts, top_k, rank = logits.shape[1], indices.shape[1], own.down.shape[1]
+    experts, top_k, rows = logits.shape[1], indices.shape[1], len(own.down)
     total, used, first = np.zeros(experts, np.float32), np.zeros(experts, np.bool_), np.zeros(experts, np.bool_)
     count = _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_top1, total, used, first)
     kept = loads[1]
@@ -312,14 +314,18 @@ def decide(
     # Tokens that are not active run on what the others load; where none is active, all run.
     usable = kept & (used | (not used.any()))
     left_out = _rewrite(indices, weights, usable, anchor, new_indices, new_weights, answered, head, after)
-    if left_out and rank:
+    if left_out and rows:
         addition[:] = _ZERO
-        codes = np.empty(rank, np.float32)
+        codes = np.empty(rows, np.float32)
         for e in range(experts):
             place = head[e]
+            if place < 0:
+                continue
+            begin, end = own.starts[e], own.starts[e + 1]
+            down, up = own.down[begin:end], own.up[begin:end]
             while place >= 0:
                 t, weight = place // top_k, weights[place // top_k, place % top_k]
-                _answer_one(hidden[t], weight, own.down[e], own.up[e], own.constant[e], codes, addition[t])
+                _answer_one(hidden[t], weight, down, up, own.constant[e], codes, addition[t])
                 place = after[place]
     for e in range(experts):
         loads[0, e] = used[e]
