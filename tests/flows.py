@@ -31,7 +31,7 @@ from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.format import Trace, TraceOptions, TraceWriter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-LENGTH, PROMPT, LAYERS, EXPERTS, HIDDEN, RANK, SHARE = 32, 8, 2, 8, 32, 4, 0.19
+LENGTH, PROMPT, LAYERS, EXPERTS, HIDDEN, RANK, SHARE = 32, 8, 2, 8, 32, 4, 0.0625
 SIZES, BUDGETS = [2, 4], [0.02, 0.1]
 SENTENCE = (
     "the router sends each token to two experts and a batch of requests touches most of them so every expert must be "

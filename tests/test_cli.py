@@ -88,7 +88,7 @@ def train_words(out: Path, **changes: object) -> list[object]:
     options = {
         "trace": tiny_flow().trace,
         "out": out,
-        "surrogate_share": 0.19,
+        "surrogate_share": 0.0625,
         "epochs": 1,
         "reference": "false",
         **changes,
