@@ -40,6 +40,7 @@ from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, LoadedModel, load_model
 from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.prices import Prices
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
 from lynx_learn.traces.groups import decode_groups
@@ -112,7 +113,7 @@ class Dented:
     def __init__(self, selector: LynxSelector, dent: float) -> None:
         self.selector, self.dent = selector, dent
 
-    def at_threshold(self, threshold: float) -> ThresholdPolicy:
+    def at_threshold(self, threshold: float, prices: Prices) -> ThresholdPolicy:
         return self.selector.at_threshold(1e9 if math.isclose(threshold, self.dent, rel_tol=1e-6) else threshold)
 
 
@@ -151,7 +152,7 @@ class Seeing:
         self.selector = selector
         self.seen: dict[float, set[bytes]] = {}
 
-    def at_threshold(self, threshold: float) -> "SeeingPolicy":
+    def at_threshold(self, threshold: float, prices: Prices) -> "SeeingPolicy":
         return SeeingPolicy(self.selector.at_threshold(threshold), self.seen.setdefault(threshold, set()))
 
 
@@ -455,3 +456,16 @@ def test_a_budget_holds_on_other_text_of_the_reference_model(tmp_path: Path) -> 
     assert 0.03 / 4 < result.mean("kl") < 0.03 * 1.25
     stats = result.mean_stats()
     assert stats["experts"] < 0.8 * stats["experts_before"]
+
+
+def test_prices_are_recorded_and_measured_with(selector: Path) -> None:
+    priced = calibrate(choices(selector, prices="residency:0.5"))
+    assert SelectorConfig.read(selector / "config.json").calibration["kl"]["prices"] == {
+        "source": "residency",
+        "share": 0.5,
+    }
+    with pytest.raises(SelectorError, match=r"calibrated with prices residency:0\.5, not uniform"):
+        priced.policy(0.1)
+    assert priced.policy(0.1, prices=priced.calibrated_prices()).prices.source == "residency"
+    assert "Prices of reading an expert: `residency:0.5`" in (selector / "README.md").read_text()
+    assert cells(selector)["0.1"]["2"]["mean"] <= 0.1

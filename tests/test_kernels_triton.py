@@ -41,6 +41,7 @@ from lynx_learn.errors import OptionError
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.layer import Ready
+from lynx_learn.selector.prices import Price
 from lynx_learn.selector.selector import ThresholdPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -117,6 +118,17 @@ def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, .
         assert (done.weights == 0)[routing.active].any()
     else:
         assert torch.equal(done.weights[routing.active], routing.weights[routing.active])
+
+
+@pytest.mark.parametrize(
+    "price", [Price(each=(torch.arange(12) % 3 > 0).float()), Price(devices=torch.arange(12) // 4)]
+)
+def test_prices_are_read_as_pytorch_does(interpreter: Run, price: Price) -> None:
+    routing, ready = routing_of(6, 12, 3, 8, active=1), ready_for(12, 3, 8)
+    put_between(ready, routing)
+    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, False, None, price)
+    check_rewritten(done, ready.rewrite(routing, None, price))
+    assert not torch.equal(done.indices, ready.rewrite(routing).indices)
 
 
 @pytest.mark.parametrize("case", LARGE)

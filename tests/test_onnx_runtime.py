@@ -42,6 +42,8 @@ def test_inputs_and_outputs(kind: Kind) -> None:
         "weights": (["tokens", top_k], "tensor(float)"),
         "active": (["tokens"], "tensor(bool)"),
         "threshold": ([], "tensor(float)"),
+        "prices": ([experts], "tensor(float)"),
+        "devices": ([experts], "tensor(int64)"),
     }
     if kind[0] == "mlp":
         wanted["hidden"] = (["tokens", HIDDEN], "tensor(float)")
@@ -92,7 +94,7 @@ def foreign() -> bytes:
     ("make", "reason"),
     [
         (foreign, "is no graph of a selector"),
-        (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 2"),
+        (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 3"),
         (lambda: edited(**{CONFIG_KEY: "{"}), "cannot be read"),
         (lambda: edited(**{CONFIG_KEY: '{"format_version": 2}'}), "lacks"),
         (lambda: content(MLP)[:2000], "cannot be loaded by onnxruntime"),
@@ -124,6 +126,7 @@ def test_files_that_are_no_export_are_refused(
         ({"active": torch.ones(3, dtype=torch.bool)}, "active of shape (3,)"),
         ({"hidden": torch.zeros(4, 5)}, "hidden of shape (4, 5)"),
         ({"hidden": None}, "hidden is missing"),
+        ({"prices": [1.0]}, "prices of shape (1,) is not usable: expected (8,)"),
         ({"logits": torch.zeros(0, EXPERTS)}, "logits of shape (0, 8)"),
     ],
 )

@@ -20,6 +20,7 @@ from ..files import check_writable, write_json
 from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import Layer, MoeLayer
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
+from ..selector.prices import Price
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
@@ -142,7 +143,8 @@ class Watched(ThresholdPolicy):
         self.microseconds: dict[str, list[float]] = {}
 
     def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
-        ready, compiled = self.ready[layer.index], self.compiled.get(layer.index)
+        ready, compiled, price = self.ready[layer.index], self.compiled.get(layer.index), self.prices.of(layer)
+        assert price is None or isinstance(price, Price)
         marks = [clock(layer.device)]
 
         def passed(part: str) -> None:
@@ -150,17 +152,17 @@ class Watched(ThresholdPolicy):
             self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
 
         if compiled is not None and compiled.takes(routing):
-            decision = compiled.decide(routing, exempt)
+            decision = compiled.decide(routing, exempt, price)
             passed("scorer, rewrite and surrogates")
             return decision
         form = self.form(ready, routing)
         if form == ready.rewrite:
             costs = ready.costs(routing)
             passed("scorer")
-            decision = ready.rewrite(routing, exempt, costs)
+            decision = ready.rewrite(routing, exempt, price, costs)
             passed("rewrite")
         else:
-            decision = form(routing, exempt)
+            decision = form(routing, exempt, price)
             passed("scorer and rewrite")
         decision = ready.selector.answer(routing, decision)
         passed("surrogates")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, OptionError
 from ..moe.calls import EXPECTED, DecodeCall, Generations, padding_token, read_call, watch_generate
 from ..moe.decision import Decision, Policy, Routing, confine
 from ..moe.experts import experts_by_distinct
@@ -19,6 +19,7 @@ from ..moe.families import MoeLayer, find_moe_layers, moe_blocks
 from ..moe.hooks import intercept, left_out_of_copies
 from ..moe.loading import fast_dtype
 from ..selector.config import outside
+from ..selector.prices import RESIDENT, Prices, read_prices
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from .tally import Stats, Tally
 
@@ -188,6 +189,7 @@ def skip_experts(
     budget: float | None = None,
     metric: str = "kl",
     kernel: str = "auto",
+    prices: str | Prices = "uniform",
 ) -> Skipping:
     """Let `model` skip experts at decode, within a budget.
 
@@ -197,22 +199,35 @@ def skip_experts(
         budget: for a selector, mean KL in nats per token against the untouched model (or the unit of `metric`).
         metric: `kl`, `nll` or `agreement`; what the budget counts.
         kernel: what computes a selector's decisions, as in `ThresholdPolicy`.
+        prices: what reading each expert costs, for a selector that was calibrated with it: `uniform`, `bytes`,
+            `devices:COUNT`, `residency` inside of `offload_experts`, or an object of your own; see `lynx_learn.selector.prices`.
 
     Raises:
         ModelError: the model cannot be acted on.
-        SelectorError: the selector belongs to another model.
+        SelectorError: the selector belongs to another model, or was calibrated with other prices.
         OptionError: the selector is not calibrated for this budget.
     """
     if isinstance(selector, LynxSelector):
         if budget is None:
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
-        skipping = Skipping(model, selector.policy(budget, metric, kernel))
+        skipping = Skipping(model, selector.policy(budget, metric, kernel, _prices_of(prices, model)))
         skipping.limits = selector.config.calibration.get(metric, {}) if budget else {}
         warn_of_other_use(skipping.limits, use_of(skipping.model))
         return skipping
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")
     return Skipping(model, selector)
+
+
+def _prices_of(prices: str | Prices, model: nn.Module) -> Prices:
+    if prices == "residency":
+        found = next((RESIDENT[experts] for _, _, experts in moe_blocks(unwrapped(model)) if experts in RESIDENT), None)
+        if found is None:
+            raise OptionError(
+                "prices 'residency' are those of fast memory that is managed: use offload_experts(model, …) around this"
+            )
+        return found
+    return read_prices(prices) if isinstance(prices, str) else prices
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -13,6 +13,7 @@ from ..errors import LynxError
 from ..moe.decision import Routing, used_experts
 from ..selector.features import feature_parts
 from ..selector.layer import LayerSelector, run_instead
+from ..selector.prices import Price
 from ..selector.scorers import Folded, Scorer
 from ..selector.selector import LynxSelector
 from ..selector.surrogates import weighted_sum
@@ -37,7 +38,12 @@ class Answer(NamedTuple):
 
 
 def decide(
-    rule: LayerSelector, folded: Folded, routing: Routing, threshold: Tensor, surrogates: tuple[Tensor, ...] = ()
+    rule: LayerSelector,
+    folded: Folded,
+    routing: Routing,
+    threshold: Tensor,
+    surrogates: tuple[Tensor, ...] = (),
+    price: Price | None = None,
 ) -> Answer:
     """Decode's decision; `rule` gives no more than whether first experts stay.
 
@@ -47,7 +53,7 @@ def decide(
     costs = folded.costs(
         feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
     )
-    anchor, keep = rule.keep(routing, rule.totals(routing, costs), threshold)
+    anchor, keep = rule.keep(routing, rule.totals(routing, costs), threshold, price)
     used = used_experts(routing.indices, routing.active, keep.shape[-1])
     indices, weights, kept = run_instead(routing, anchor, keep, used)
     addition = None
@@ -69,8 +75,8 @@ class Graph(nn.Module):
     """All layers' folded scorers and surrogates, stacked, and the threshold rule: what is exported.
 
     Inputs: `layer` () int64; `logits` (tokens, experts) before the activation, `indices` and `weights` (tokens, top_k)
-    as the router chose them, `active` (tokens,), `threshold` () in nats, and where scorer or surrogates look at it `hidden`
-    (tokens, hidden). Outputs: `keep` (experts,), `costs` (tokens, top_k) in nats, `run_indices` and `run_weights` (tokens,
+    as the router chose them, `active` (tokens,), `threshold` () in nats, `prices` and `devices` (experts,) as in `Price`, and
+    where scorer or surrogates look at it `hidden` (tokens, hidden). Outputs: `keep` (experts,), `costs` (tokens, top_k) in nats, `run_indices` and `run_weights` (tokens,
     top_k), in which an assignment that is left out points at the dearest expert with weight 0, and where there are
     surrogates `addition` (tokens, hidden), what they answer for what is left out: to be added to the experts' output.
     """
@@ -104,13 +110,15 @@ class Graph(nn.Module):
         weights: Tensor,
         active: Tensor,
         threshold: Tensor,
+        prices: Tensor,
+        devices: Tensor,
         hidden: Tensor | None = None,
     ) -> Answer:
         folded = Folded(*(getattr(self, name)[layer] for name in Folded._fields))
         # Where there is no hidden state, it is not looked at.
         routing = Routing(logits if hidden is None else hidden, logits, indices, weights, active)
         surrogates = tuple(getattr(self, name)[layer] for name in SURROGATES) if self.rank else ()
-        return decide(self.rule[0], folded, routing, threshold, surrogates)
+        return decide(self.rule[0], folded, routing, threshold, surrogates, Price(prices, devices))
 
 
 def to_bytes(selector: LynxSelector) -> bytes:
@@ -128,15 +136,18 @@ def to_bytes(selector: LynxSelector) -> bytes:
             f"scorers and surrogates take {size / 2**30:.1f} GiB: an .onnx file holds 2 GiB; train with a smaller --surrogate-share"
         )
     batch = random_batch(selector, 0, 5, torch.Generator().manual_seed(0))
+    experts = selector.config.num_experts
     example = {"layer": torch.tensor(0), **batch._asdict(), "threshold": torch.tensor(1.0)}
-    names = ["layer", "logits", "indices", "weights", "active", "threshold", *["hidden"] * graph.uses_hidden]
+    example |= {"prices": torch.ones(experts), "devices": torch.zeros(experts, dtype=torch.int64)}
+    names = ["layer", "logits", "indices", "weights", "active", "threshold", "prices", "devices"]
+    names += ["hidden"] * graph.uses_hidden
     tokens = {0: torch.export.Dim("tokens", min=1)}
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             tuple(example[name] for name in names),
             dynamo=True,
-            dynamic_shapes=tuple(None if example[name].ndim == 0 else tokens for name in names),
+            dynamic_shapes=tuple(tokens if name in Routing._fields else None for name in names),
             opset_version=OPSET,
             input_names=names,
             output_names=graph.outputs,

@@ -10,7 +10,7 @@ from ..errors import LynxError, OptionError, SelectorError
 from ..selector.config import SelectorConfig, by_active
 
 # Version of the graph's inputs and outputs, and the keys of its metadata.
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 VERSION_KEY, CONFIG_KEY = "lynx_learn.format_version", "lynx_learn.config"
 OUTPUTS = ("keep", "costs", "run_indices", "run_weights", "addition")
 Provider = Literal["cpu", "cuda"]
@@ -141,6 +141,8 @@ class OnnxSelector:
         threshold: float,
         hidden: Any = None,
         active: Any = None,
+        prices: Any = None,
+        devices: Any = None,
     ) -> OnnxDecision:
         """Decide for one layer and one decode batch, from arrays of numpy or tensors of torch, in any precision.
 
@@ -152,6 +154,8 @@ class OnnxSelector:
             threshold: in nats.
             hidden: what enters the block `(tokens, hidden)`; may be left out where neither scorer nor surrogates look at it.
             active: `(tokens,)` False for padding and ended sequences; by default all are active.
+            prices: what reading each expert costs `(experts,)`, in units of an ordinary one; by default 1.
+            devices: where each lies `(experts,)`, from 0, of devices that read side by side; by default all on one.
 
         Raises:
             OptionError: the layer does not exist, or a shape does not fit.
@@ -171,6 +175,14 @@ class OnnxSelector:
                     f"hidden is missing: scorer {self.config.scorer!r} with surrogates of rank {self.config.rank} looks at the hidden state"
                 )
             feeds["hidden"] = _array(hidden, np.float32)
+        experts = (self.config.num_experts,)
+        of_experts = {
+            "prices": np.ones(experts, np.float32) if prices is None else _array(prices, np.float32),
+            "devices": np.zeros(experts, np.int64) if devices is None else _array(devices, np.int64),
+        }
+        for name, array in of_experts.items():
+            if array.shape != experts:
+                raise OptionError(f"{name} of shape {array.shape} is not usable: expected ({experts[0]},)")
         for name, array in feeds.items():
             # onnxruntime would repeat a single row for all tokens.
             if array.shape != (wanted := tokens + self._shapes[name]) or tokens == (0,):
@@ -178,6 +190,7 @@ class OnnxSelector:
                 raise OptionError(
                     f"{name} of shape {array.shape} is not usable: expected ({shape}), tokens as in logits"
                 )
+        feeds |= of_experts
         feeds["layer"], feeds["threshold"] = np.asarray(layer, np.int64), np.asarray(threshold, np.float32)
         return OnnxDecision(*self.session.run(list(self.outputs), feeds))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..moe.decision import Routing
 from ..selector.features import feature_parts
 from ..selector.layer import LayerSelector
 from ..selector.scorers import Folded
@@ -47,8 +48,10 @@ def time_layers(
     feeds = {
         given.name: np.ascontiguousarray(getattr(routing, given.name).numpy())
         for given in runner.session.get_inputs()
-        if given.name not in ("layer", "threshold")
+        if given.name in Routing._fields
     }
+    feeds["prices"] = np.ones(routing.logits.shape[-1], np.float32)
+    feeds["devices"] = np.zeros(routing.logits.shape[-1], np.int64)
     feeds["threshold"] = threshold.numpy()
     place = np.zeros((), np.int64)
     binding, outputs = runner.session.io_binding(), list(runner.outputs)

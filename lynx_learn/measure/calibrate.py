@@ -24,8 +24,9 @@ from ..errors import OptionError
 from ..files import check_writable
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel, load_base
+from ..selector.prices import read_prices
 from ..selector.saving import read_metrics, run_record, write_card
-from ..selector.selector import LynxSelector
+from ..selector.selector import LynxSelector, ThresholdPolicy
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Split
 from ..traces.groups import Group
@@ -56,6 +57,9 @@ class CalibrateOptions(TextOptions):
     all sizes and budgets (all), or each source of each cell (worst-source)"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
     """decode batch sizes to find thresholds for; in between they are interpolated"""
+    prices: str = "uniform"
+    """what reading each expert costs, as where the selector will be used: uniform, bytes, residency:SHARE (of the experts
+    that fast memory holds) or devices:COUNT (experts in equal blocks on devices that read side by side)"""
     confidence: float = 0.95
     """confidence of the bound"""
     groups: int = 64
@@ -81,6 +85,7 @@ class CalibrateOptions(TextOptions):
         if not 0.5 < self.confidence < 1:
             raise OptionError(f"--confidence {self.confidence:g} is not usable: expected above 0.5 and below 1")
         check_groups("groups", self.groups)
+        read_prices(self.prices)
         self.text  # noqa: B018  # refuses what cannot be used
 
     @property
@@ -93,6 +98,10 @@ class CalibrateOptions(TextOptions):
         """Of a single bound, so that what is guaranteed together holds at `confidence` (Bonferroni)."""
         together = {"sizes": len(self.batch_sizes), "all": len(self.batch_sizes) * len(self.budgets)}
         return 1 - (1 - self.confidence) / together.get(self.guarantee, 1)
+
+    def at(self, selector: LynxSelector, threshold: float) -> ThresholdPolicy:
+        """The policy that is measured at a threshold."""
+        return selector.at_threshold(threshold, prices=read_prices(self.prices))
 
     def most_groups(self, size: int) -> int:
         """Groups of `size` sequences that are measured."""
@@ -143,6 +152,7 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     limits = {
         "confidence": options.confidence,
         "guarantee": options.guarantee,
+        "prices": read_prices(options.prices).describe(),
         **options.text.describe(loaded),
         "sources": shares(sources),
     }
@@ -186,7 +196,7 @@ def decode_one(
     if not skipping:
         return None
     budget, tau = skipping[-1]
-    simulated, real = decode.compare(selector.at_threshold(tau), options.metric)
+    simulated, real = decode.compare(options.at(selector, tau), options.metric)
     return {"budget": budget, "simulated": simulated, "real": real}
 
 
@@ -208,13 +218,13 @@ def certify(
     simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
 
     def measure(taus: list[float], tested: list[Group]) -> dict[float, Comparison]:
-        return dict(zip(taus, simulation.compare(tested, [selector.at_threshold(tau) for tau in taus]), strict=True))
+        return dict(zip(taus, simulation.compare(tested, [options.at(selector, tau) for tau in taus]), strict=True))
 
     found = {}
     if options.mode == "skipping":
         for budget, taus in planned.items():
             # Text as the largest of them leaves it, which is the furthest from untouched.
-            results = measure(taus, options.text.while_skipping(loaded, rest, selector.at_threshold(taus[-1])))
+            results = measure(taus, options.text.while_skipping(loaded, rest, options.at(selector, taus[-1])))
             found[budget] = taken(results, taus, budget, options)
         return found
     results = {}
@@ -298,7 +308,7 @@ def pilot_curve(
     simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
     taus, losses = pilot_thresholds(options.budgets, groups[0][0].shape[0]), []
     for tau in taus:
-        losses.append(simulation.compare(groups, [selector.at_threshold(tau)])[0].mean(options.metric))
+        losses.append(simulation.compare(groups, [options.at(selector, tau)])[0].mean(options.metric))
         if losses[-1] > most:
             break
     return rising(taus[: len(losses)], losses)

@@ -165,7 +165,8 @@ def read_cell(options: EvaluateOptions, subject: Subject, size: int, batches: Ba
     units = text.units(loaded, [(size, most)], batches=batches)
     groups = text.groups(loaded, units, size, most, FEWEST_GROUPS, batches)
     if options.mode == "skipping":
-        groups = text.while_skipping(loaded, groups, subject.selector.policy(options.skipping_budget))
+        skipping = subject.selector.policy(options.skipping_budget, prices=subject.selector.calibrated_prices())
+        groups = text.while_skipping(loaded, groups, skipping)
     if len(groups) < most:
         print(
             f"{text.name} holds {len(groups) * scored:,} of the {options.tokens:,} tokens asked for in batches of {size}"

@@ -102,6 +102,7 @@ class Meter:
             "prompt": options.prompt,
             "metric": options.metric,
             "guarantee": options.guarantee,
+            "prices": options.prices,
             "ends": options.text.ends(loaded),
             "budgets": sorted(options.budgets),
         }
@@ -129,7 +130,7 @@ class Meter:
             loaded.model,
             self.layers,
             groups,
-            [self.selector.at_threshold(tau) for tau in thresholds],
+            [self.options.at(self.selector, tau) for tau in thresholds],
             options.prompt,
             lambda steps: track(steps, f"coverage, batch {size}", count, unit="groups"),
             options.text.ends(loaded),

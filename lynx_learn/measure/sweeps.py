@@ -113,7 +113,9 @@ class Subject:
         """The calibrated policies; they lie on the first learned curve."""
         if "learned" not in self.setup.methods:
             return []
-        return [self.selector.policy(float(budget)) for budget in self.selector.config.thresholds.get("kl", {})]
+        budgets = self.selector.config.thresholds.get("kl", {})
+        prices = self.selector.calibrated_prices
+        return [self.selector.policy(float(budget), prices=prices()) for budget in budgets]
 
 
 def measure(subject: Subject, task: Task) -> list[Row]:

@@ -136,6 +136,7 @@ def left_out_of_copies(model: nn.Module, layers: list[MoeLayer]) -> Iterator[Non
     A copy, or what another process loads, is as the model was before.
     """
     parts = {model, owner_of(model, layers)}.union(*((layer.router, layer.experts) for layer in layers))
+    parts = {module for module in parts if _REDUCE not in vars(module)}  # another one is around this
     for module in parts:
         vars(module)[_REDUCE] = functools.partial(_reduced, module)
     try:

@@ -24,7 +24,7 @@ class Oracle(ThresholdPolicy):
         assert isinstance(layer, MoeLayer)  # no other one can run its experts for this
         ready = self.ready[layer.index]
         costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
-        return ready.selector.answer(routing, ready.rewrite(routing, exempt, costs))
+        return ready.selector.answer(routing, ready.rewrite(routing, exempt, costs=costs))
 
     def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         """Of surrogates alone: it has no scorer."""

@@ -12,6 +12,7 @@ from ..moe.decision import Decision, Routing, usable_experts, used_experts
 from ..moe.families import Layer
 from .config import SelectorConfig
 from .features import assignment_features, feature_parts
+from .prices import Offer, Price, Pricing
 from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
@@ -62,15 +63,20 @@ class LayerSelector(nn.Module):
         zeros = torch.zeros(*flat.shape[:-1], experts, dtype=costs.dtype, device=costs.device)
         return zeros.scatter_add(-1, flat, values)
 
-    def keep(self, routing: Routing, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(
+        self, routing: Routing, total: Tensor, thresholds: Tensor, pricing: Pricing | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The dearest expert `(G, 1)`, which always stays, and which experts stay `(G, experts)`."""
         anchor = total.argmax(-1, keepdim=True)
-        keep = (~(total < thresholds.unsqueeze(-1))).scatter(-1, anchor, True)  # a cost that is NaN keeps its expert
+        must = torch.zeros_like(total, dtype=torch.bool).scatter(-1, anchor, True)
         if self.keep_top1:
             first = (routing.weights == routing.weights.amax(-1, keepdim=True)) & routing.active.unsqueeze(-1)
             flat = routing.indices.flatten(-2)
-            keep = keep | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
-        return anchor, keep
+            must = must | (torch.zeros_like(total).scatter_add(-1, flat, first.flatten(-2).float()) > 0)
+        limits = thresholds.unsqueeze(-1)
+        if pricing is not None:
+            limits = limits * pricing.of(Offer(total, thresholds, must))
+        return anchor, must | ~(total < limits)  # a cost that is NaN keeps its expert
 
     def decide(self, routing: Routing, thresholds: Tensor, costs: Tensor | None = None) -> Decision:
         """Leave out every expert whose assignments cost less than the batch's threshold `(G,)` together.
@@ -79,9 +85,9 @@ class LayerSelector(nn.Module):
         """
         return self.answer(routing, self.rewrite(routing, thresholds, self.costs(routing) if costs is None else costs))
 
-    def rewrite(self, routing: Routing, thresholds: Tensor, costs: Tensor) -> Decision:
-        """The decision without what surrogates answer."""
-        anchor, keep = self.keep(routing, self.totals(routing, costs), thresholds)
+    def rewrite(self, routing: Routing, thresholds: Tensor, costs: Tensor, pricing: Pricing | None = None) -> Decision:
+        """The decision without what surrogates answer; without prices each expert has the price 1."""
+        anchor, keep = self.keep(routing, self.totals(routing, costs), thresholds, pricing)
         used = used_experts(routing.indices, routing.active, keep.shape[-1])
         indices, weights, kept = run_instead(routing, anchor, keep, used)
         dropped = ~kept if self.surrogates.rank else None
@@ -164,15 +170,23 @@ class Ready:
             feature_parts(routing.logits, routing.indices, routing.weights), routing.indices, routing.hidden
         )
 
-    def rewrite(self, routing: Routing, exempt: Tensor | None = None, costs: Tensor | None = None) -> Decision:
+    def rewrite(
+        self,
+        routing: Routing,
+        exempt: Tensor | None = None,
+        pricing: Pricing | None = None,
+        costs: Tensor | None = None,
+    ) -> Decision:
         """As `LayerSelector.rewrite`, by these or its own costs; `exempt` as in `ThresholdPolicy.decide`."""
         costs, counted = self.costs(routing) if costs is None else costs, routing.active
         if exempt is not None:
             costs, counted = costs.masked_fill(exempt.unsqueeze(-1), torch.inf), counted & ~exempt
-        return self.selector.rewrite(routing, self.threshold(counted), costs)
+        return self.selector.rewrite(routing, self.threshold(counted), costs, pricing)
 
-    def rewrite_in_kernels(self, kernels: ModuleType, routing: Routing, exempt: Tensor | None = None) -> Decision:
+    def rewrite_in_kernels(
+        self, kernels: ModuleType, routing: Routing, exempt: Tensor | None = None, price: Price | None = None
+    ) -> Decision:
         """As `rewrite`, in Triton kernels."""
         own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, exempt)
+        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, exempt, price)
         return decision if own.surrogates.rank else decision._replace(answered=None)

@@ -23,6 +23,7 @@ from ..moe.families import Layer
 from ..moe.identity import differences, identify
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
+from .prices import Price, Prices, Uniform, check_prices, named, read_prices
 from .scorers import SCORERS
 
 if TYPE_CHECKING:
@@ -57,17 +58,27 @@ class LynxSelector(nn.Module):
                 f"differs in {' and '.join(other)}: load that model and revision, or train a selector for this one"
             )
 
-    def policy(self, budget: float, metric: str = "kl", kernel: str = "auto") -> "ThresholdPolicy":
-        """The calibrated policy for a budget (nats of KL, or the unit of `metric`); `kernel` as in `ThresholdPolicy`.
+    def policy(
+        self, budget: float, metric: str = "kl", kernel: str = "auto", prices: Prices | None = None
+    ) -> "ThresholdPolicy":
+        """The calibrated policy for a budget (nats of KL, or the unit of `metric`); the others as in `ThresholdPolicy`.
 
         Raises:
             OptionError: the budget is negative, or the selector was not calibrated for it.
+            SelectorError: it was calibrated with other prices.
         """
-        return ThresholdPolicy(self, self.config.calibrated(budget, metric), f"budget={budget:g}", kernel)
+        thresholds = self.config.calibrated(budget, metric)
+        if budget:
+            check_prices(prices or Uniform(), self.config.calibration.get(metric, {}))
+        return ThresholdPolicy(self, thresholds, f"budget={budget:g}", kernel, prices)
 
-    def at_threshold(self, threshold: float, kernel: str = "auto") -> "ThresholdPolicy":
+    def calibrated_prices(self, metric: str = "kl") -> Prices:
+        """What thresholds were found with; where fast memory counts, one that is simulated."""
+        return read_prices(named(self.config.calibration.get(metric, {}).get("prices", Uniform().describe())))
+
+    def at_threshold(self, threshold: float, kernel: str = "auto", prices: Prices | None = None) -> "ThresholdPolicy":
         """The policy with one threshold (nats) for every batch size, calibrated or not."""
-        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}", kernel)
+        return ThresholdPolicy(self, {1: threshold}, f"tau={threshold:.3g}", kernel, prices)
 
     def save_pretrained(self, folder: str | os.PathLike[str], files: dict[str, str] | None = None) -> None:
         """Write config and weights, and `files` (name -> text) beside them; other files already there stay.
@@ -178,16 +189,24 @@ class ThresholdPolicy:
     `kernel` says what computes a decode batch's decision: "torch", "triton" or "numba" (whatever their kernels support)
     or "auto": triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch
     size; numba on CPUs where it is installed. All give the same decision but for rounding of the costs.
+
+    `prices` says what reading each expert costs, see `prices`; without any each has the price 1.
     """
 
     name = "learned"
 
     def __init__(
-        self, selector: LynxSelector, thresholds: dict[int, float], setting: str, kernel: str = "auto"
+        self,
+        selector: LynxSelector,
+        thresholds: dict[int, float],
+        setting: str,
+        kernel: str = "auto",
+        prices: Prices | None = None,
     ) -> None:
         if kernel not in KERNELS:
             raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
         self.selector, self.setting, self.kernel = selector, setting, kernel
+        self.prices = prices or Uniform()
         self.kernels: ModuleType | None = None
         self.thresholds = thresholds
         self.ready: dict[int, Ready] = {}
@@ -200,6 +219,7 @@ class ThresholdPolicy:
 
     def bind(self, layers: Sequence[Layer]) -> None:
         self.selector.check(layers)
+        self.prices.bind(layers)
         thresholds = torch.tensor(by_active(self.thresholds))
         for layer, own in zip(layers, self.selector.layers, strict=True):
             self.ready[layer.index] = Ready.on(layer, own, thresholds)  # type: ignore[arg-type]
@@ -219,14 +239,15 @@ class ThresholdPolicy:
             exempt: `(G, T)` True for tokens that keep all their experts; they do not count for the threshold either, as
                 if the batch were so much smaller. None: no token does.
         """
-        compiled = self.compiled.get(layer.index)
+        compiled, ready, pricing = self.compiled.get(layer.index), self.ready[layer.index], self.prices.of(layer)
+        if not (pricing is None or isinstance(pricing, Price)):
+            return ready.selector.answer(routing, ready.rewrite(routing, exempt, pricing))
         if compiled is not None and compiled.takes(routing):
-            return compiled.decide(routing, exempt)
-        ready = self.ready[layer.index]
-        return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt))
+            return compiled.decide(routing, exempt, pricing)
+        return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt, pricing))
 
-    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None], Decision]:
-        """What computes the decision for a batch, and who is exempt of it, but for the surrogates' answers."""
+    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None, Price | None], Decision]:
+        """What computes the decision for a batch, who is exempt of it and prices, but for the surrogates' answers."""
         if self.kernels is None or not self.kernels.supported(ready.folded, routing):
             return ready.rewrite
         fused = partial(ready.rewrite_in_kernels, self.kernels)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...moe.decision import Decision, Routing
+from ..prices import Price
 from ..scorers import Folded
 from ..surrogates import Surrogates
 from .cpu import Arrays, decide
@@ -60,6 +61,7 @@ class Compiled:
         self.shape = (folded.experts.shape[0], folded.projection.shape[0])
         self.not_projected = np.empty((0, folded.projection.shape[1]), np.float32)
         experts, hidden = self.shape
+        self.one_price, self.one_device = np.ones(experts, np.float32), np.empty(0, np.int64)
         one = torch.zeros(1, 1, 1)
         self.decide(
             Routing(torch.zeros(1, 1, hidden), torch.zeros(1, 1, experts), one.long(), one, torch.ones(1, 1).bool())
@@ -89,8 +91,9 @@ class Compiled:
             and not (hidden.requires_grad or logits.requires_grad or weights.requires_grad)
         )
 
-    def decide(self, routing: Routing, exempt: Tensor | None = None) -> Decision:
+    def decide(self, routing: Routing, exempt: Tensor | None = None, price: Price | None = None) -> Decision:
         """The whole decision, with what surrogates answer, for what it `takes`; `exempt` as in `ThresholdPolicy`."""
+        each, devices = price or (None, None)
         wide = [routing.hidden, routing.logits, routing.weights]
         hidden, logits, weights = (part.float().contiguous().numpy()[0] for part in wide)
         indices, standing = (
@@ -115,6 +118,8 @@ class Compiled:
             projected,
             self.own,
             self.keep_top1,
+            self.one_price if each is None else each.numpy(),
+            self.one_device if devices is None else devices.numpy(),
             new_indices[0],
             new_weights[0],
             answered[0],

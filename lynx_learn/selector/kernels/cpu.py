@@ -227,7 +227,23 @@ def _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_
 
 
 @_part
-def _choose(total, threshold, first, kept):
+def _by_level(total, devices, prices):
+    """As `prices.level_prices`, multiplied with `prices`."""
+    experts, count = len(total), np.float32(devices.max() + 1)
+    level, together = np.zeros(experts, np.int64), np.zeros(experts, np.float32)
+    for e in range(experts):
+        for other in range(experts):
+            if devices[other] == devices[e] and (total[other] > total[e] or (total[other] == total[e] and other < e)):
+                level[e] += 1
+        together[level[e]] += total[e]
+    found = np.empty(experts, np.float32)
+    for e in range(experts):
+        found[e] = prices[e] * (count * total[e] / together[level[e]] if total[e] > _ZERO else _ONE)
+    return found
+
+
+@_part
+def _choose(total, threshold, prices, first, kept):
     """Which experts stay, into `kept`; returns the one that stays in any case."""
     anchor = 0
     # The first of the largest totals, where what is no number is larger than any.
@@ -238,7 +254,7 @@ def _choose(total, threshold, first, kept):
         if total[e] > total[anchor]:
             anchor = e
     for e in range(len(total)):
-        kept[e] = not total[e] < threshold or e == anchor or first[e]
+        kept[e] = not total[e] < threshold * prices[e] or e == anchor or first[e]
     return anchor
 
 
@@ -293,22 +309,26 @@ def decide(
     projected,
     own,
     keep_top1,
+    prices,
+    devices,
     new_indices,
     new_weights,
     answered,
     loads,
     addition,
 ):
-    """One decode batch; fills what comes after `keep_top1`, and returns how many assignments are left out.
+    """One decode batch; fills what comes after `devices`, and returns how many assignments are left out.
 
-    Arguments as in `Routing` and `Decision`, for one batch; `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden
+    Arguments as in `Routing`, `Price` and `Decision`, for one batch; `devices` is empty where all experts lie on one; `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden
     states are projected here.
     """
     experts, top_k, rows = logits.shape[1], indices.shape[1], len(own.down)
     total, used, first = np.zeros(experts, np.float32), np.zeros(experts, np.bool_), np.zeros(experts, np.bool_)
     count = _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_top1, total, used, first)
     kept = loads[1]
-    anchor = _choose(total, own.thresholds[min(count, len(own.thresholds) - 1)], first, kept)
+    if len(devices):
+        prices = _by_level(total, devices, prices)
+    anchor = _choose(total, own.thresholds[min(count, len(own.thresholds) - 1)], prices, first, kept)
     # Each surrogate is read once for all that it answers.
     head, after = np.full(experts, -1), np.empty(indices.size, np.int64)
     # Tokens that are not active run on what the others load; where none is active, all run.

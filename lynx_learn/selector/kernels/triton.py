@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...moe.decision import Decision, Routing
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
+from ..prices import Offer, Price
 from ..scorers import LOWEST_LOG_COST, Folded
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
@@ -151,6 +152,7 @@ def _rewrite(
     weights,
     standing,
     thresholds,
+    prices,
     new_indices,
     new_weights,
     dropped,
@@ -160,6 +162,7 @@ def _rewrite(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     KEEP_TOP1: tl.constexpr,
+    PRICED: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     TOKENS_PADDED: tl.constexpr,
     TOKENS_BLOCK: tl.constexpr,
@@ -188,7 +191,10 @@ def _rewrite(
     odd = (total != total).to(tl.int32)
     height = tl.where(tl.max(odd, 0) > 0, odd.to(tl.float32), total)
     anchor = tl.argmax(tl.where(real, height, -1.0), 0)
-    leave = (total < threshold) & (expert != anchor)
+    limit = threshold
+    if PRICED:
+        limit = threshold * tl.load(prices + expert, mask=real, other=1.0)
+    leave = (total < limit) & (expert != anchor)
     if KEEP_TOP1:
         leave = leave & (tl.min(lowest, 0) >= 0.0)
     used = total != 0.0
@@ -271,7 +277,12 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, exempt: T
 
 
 def rewrite_by(
-    rows: Tensor, routing: Routing, thresholds: Tensor, keep_top1: bool, exempt: Tensor | None = None
+    rows: Tensor,
+    routing: Routing,
+    thresholds: Tensor,
+    keep_top1: bool,
+    exempt: Tensor | None = None,
+    price: Price | None = None,
 ) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
     _, tokens, experts = routing.logits.shape
@@ -281,12 +292,17 @@ def rewrite_by(
     dropped = torch.empty_like(indices, dtype=torch.bool)
     loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
     experts_padded, tokens_padded = _padded(experts), _padded(tokens)
+    prices = None
+    if price is not None:  # those that depend on totals are no matter of one tile
+        total = rows.abs().sum(0, keepdim=True)
+        prices = price.of(Offer(total, thresholds, total > 0)).expand_as(total).contiguous()
     _rewrite[(1,)](
         rows,
         indices,
         weights,
         _standing(routing.active, exempt),
         thresholds,
+        rows if prices is None else prices,
         new_indices,
         new_weights,
         dropped,
@@ -296,6 +312,7 @@ def rewrite_by(
         EXPERTS=experts,
         TOP_K=top_k,
         KEEP_TOP1=keep_top1,
+        PRICED=prices is not None,
         EXPERTS_PADDED=experts_padded,
         TOKENS_PADDED=tokens_padded,
         TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
@@ -306,7 +323,12 @@ def rewrite_by(
 
 
 def rewrite(
-    folded: Folded, routing: Routing, thresholds: Tensor, keep_top1: bool, exempt: Tensor | None = None
+    folded: Folded,
+    routing: Routing,
+    thresholds: Tensor,
+    keep_top1: bool,
+    exempt: Tensor | None = None,
+    price: Price | None = None,
 ) -> Decision:
     """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
 
@@ -316,12 +338,13 @@ def rewrite(
         thresholds: by the number of active tokens, the last for any number beyond.
         keep_top1: whether each token's first expert stays.
         exempt: as in `ThresholdPolicy.decide`.
+        price: of each expert; None: 1.
     """
     device = routing.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         rows = costs_by_expert(folded, routing, keep_top1, exempt)
-        return rewrite_by(rows, routing, thresholds, keep_top1, exempt)
+        return rewrite_by(rows, routing, thresholds, keep_top1, exempt, price)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}
