@@ -15,8 +15,10 @@ __all__ = [
     "LynxError",
     "LynxSelector",
     "ModelError",
+    "Offloading",
     "OnnxSelector",
     "OptionError",
+    "ReplayOptions",
     "SelectorError",
     "Skipping",
     "Trace",
@@ -31,7 +33,9 @@ __all__ = [
     "find_moe_layers",
     "inspect_model",
     "load_model",
+    "offload_experts",
     "reference_moe",
+    "replay",
     "skip_experts",
     "train",
 ]
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
     from .measure.evaluate import EvaluateOptions, evaluate
     from .moe.families import find_moe_layers
     from .moe.loading import load_model, reference_moe
+    from .offload.offload import Offloading, offload_experts
+    from .offload.replay import ReplayOptions, replay
     from .selector.selector import LynxSelector
     from .traces.collect import CollectOptions, collect
     from .traces.format import Trace
@@ -65,8 +71,10 @@ _HOMES = {
     "LynxError": "errors",
     "LynxSelector": "selector.selector",
     "ModelError": "errors",
+    "Offloading": "offload.offload",
     "OnnxSelector": "graph.onnx_runtime",
     "OptionError": "errors",
+    "ReplayOptions": "offload.replay",
     "SelectorError": "errors",
     "Skipping": "decode.runtime",
     "Trace": "traces.format",
@@ -81,8 +89,10 @@ _HOMES = {
     "find_moe_layers": "moe.families",
     "inspect_model": "inspection",
     "load_model": "moe.loading",
+    "offload_experts": "offload.offload",
     "reference_moe": "moe.loading",
     "reference_moe_50m": "moe.loading",
+    "replay": "offload.replay",
     "skip_experts": "decode.runtime",
     "train": "fit.train",
 }

@@ -104,6 +104,13 @@ COMMANDS = {
         "time a vLLM server with skipping on and off in turns",
         ("lynx-learn bench --url http://127.0.0.1:8000 --prompts 64 --concurrency 16",),
     ),
+    "replay": Command(
+        "offload.replay",
+        "ReplayOptions",
+        "replay",
+        "what fast memory would hold, from a trace",
+        ("lynx-learn replay --trace my/trace --shares 0.25 0.5 --batch-sizes 1 16",),
+    ),
     "export": Command(
         "graph.export",
         "ExportOptions",
@@ -345,6 +352,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         ),
         "bench": lambda: report.show(*report.bench_tables(result)),
         "bench --url": lambda: print(json.dumps(result, indent=2)),
+        "replay": lambda: report.show(*report.replay_tables(result)),
         "export": lambda: report.show(*report.export_lines(result)),
     }
     if command in views:

@@ -22,7 +22,7 @@ FLOW = (
     "moe",
     "traces selector",
     "decode rules graph",
-    "fit",
+    "fit offload",
     "measure",
     "quickstart inspection cli __init__",
 )

@@ -50,7 +50,9 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
         parts = {"choice bias": layer.rule.bias, "expert scale": layer.rule.expert_scale}
         routers |= {name: sketch([value]) for name, value in parts.items() if value is not None}
         with in_memory(layer.experts):
-            experts |= {name: sketch([value]) for name, value in layer.experts.named_parameters()}
+            # Those that are offloaded are not read for this.
+            own = {name: value for name, value in layer.experts.named_parameters() if not value.is_meta}
+            experts |= {name: sketch([value]) for name, value in own.items()}
     if model is not None:
         found["rest"] = dict(_rest(model, whole))
     return found

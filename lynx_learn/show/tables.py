@@ -255,6 +255,27 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
     )
 
 
+def replay_tables(report: dict[str, Any]) -> list[Table]:
+    """Hits of fast memory by eviction rule, and experts foreseen by predictor."""
+    rules = [name for name in report["hits"][0] if name not in ("batch_size", "share", "needed")]
+    hits = [
+        [f"{row['batch_size']}, {row['share']:.0%}", f"{row['needed']:.1f}", *(f"{row[rule]:.0%}" for rule in rules)]
+        for row in report["hits"]
+    ]
+    foreseen = [
+        [f"{row['batch_size']}, {row['predictor']}", f"{row['foreseen']:.0%}", f"{row['half']:.0%}"]
+        for row in report["foreseen"]
+    ]
+    return [
+        Table("Needed experts that are in fast memory", ["batch, share of experts held", "needed", *rules], hits),
+        Table(
+            "Needed experts of the next layer that are foreseen, by as many guesses as are needed, and by half",
+            ["batch, by", "as many", "half"],
+            foreseen,
+        ),
+    ]
+
+
 def bench_tables(report: dict[str, Any]) -> list[Table | str]:
     """Times of decode steps with skipping on and off, and where the time of deciding goes."""
     if "skipped" in report:

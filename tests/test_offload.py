@@ -1,0 +1,297 @@
+"""Experts that are read from disk: the same outputs, what is read and kept, and what is refused."""
+
+import errno
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import EXPERTS, TOP_K, build, decode, random_selector, tiny_model, watching, words
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.errors import LynxError, ModelError, OptionError, SelectorError
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.offload.loading import load_without_experts
+from lynx_learn.offload.offload import Offloading, offload_experts
+from lynx_learn.offload.slots import LeastExpected, LeastRecent, Slots
+from lynx_learn.selector.prices import Recent, Residency
+
+# Experts as wide as whole vectors: the last numbers of a sum of other length are computed by another instruction.
+WIDTH = 64
+# With experts in the Hub's layout, one tensor each; stacked and transposed, with biases.
+MODELS: dict[str, Callable[[], Any]] = {
+    "qwen3_moe": lambda: build("Qwen3Moe", num_experts=EXPERTS, moe_intermediate_size=WIDTH, head_dim=16),
+    "mixtral": lambda: build("Mixtral", num_local_experts=EXPERTS, intermediate_size=WIDTH),
+    "gpt_oss": lambda: build("GptOss", num_local_experts=EXPERTS, intermediate_size=WIDTH, head_dim=16),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a tiny model."""
+    made: dict[Any, Path] = {}
+
+    def save(name: str, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
+        key = (name, dtype, *how.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(name)
+            MODELS[name]().to(dtype).save_pretrained(made[key], **how)
+        return made[key]
+
+    return save
+
+
+@pytest.fixture
+def folder(saved: Callable[..., Path]) -> Path:
+    return saved("qwen3_moe")
+
+
+def whole(folder: Path, dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def outputs(model: Any) -> Tensor:
+    """Logits of prompts and of a cached decode."""
+    return torch.cat(decode(model, words(5, 9), 4), dim=1)
+
+
+@pytest.mark.parametrize("slots", [TOP_K, 5, 9, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_are_those_of_the_untouched_model(name: str, slots: int, saved: Callable[..., Path]) -> None:
+    folder = saved(name)
+    probe = Offloading(*opened(folder), 1.0)
+    with offload_experts(str(folder), slots * probe.slot_bytes, dtype="float32") as offloaded:
+        assert torch.equal(outputs(offloaded.model), outputs(whole(folder)))
+        assert offloaded.slots.count == min(slots, EXPERTS * len(offloaded.layers))
+        stats = offloaded.stats
+        expert = sum(p.numel() * p.itemsize for p in whole(folder).model.layers[-1].mlp.experts.parameters()) // EXPERTS
+        assert stats.bytes_read == (stats.wanted - stats.hits) * expert
+        assert (stats.hits > 0.7 * stats.wanted) == (slots == 100)
+
+
+def opened(folder: Path) -> Any:
+    loaded, checkpoint = load_without_experts(str(folder), "cpu", "float32", tokenizer=False)
+    return loaded.model, checkpoint
+
+
+@pytest.mark.parametrize("how", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
+def test_checkpoints_in_pieces_or_stacked(how: dict[str, Any], saved: Callable[..., Path]) -> None:
+    folder = saved("qwen3_moe", **how)
+    with offload_experts(str(folder), 0.3, dtype="float32") as offloaded:
+        assert torch.equal(outputs(offloaded.model), outputs(whole(folder)))
+
+
+def test_another_precision_than_the_checkpoint_s(saved: Callable[..., Path]) -> None:
+    folder = saved("qwen3_moe", torch.bfloat16)
+    with offload_experts(str(folder), 0.3, dtype="float32") as offloaded:
+        assert torch.equal(outputs(offloaded.model), outputs(whole(folder)))
+        assert offloaded.stats.bytes_read == (offloaded.stats.wanted - offloaded.stats.hits) * offloaded.slot_bytes // 2
+
+
+def test_no_expert_is_loaded_with_the_rest(folder: Path) -> None:
+    model, _ = opened(folder)
+    layers = find_moe_layers(model)
+    experts = {id(p) for layer in layers for p in layer.experts.parameters()}
+    assert all(p.is_meta == (id(p) in experts) for p in model.parameters())
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())
+    reference = whole(folder)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        assert value.is_meta or torch.equal(value, reference.get_parameter_or_buffer(name)), name
+    assert model.generation_config.eos_token_id == reference.generation_config.eos_token_id
+
+
+def test_a_loaded_model_is_afterwards_what_it_was(folder: Path) -> None:
+    model = whole(folder)
+    wanted, before = outputs(model), {name: id(p) for name, p in model.named_parameters()}
+    with offload_experts(model, 0.5) as offloaded:
+        assert all(p.is_meta for layer in offloaded.layers for p in layer.experts.parameters())
+        assert torch.equal(outputs(model), wanted)
+        with pytest.raises(ModelError, match="offloaded already"):
+            offload_experts(model, 0.5).attach()
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert torch.equal(outputs(model), wanted)
+    assert torch.equal(outputs(pickle.loads(pickle.dumps(model))), wanted)
+    with offload_experts(model, 0.5):  # and again
+        assert torch.equal(outputs(model), wanted)
+
+
+def test_slots_hold_what_the_simulation_says(folder: Path) -> None:
+    """`prices.Residency` is what calibration measures with."""
+    share = 0.4
+    with offload_experts(str(folder), share, dtype="float32") as offloaded:
+        layers = offloaded.layers
+        recents = [
+            Recent(EXPERTS, offloaded.slots.share(layer.index).stop - offloaded.slots.share(layer.index).start)
+            for layer in layers
+        ]
+        assert {recent.slots for recent in recents} == {int(share * EXPERTS)}
+        with watching(layers) as watch:
+            for step in range(12):
+                with torch.no_grad():
+                    offloaded.model(input_ids=words(3, 2, seed=step))
+                for recent, layer, seen in zip(recents, layers, watch.records[-len(layers) :], strict=True):
+                    mask = np.zeros(EXPERTS, np.bool_)
+                    mask[list(seen.loaded)] = True
+                    recent.use(mask)
+                    assert offloaded.slots.held(layer.index).tolist() == recent.held.tolist()
+
+
+def test_what_is_skipped_is_not_read(folder: Path) -> None:
+    model = whole(folder)
+    selector = random_selector(model, thresholds={"kl": {"0.1": {"1": 0.6}}})
+    priced = selector.with_config(calibration={"kl": {"prices": Residency(0.5).describe()}})
+    read, ran = {}, {}
+    with skip_experts(model, selector, budget=0.1):
+        wanted = outputs(model)
+    with offload_experts(str(folder), 0.5, dtype="float32") as offloaded:
+
+        def run(**how: Any) -> float:
+            offloaded.reset()
+            with skip_experts(offloaded.model, how.pop("own"), budget=0.1, **how) as skipping:
+                found = outputs(offloaded.model)
+            if "prices" not in how:
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+            ran[how.get("prices", "uniform")] = sum(skipping.stats.experts_after)
+            assert offloaded.stats.wanted >= sum(skipping.stats.experts_after) * skipping.stats.steps
+            return offloaded.stats.bytes_read / offloaded.slot_bytes
+
+        outputs(offloaded.model)
+        read["untouched"] = offloaded.stats.bytes_read / offloaded.slot_bytes
+        read["uniform"] = run(own=selector)
+        read["residency"] = run(own=priced, prices="residency")
+        with pytest.raises(SelectorError, match="calibrated with prices uniform, not residency"):
+            run(own=selector, prices="residency")
+    assert max(read["residency"], read["uniform"]) < read["untouched"]
+    assert ran["residency"] > ran["uniform"]  # at one threshold: what lies there is left out no more
+
+
+def test_less_fast_memory_than_calibrated_with_is_refused(folder: Path) -> None:
+    with offload_experts(str(folder), 0.3, dtype="float32") as offloaded:
+        selector = random_selector(whole(folder), thresholds={"kl": {"0.1": {"1": 0.6}}}).with_config(
+            calibration={"kl": {"prices": Residency(0.5).describe()}}
+        )
+        with pytest.raises(SelectorError, match=r"calibrated with prices residency:0\.5, not residency:0\.25"):
+            skip_experts(offloaded.model, selector, budget=0.1, prices="residency")
+
+
+# Slots.
+
+
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 5), min_size=1)), max_size=12), st.integers(1, 12))
+def test_an_expert_has_one_slot_and_a_slot_one_expert(steps: list[tuple[int, set[int]]], count: int) -> None:
+    for rule in (LeastRecent(), LeastExpected(np.arange(12).reshape(2, 6))):
+        slots = Slots(count, 2, 6, rule)
+        for layer, experts in steps:
+            for e in sorted(experts):
+                slot = slots.pin(layer, e) if slots.where[layer, e] >= 0 else slots.claim(layer, e)
+                assert slot is not None  # nothing else is pinned
+                slots.release(slot)
+                assert slots.owner[slot].tolist() == [layer, e]
+            held = [(la, e, int(s)) for (la, e), s in np.ndenumerate(slots.where) if s >= 0]
+            assert len({slot for *_, slot in held}) == len(held) <= count
+            assert all(slots.owner[slot].tolist() == [la, e] for la, e, slot in held)
+
+
+def test_what_is_used_least_often_makes_room() -> None:
+    slots = Slots(2, 1, 4, LeastExpected([[0.9, 0.1, 0.5, 0.2]]))
+    for e in (0, 1, 2):
+        slots.release(slots.claim(0, e))  # type: ignore[arg-type]
+    assert slots.held(0).tolist() == [True, False, True, False]
+    slots.pin(0, 2)
+    slots.release(slots.claim(0, 3))  # type: ignore[arg-type]
+    assert slots.held(0).tolist() == [False, False, True, True]
+
+
+def test_nothing_that_is_pinned_makes_room() -> None:
+    for rule in (LeastRecent(), LeastExpected(np.ones((1, 3)))):
+        slots = Slots(1, 1, 3, rule)
+        assert slots.claim(0, 1) == 0
+        assert slots.claim(0, 2) is None
+        slots.release(0)
+        assert slots.claim(0, 2) == 0
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("memory", [0, -5.0, 100, 0.05])
+def test_fast_memory_that_is_too_small(memory: float, folder: Path) -> None:
+    with pytest.raises(OptionError, match=rf"fast_memory .* a token needs {TOP_K} in each layer"):
+        offload_experts(str(folder), memory)
+
+
+def test_a_checkpoint_without_safetensors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"no model\.safetensors .*pytorch_model\.bin.*save_pretrained"):
+        offload_experts(str(tmp_path), 0.5)
+
+
+def test_a_checkpoint_of_another_model(saved: Callable[..., Path]) -> None:
+    model = whole(saved("qwen3_moe"))
+    with pytest.raises(ModelError, match=r"gate_up_proj .*transformers converts when it loads \(shape"):
+        offload_experts(model, 0.5, store=str(saved("gpt_oss")))
+
+
+def test_a_model_that_does_not_say_where_its_checkpoint_is() -> None:
+    with pytest.raises(ModelError, match="give store="):
+        offload_experts(tiny_model("qwen3_moe"), 0.5)
+
+
+def check_held(offloaded: Offloading, folder: Path) -> None:
+    """Every slot that counts as held has the whole expert."""
+    state = dict(whole(folder).named_parameters())
+    for (index, e), slot in np.ndenumerate(offloaded.slots.where):
+        if slot >= 0:
+            prefix = f"{offloaded.layers[index].name}.experts"
+            for name, value in offloaded.views[index].tensors(offloaded._slot(int(slot))).items():
+                assert torch.equal(value, state[f"{prefix}.{name}"][e])
+
+
+@pytest.mark.parametrize("fault", ["truncated", "written", "disk"])
+def test_files_that_fail_in_the_middle_of_a_step(
+    fault: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights, data = tmp_path / "model.safetensors", (tmp_path / "model.safetensors").read_bytes()
+    model = whole(folder)
+    wanted = outputs(model)
+    preadv = os.preadv
+    with offload_experts(model, 0.3, store=str(tmp_path), readers=3) as offloaded:
+        outputs(model)
+        reads = []
+
+        def failing(handle: int, buffers: Any, offset: int) -> int:
+            reads.append(offset)
+            if len(reads) == 7:
+                if fault == "disk":
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                if fault == "truncated":
+                    os.truncate(weights, 5000)
+                else:
+                    os.utime(weights, ns=(1, 1))
+            return preadv(handle, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(LynxError, match=r"model\.safetensors (cannot be read|was changed)") as error:
+            outputs(model)
+        assert "\n" not in str(error.value)
+        monkeypatch.undo()
+        assert not offloaded.slots.pinned.any()
+        check_held(offloaded, folder)
+        if fault == "disk":  # which has come back
+            assert torch.equal(outputs(model), wanted)
+    assert torch.equal(outputs(model), wanted)
+    if fault != "truncated":
+        assert weights.read_bytes() == data
