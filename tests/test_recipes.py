@@ -115,6 +115,7 @@ def test_reference_moe_recipe_resumes_and_writes_a_plain_model(
     script(*train_words(texts, out, 40))
     figures = json.loads((out / "model" / "training.json").read_text())
     assert (figures["steps"], figures["tokens_seen"]) == (40, 40 * STEP)
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 40
     with next((out / "logs").glob("*/metrics.csv")).open() as lines:
         balances = [float(row["balance"]) for row in csv.DictReader(lines)]
     # Experts times the sum of load share × mean probability: top_k where both are even, whatever the number of tokens.

@@ -328,8 +328,13 @@ def main(options: Options) -> None:
     files = tokenize(options, tokenizer, out / "tokens")
     length = options.model["max_position_embeddings"]
     module = ReferenceMoe(options)
+    # Without a counter: with it, a run that goes on would leave its newest state beside the old one, under another name.
     checkpoints = ModelCheckpoint(
-        out / "checkpoints", save_last=True, every_n_train_steps=options.checkpoint_steps, save_top_k=1
+        out / "checkpoints",
+        save_last=True,
+        every_n_train_steps=options.checkpoint_steps,
+        save_top_k=1,
+        enable_version_counter=False,
     )
     trainer = L.Trainer(
         max_steps=-1,
