@@ -15,7 +15,7 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from .errors import LynxError
+from .errors import LynxError, Unfinished
 
 
 class Command(NamedTuple):
@@ -129,11 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(argv)
+    except Unfinished as rest:
+        _fail(str(rest))
+        return 0
     except LynxError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         _fail(
-            "interrupted: what was finished is kept; `collect`, `coverage` and `evaluate` go on from there when started again"
+            "interrupted: what was finished is kept; `collect`, `calibrate`, `coverage` and `evaluate` go on from there when started again"
         )
         return INTERRUPTED
     except OSError as error:

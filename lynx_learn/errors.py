@@ -35,3 +35,7 @@ class SelectorError(LynxError):
 
 class OptionError(LynxError):
     """An option has a value that cannot be used."""
+
+
+class Unfinished(LynxError):
+    """This process has done its part of a command, and what others do is not there yet; no failure."""

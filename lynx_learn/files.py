@@ -18,10 +18,14 @@ LONGEST_ROW = 1000
 PART, OF_THE_DISK = ".part", "lost+found"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+def write_atomically(path: Path, data: bytes, by: str = "") -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Args:
+        by: what tells this process from others that may be writing the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}{PART}")
+    part = path.with_name(f".{path.name}{by}{PART}")
     try:
         with open(part, "wb") as out:
             out.write(data)
@@ -33,14 +37,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, by: str = "") -> None:
     """As `write_atomically`.
 
     Raises:
         OptionError: it cannot be written.
     """
     try:
-        write_atomically(path, data)
+        write_atomically(path, data, by)
     except OSError as error:
         raise OptionError(
             f"{path} cannot be written ({error.strerror or error}): mend that and run the same command again"
@@ -62,9 +66,9 @@ def compact_json(value: Any, margin: str = "") -> str:
     return f"{opening}\n" + ",\n".join(rows) + f"\n{margin}{closing}"
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, by: str = "") -> None:
     """As `write`, for people to read."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
+    write(path, (json.dumps(value, indent=2) + "\n").encode(), by)
 
 
 def check_writable(folder: Path) -> None:
@@ -145,14 +149,15 @@ def staged(folder: Path) -> Iterator[Path]:
 class RunFolder:
     """A folder that a run fills file by file, and goes on with where an interrupted one stopped.
 
-    `options.json`, written before any other file, holds what two runs must have in common.
+    `options.json`, written before any other file, holds what two runs must have in common. Of several processes that fill
+    it, each has its own `by`, see `write_atomically`.
 
     Raises:
         OptionError: it holds something else, or cannot be written into.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], holds: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, identity: dict[str, Any], holds: str, by: str = "") -> None:
+        self.folder, self.by = folder, by
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         mark = folder / MARK
         if mark.is_file():
@@ -173,8 +178,8 @@ class RunFolder:
             OptionError: it cannot be written.
         """
         if not (self.folder / MARK).exists():
-            write_json(self.folder / MARK, self.identity)
-        write(self.folder / name, data)
+            write_json(self.folder / MARK, self.identity, self.by)
+        write(self.folder / name, data, self.by)
 
     def put_json(self, name: str, value: object) -> None:
         """As `put`, for people to read."""

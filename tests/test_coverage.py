@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from lynx_learn.measure.coverage import (
 from lynx_learn.measure.pools import Meter, Pool, grid
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
+from lynx_learn.parts import deciding
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.traces.groups import Group
@@ -231,10 +232,10 @@ def not_measuring(error: type[BaseException] = Measuring, size: int | None = Non
     """While open, measuring a pool (of groups of that size) raises the error."""
     own = Meter._measure
 
-    def stop(meter: Meter, groups: list[Group], thresholds: list[float] | None) -> dict[str, Tensor]:
+    def stop(meter: Meter, groups: list[Group], thresholds: list[float], sources: list[str]) -> dict[str, Tensor]:
         if size in (None, len(groups[0][1])):
             raise error
-        return own(meter, groups, thresholds)
+        return own(meter, groups, thresholds, sources)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Meter, "_measure", stop)
@@ -273,7 +274,7 @@ def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
 def test_the_report_is_what_is_written() -> None:
     report = report_of(measured())
     assert {path.split("/")[0] for path in contents(measured())} == {"coverage.json", "pools"}
-    assert report["options"] == asdict(choices(measured(), batch_sizes=[4, SIZE]))
+    assert report["options"] == deciding(choices(measured(), batch_sizes=[4, SIZE]))
     assert report["base_model"] == str(tiny_flow().model)
     assert report["sources"] == {"even": pytest.approx(0.5, abs=0.1), "odd": pytest.approx(0.5, abs=0.1)}
     assert sum(report["sources"].values()) == pytest.approx(1.0)
@@ -333,8 +334,9 @@ def test_an_interrupted_run_goes_on_to_the_same_report(tmp_path: Path) -> None:
     options = choices(out, batch_sizes=[4, SIZE])
     with not_measuring(KeyboardInterrupt, size=4), pytest.raises(KeyboardInterrupt):
         coverage(options)
-    (file,) = (out / "pools").iterdir()
-    assert file.name.startswith(f"batch-{SIZE}-")
+    file, *others = (out / "pools").iterdir()
+    assert all(path.name.startswith(f"batch-{SIZE}-") for path in (file, *others))
+    assert others
     assert not (out / "coverage.json").exists()
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])

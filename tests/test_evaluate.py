@@ -38,6 +38,7 @@ from lynx_learn.measure.sweeps import MOST_SETTINGS, SEED_STEP
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
+from lynx_learn.parts import deciding
 from lynx_learn.rules.grids import METHODS, curves
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
@@ -113,7 +114,7 @@ def test_the_report_is_what_is_written(tmp_path: Path) -> None:
         ["frontier.png", "frontier.svg", "options.json", "report.json", *groups]
     )
     assert json.loads((tmp_path / "deep" / "out" / "report.json").read_text()) == report
-    assert report["options"] == asdict(options)
+    assert report["options"] == deciding(options)
     assert report["base_model"] == str(tiny_flow().model)
     assert report["sources"] == ["even", "odd"]
     assert report["environment"]["torch"] == torch.__version__

@@ -18,7 +18,7 @@ HEAVY = ("lightning", "datasets", "sklearn", "onnx", "onnxscript", "onnxruntime"
 
 # The rooms in the order of the flow: a module imports from its own room and from those on earlier lines.
 FLOW = (
-    "errors files show",
+    "errors files parts show",
     "moe",
     "traces selector",
     "decode rules graph",

@@ -8,7 +8,9 @@ the last quarter of them have to stay within the budget. The bound is asymptotic
 text like the calibration text, by default what the model itself writes when it is sampled.
 """
 
+import hashlib
 import math
+import shutil
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
@@ -21,11 +23,12 @@ from ..decode.real import RealDecode
 from ..decode.served import ServedText, TextOptions
 from ..decode.simulate import Comparison, Simulation
 from ..errors import OptionError
-from ..files import check_writable
+from ..files import PART, RunFolder, check_writable, read_object
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.loading import LoadedModel, load_base
+from ..moe.loading import LoadedModel, load_base, versions
+from ..parts import Share, ShareOptions, deciding
 from ..selector.prices import read_prices
-from ..selector.saving import read_metrics, run_record, write_card
+from ..selector.saving import is_made_by, read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Split
@@ -41,7 +44,7 @@ Guarantee = Literal["cell", "sizes", "all", "worst-source"]
 
 
 @dataclass(frozen=True)
-class CalibrateOptions(TextOptions):
+class CalibrateOptions(TextOptions, ShareOptions):
     """Find the thresholds that keep the loss within quality budgets, with confidence."""
 
     selector: str
@@ -86,7 +89,7 @@ class CalibrateOptions(TextOptions):
             raise OptionError(f"--confidence {self.confidence:g} is not usable: expected above 0.5 and below 1")
         check_groups("groups", self.groups)
         read_prices(self.prices)
-        self.text  # noqa: B018  # refuses what cannot be used
+        self.text, self.share  # noqa: B018  # refuse what cannot be used
 
     @property
     def text(self) -> ServedText:
@@ -125,11 +128,23 @@ def check_groups(option: str, groups: int) -> None:
 def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> LynxSelector:
     """Find the thresholds and write them into the selector directory.
 
+    What is found for a batch size is written at once, and a run that was broken off goes on with the next one.
+
     Args:
         loaded: the model that the options name, where it is loaded already.
+
+    Raises:
+        Unfinished: this process's batch sizes are done, and those of others are not all there.
     """
-    folder = Path(options.selector)
+    folder, share = Path(options.selector), options.share
     metrics = read_metrics(folder)
+
+    def is_done() -> bool:
+        shared = share.world_size > 1 or share.merge
+        return shared and is_made_by(folder, run_record("calibrate", deciding(options)), record_name(options))
+
+    if is_done():
+        return LynxSelector.from_pretrained(folder)
     check_writable(folder)
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = loaded or load_base(
@@ -141,34 +156,90 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     sources: Counter[str] = Counter()
     given = read_groups(options, loaded, sorted(set(options.batch_sizes)))
     decode = RealDecode(loaded.model, layers, given[usual_size(given)][0][0], options.prompt)
-    for size, groups in track(given.items(), "calibrate", len(given), unit="batch sizes"):
-        sources.update(name for _, names in groups for name in names)
-        for budget, cell in certify(loaded, layers, selector, groups, options).items():
-            cells[str(budget)][str(size)] = cell
-    thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
-    real = decode_one(decode, selector, {budget: row[str(usual_size(given))] for budget, row in cells.items()}, options)
-    figures = {"bound": BOUND, "cells": cells, "floor": asdict(decode.floor(options.metric)), "real": real}
-    metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
-    limits = {
-        "confidence": options.confidence,
-        "guarantee": options.guarantee,
-        "prices": read_prices(options.prices).describe(),
-        **options.text.describe(loaded),
-        "sources": shares(sources),
-    }
-    config = selector.config
+    # Large batches first: what takes longest shall not be last.
+    found = SizesFound(options, selector, given, str(layers[0].dtype), share)
+    sizes = sorted(given, reverse=True)
+    wanted = [sizes[i] for i in share.own(len(sizes)) if found.read(sizes[i]) is None]
+    for size in track(wanted, "calibrate", len(wanted), unit="batch sizes"):
+        found.write(size, certify(loaded, layers, selector, given[size], options))
+    missing = [i for i, size in enumerate(sizes) if found.read(size) is None]
+    if is_done():  # by another process meanwhile
+        return LynxSelector.from_pretrained(folder)
+    share.check_all_there(missing, len(sizes), "batch sizes", found.folder)
+    with share.alone(found.folder):
+        for size, groups in given.items():
+            sources.update(name for _, names in groups for name in names)
+            for budget, cell in (found.read(size) or {}).items():
+                cells[budget][str(size)] = cell
+        real = decode_one(decode, selector, {b: row[str(usual_size(given))] for b, row in cells.items()}, options)
+        figures = {"bound": BOUND, "cells": cells, "floor": asdict(decode.floor(options.metric)), "real": real}
+        metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
+        limits = {
+            "confidence": options.confidence,
+            "guarantee": options.guarantee,
+            "prices": read_prices(options.prices).describe(),
+            **options.text.describe(loaded),
+            "sources": shares(sources),
+        }
+        selector = write_thresholds(options, metrics, limits)
+        shutil.rmtree(found.folder, ignore_errors=True)
+    return selector
+
+
+def write_thresholds(options: CalibrateOptions, metrics: dict[str, Any], limits: dict[str, Any]) -> LynxSelector:
+    """Write the thresholds of what was measured into the selector's directory, with what they are certified for."""
     # Read again: what ran has been rounded to the precision that the model was loaded in.
-    selector = LynxSelector.from_pretrained(options.selector).with_config(
+    selector = LynxSelector.from_pretrained(options.selector)
+    config, cells = selector.config, metrics["calibrate"][options.metric]["cells"]
+    thresholds = {b: {n: cell["threshold"] for n, cell in row.items()} for b, row in cells.items()}
+    selector = selector.with_config(
         thresholds={**config.thresholds, options.metric: thresholds},
         calibration={**config.calibration, options.metric: limits},
     )
-    write_card(
-        folder,
-        selector,
-        metrics,
-        {f"run-calibrate-{options.metric}.yaml": run_record("calibrate", asdict(options))},
-    )
+    record = run_record("calibrate", deciding(options))
+    write_card(Path(options.selector), selector, metrics, {record_name(options): record})
     return selector
+
+
+def record_name(options: CalibrateOptions) -> str:
+    """The file that says how the thresholds of a metric were found."""
+    return f"run-calibrate-{options.metric}.yaml"
+
+
+class SizesFound(RunFolder):
+    """What is found for each batch size, in a folder beside the selector's files that goes away at the end.
+
+    Raises:
+        OptionError: it holds that of another calibration, or cannot be written to.
+    """
+
+    def __init__(
+        self, options: CalibrateOptions, selector: LynxSelector, given: dict[int, list[Group]], dtype: str, share: Share
+    ) -> None:
+        weights, text = hashlib.sha256(), hashlib.sha256()
+        for name, tensor in sorted(selector.state_dict().items()):
+            weights.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        for tokens, names in (group for groups in given.values() for group in groups):
+            text.update(tokens.cpu().numpy().tobytes() + "\n".join(names).encode())
+        decided = {
+            name: value for name, value in deciding(options).items() if name not in ("selector", "model", "device")
+        }
+        identity = {
+            **decided,
+            "computed_in": dtype,
+            "versions": versions(),
+            "selector_sha256": weights.hexdigest(),
+            "text_sha256": text.hexdigest(),
+        }
+        folder = Path(options.selector) / f".calibrate-{options.metric}{PART}"
+        super().__init__(folder, identity, "a calibration", share.by)
+
+    def read(self, size: int) -> dict[str, dict[str, Any]] | None:
+        """The cells of a batch size by budget, or None; a damaged file counts as none."""
+        return read_object(self.folder / f"batch-{size:05d}.json") or None
+
+    def write(self, size: int, cells: dict[float, dict[str, Any]]) -> None:
+        self.put_json(f"batch-{size:05d}.json", {str(budget): cell for budget, cell in cells.items()})
 
 
 def read_groups(options: CalibrateOptions, loaded: LoadedModel, sizes: list[int]) -> dict[int, list[Group]]:

@@ -25,7 +25,7 @@ and with `worst-source` that of every source. With `sizes` and `all` it is count
 import json
 import math
 from collections import Counter
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,6 +37,7 @@ from ..decode.served import ServedText, TextOptions
 from ..errors import OptionError
 from ..files import check_writable, write_json
 from ..moe.loading import LoadedModel, load_base
+from ..parts import ShareOptions, deciding
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
@@ -56,7 +57,7 @@ from .pools import Meter, Pool
 
 
 @dataclass(frozen=True)
-class CoverageOptions(TextOptions):
+class CoverageOptions(TextOptions, ShareOptions):
     """Repeat the calibration on many random splits, to see whether its bound holds and how sharp it is."""
 
     selector: str
@@ -98,7 +99,7 @@ class CoverageOptions(TextOptions):
         check_groups("calibration_groups", self.calibration_groups)
         if self.mode == "skipping":
             raise OptionError("--mode skipping is not usable here: expected generate or teacher")
-        self.procedure()
+        self.procedure(), self.share  # refuse what cannot be used
         fewest = self.calibration_groups + FEWEST_GROUPS
         if self.groups < fewest:
             raise OptionError(
@@ -151,7 +152,12 @@ class CoverageOptions(TextOptions):
 
 
 def coverage(options: CoverageOptions) -> dict[str, Any]:
-    """Measure what is not measured yet, draw, write `coverage.json`, and return it."""
+    """Measure what is not measured yet, draw, write `coverage.json`, and return it.
+
+    Raises:
+        Unfinished: this process's passes are measured, and those of others are not all there.
+    """
+    share = options.share
     metrics = read_metrics(options.selector) if options.card else {}
     for place in (options.out, *([options.selector] if options.card else [])):
         check_writable(Path(place))
@@ -160,24 +166,42 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
     loaded = load_base(
         options.model, selector.config.base_model, selector.config.base_revision, options.device, options.dtype
     )
-    meter = Meter(Path(options.out), options.procedure(), selector, loaded)
+    meter = Meter(Path(options.out), options.procedure(), selector, loaded, share)
     # All text before the first measurement, so that too little of it is found out at once.
     texts = [read_texts(options, loaded, size) for size in sorted(set(options.batch_sizes))]
+    measured: list[list[Pool | None]] = []
+    for whole, *shifted in texts:
+        measured.append([meter.pool(whole)])
+        if shifted:
+            measured[-1] += [meter.pool(shifted[0]), meter.pool(shifted[1], meter.thresholds)]
+    share.check_all_there(meter.missing, meter.parts, "passes", Path(options.out))
+    with share.alone(Path(options.out)):
+        return put_together(options, selector.config.base_model, texts, measured, metrics)
+
+
+def put_together(
+    options: CoverageOptions,
+    base_model: str,
+    texts: list[list[list[Group]]],
+    measured: list[list[Pool | None]],
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """Draw from the pools of each batch size, which are all there, and write the report."""
     rows: list[dict[str, Any]] = []
     pools: list[tuple[int, Pool]] = []
     sources: Counter[str] = Counter()
-    for whole, *shifted in texts:
+    for (whole, *_), found in zip(texts, measured, strict=True):
         size = len(whole[0][1])
         sources.update(name for _, names in whole for name in names)
-        pools.append((size, meter.pool(whole)))
-        rows += figures(pools[-1][1], None, options, size)
+        pool, *shifted = [part for part in found if part is not None]
+        pools.append((size, pool))
+        rows += figures(pool, None, options, size)
         if shifted:
-            first = meter.pool(shifted[0])
-            rows += figures(first, meter.pool(shifted[1], first.thresholds.tolist()[1:]), options, size)
+            rows += figures(*shifted, options, size)
     tested = options.calibration_groups - PILOT_GROUPS
     report = {
-        "options": asdict(options),
-        "base_model": selector.config.base_model,
+        "options": deciding(options),
+        "base_model": base_model,
         "sources": shares(sources),
         "exact": exact_levels(tested, options.groups - options.calibration_groups, options.groups, options.confidence),
         "rows": sorted(rows, key=lambda row: row["shift"]),
@@ -190,7 +214,7 @@ def coverage(options: CoverageOptions) -> dict[str, Any]:
             folder,
             LynxSelector.from_pretrained(folder),  # what ran has been rounded to the model's precision
             {**metrics, "coverage": report},
-            {"run-coverage.yaml": run_record("coverage", asdict(options))},
+            {"run-coverage.yaml": run_record("coverage", deciding(options))},
         )
     return report
 

@@ -14,8 +14,8 @@ thresholds calibrated for the selector's budgets are always measured.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .. import __version__
 from ..decode.served import ServedText, TextOptions
 from ..errors import OptionError
 from ..files import check_writable
-from ..moe.loading import LoadedModel, environment
+from ..moe.loading import LoadedModel, versions
+from ..parts import ALL, Share, ShareOptions, deciding
 from ..rules.grids import METHODS
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
@@ -40,7 +41,7 @@ INCIDENTAL = ("out", "card", "workers")
 
 
 @dataclass(frozen=True)
-class EvaluateOptions(TextOptions):
+class EvaluateOptions(TextOptions, ShareOptions):
     """Measure loss and savings of methods on test text, and compare them at equal loss."""
 
     selector: str
@@ -86,7 +87,7 @@ class EvaluateOptions(TextOptions):
         for level in self.levels:
             if not (level > 0 and math.isfinite(level)):
                 raise OptionError(f"--levels {level:g} is not usable: expected numbers above 0")
-        self.text  # noqa: B018  # refuses what cannot be used
+        self.text, self.share  # noqa: B018  # refuse what cannot be used
         for size in self.batch_sizes:
             if size < 1:
                 raise OptionError(f"--batch_sizes {size} is not usable: expected 1 or more")
@@ -127,7 +128,11 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
 
     Args:
         loaded: the model that the options name, where it is loaded already; workers load their own.
+
+    Raises:
+        Unfinished: this process's groups are measured, and those of others are not all there.
     """
+    share = options.share
     metrics = read_metrics(options.selector) if options.card else {}
     for place in (options.out, *([options.selector] if options.card else [])):
         check_writable(Path(place))
@@ -137,12 +142,24 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     cells = [read_cell(options, subject, *cell) for cell in options.cells]
     for cell in cells:
         subject.sweeps(cell.size, 0)  # refuses what does not apply to the model before anything is written
-    store = Store(Path(options.out), identity(options, subject, cells))
-    total = sum(len(cell.groups) for cell in cells)
-    with measuring(subject, options.workers) as run:
-        for _ in track(finish(cells, store, run, options.setup.levels), "evaluate", total, unit="groups"):
-            pass
-    report = make_report(asdict(options), subject, cells, store)
+    store = Store(Path(options.out), identity(options, subject, cells), share.by)
+    own = sum(len(part) for part in parts(cells, share.own))
+    if not share.merge:
+        with measuring(subject, options.workers) as run:
+            for _ in track(finish(cells, store, run, options.setup.levels, share), "evaluate", own, unit="groups"):
+                pass
+    first, rest = parts(cells, range)
+    missing = [i for part in (first, rest) for i, task in enumerate(part) if store.read(*task) is None]
+    share.check_all_there(missing, len(first) + len(rest), "groups", store.folder)
+    with share.alone(store.folder):
+        return put_together(options, subject, cells, store, metrics)
+
+
+def put_together(
+    options: EvaluateOptions, subject: Subject, cells: list[Cell], store: Store, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """Write and return the report of what is stored; also put it beside `metrics` into the card, if it is to be there."""
+    report = make_report(deciding(options), subject, cells, store)
     store.put_json("report.json", report)
     frontier(report, store.folder)
     if options.card:
@@ -152,7 +169,7 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
             folder,
             LynxSelector.from_pretrained(folder),  # what ran has been rounded to the model's precision
             {**metrics, "evaluate": {**report, "points": own}},
-            {"run-evaluate.yaml": run_record("evaluate", asdict(options))},
+            {"run-evaluate.yaml": run_record("evaluate", deciding(options))},
         )
     return report
 
@@ -183,24 +200,47 @@ def identity(options: EvaluateOptions, subject: Subject, cells: list[Cell]) -> d
         text.update(tokens.numpy().tobytes() + "\n".join(names).encode())
     trace = subject.trace and hashlib.sha256(json.dumps(subject.trace.sha256).encode()).hexdigest()
     return {
-        **{name: value for name, value in asdict(options).items() if name not in INCIDENTAL},
+        **{name: value for name, value in deciding(options).items() if name not in INCIDENTAL},
         "version": __version__,
-        "environment": environment(),
+        "versions": versions(),
         "selector_sha256": selector.hexdigest(),
         "text_sha256": text.hexdigest(),
         "trace_sha256": trace,
     }
 
 
-def finish(cells: list[Cell], store: Store, run: Runner, levels: tuple[float, ...]) -> Iterator[None]:
-    """Measure every group that is not stored, and yield once for each group: first groups first, large ones first."""
-    cells = sorted(cells, key=lambda cell: -cell.size)
-    yield from _store(store, run, [cell.task(0, None) for cell in cells])
-    rest = []
-    for cell in cells:
-        wanted = plan(store.read(cell.name, 0) or [], levels)
-        rest += [cell.task(index, wanted) for index in range(1, len(cell.groups))]
-    yield from _store(store, run, rest)
+def parts(cells: list[Cell], chosen: Callable[[int], Iterable[int]]) -> list[list[tuple[str, int]]]:
+    """Cell and index of the first groups, which decide what is measured on the others, and of those others.
+
+    Args:
+        chosen: which places of a list to take, by its length.
+    """
+    cells = by_size(cells)
+    first = [(cell.name, 0) for cell in cells]
+    rest = [(cell.name, index) for cell in cells for index in range(1, len(cell.groups))]
+    return [[part[i] for i in chosen(len(part))] for part in (first, rest)]
+
+
+def by_size(cells: list[Cell]) -> list[Cell]:
+    """Large ones first: what takes longest shall not be last."""
+    return sorted(cells, key=lambda cell: -cell.size)
+
+
+def finish(
+    cells: list[Cell], store: Store, run: Runner, levels: tuple[float, ...], share: Share = ALL
+) -> Iterator[None]:
+    """Measure this process's groups that are not stored, and yield once for each: first groups first.
+
+    Everybody needs all first groups, and measures those that nobody has measured when it comes to them.
+    """
+    known = {cell.name: cell for cell in cells}
+    own_first, own = parts(cells, share.own)
+    yield from _store(store, run, [known[name].task(index, None) for name, index in own_first])
+    for name, index in parts(cells, share.own_first)[0]:
+        for _ in _store(store, run, [known[name].task(index, None)]):
+            pass
+    wanted = {name: plan(store.read(name, 0) or [], levels) for name in known}
+    yield from _store(store, run, [known[name].task(index, wanted[name]) for name, index in own])
 
 
 def _store(store: Store, run: Runner, tasks: list[Task]) -> Iterator[None]:

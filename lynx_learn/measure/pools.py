@@ -8,6 +8,7 @@ its two measured ones. Rounding down to the grid instead would make every certif
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..decode.simulate import METRICS, Comparison, compare, per_token
+from ..decode.simulate import METRICS, Comparison, Run, compare, per_token, stacks
 from ..files import write
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel
+from ..parts import ALL, Share
 from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces.groups import Group
@@ -73,13 +75,17 @@ class Pool:
         return torch.lerp(values[above - 1], values[above], min(1.0, (threshold - low) / (high - low)))
 
 
-def guarded_sums(result: Comparison, options: CalibrateOptions) -> tuple[Tensor, Tensor]:
-    """Sums and counts of tokens, both `(guarded, groups)`, in the order of `calibrate.guarded`."""
+def guarded_sums(result: Comparison, options: CalibrateOptions, sources: list[str]) -> tuple[Tensor, Tensor]:
+    """Sums and counts of tokens, both `(guarded, groups)`, in the order of `calibrate.guarded`.
+
+    Args:
+        sources: of the whole pool.
+    """
     place = METRICS.index(options.metric)
     rows = [(result.sums[:, :, place].sum(1), result.counts.sum(1))]
     rows.append((result.part_sums[:, -1, place], result.part_counts[:, -1]))
     if options.guarantee == "worst-source":
-        for source in sorted({name for names in result.sources for name in names}):
+        for source in sources:
             own = torch.tensor([[name == source for name in names] for names in result.sources])
             rows.append(((result.sums[:, :, place] * own).sum(1), (result.counts * own).sum(1)))
     sums, counts = zip(*rows, strict=True)
@@ -87,10 +93,24 @@ def guarded_sums(result: Comparison, options: CalibrateOptions) -> tuple[Tensor,
 
 
 class Meter:
-    """Measures pools, each into a file that is named by what decides its content."""
+    """Measures pools, the groups of one pass of the model at a time, into files named by what decides their content.
 
-    def __init__(self, folder: Path, options: CalibrateOptions, selector: LynxSelector, loaded: LoadedModel) -> None:
-        self.folder, self.options, self.selector, self.loaded = folder, options, selector, loaded
+    Attributes:
+        thresholds: those of the last pool.
+        parts, missing: how many files the pools have so far, and which of them other processes have not written yet.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        options: CalibrateOptions,
+        selector: LynxSelector,
+        loaded: LoadedModel,
+        share: Share = ALL,
+    ) -> None:
+        self.folder, self.options, self.selector, self.loaded, self.share = folder, options, selector, loaded, share
+        self.thresholds: list[float] = []
+        self.parts, self.missing = 0, list[int]()
         self.layers: list[MoeLayer] = find_moe_layers(loaded.model)
         selector.check(self.layers, loaded.model)
         weights = save({name: value.contiguous() for name, value in selector.state_dict().items()})
@@ -107,43 +127,67 @@ class Meter:
             "budgets": sorted(options.budgets),
         }
 
-    def pool(self, groups: list[Group], thresholds: list[float] | None = None) -> Pool:
-        """The groups' losses at `thresholds`, or at their own grid, measured now or before."""
+    def pool(self, groups: list[Group], thresholds: list[float] | None = None) -> Pool | None:
+        """The groups' losses at `thresholds`, or at their own grid, measured now or before.
+
+        Only this process's parts are measured; None where others are missing.
+        """
         digest = hashlib.sha256(json.dumps({**self.decided_by, "thresholds": thresholds}).encode())
         for tokens, names in groups:
             digest.update(tokens.cpu().numpy().tobytes() + "\n".join(names).encode())
-        name = f"batch-{len(groups[0][1])}-{digest.hexdigest()[:12]}.safetensors"
-        path = self.folder / "pools" / name
-        tensors = read_tensors(path)
-        if tensors is None:
-            tensors = self._measure(groups, thresholds)
-            write(path, save(tensors))
-        return Pool(**tensors)
+        name, size = f"batch-{len(groups[0][1])}-{digest.hexdigest()[:12]}", len(groups[0][1])
+        parts = list(passes(groups))
+        paths = [self.folder / "pools" / f"{name}-{number:05d}.safetensors" for number in range(len(parts))]
+        own = [number for number in self.share.own(len(parts)) if read_tensors(paths[number]) is None]
+        self.thresholds = self._thresholds(paths, groups, thresholds) if own or not self.share.merge else []
+        sources = sorted({name for _, names in groups for name in names})
+        for number in track(own, f"coverage, batch {size}", len(own), unit="passes"):
+            tensors = self._measure(parts[number], self.thresholds, sources)
+            write(paths[number], save(tensors), self.share.by)
+        found = [read_tensors(path) for path in paths]
+        self.missing += [self.parts + number for number, part in enumerate(found) if part is None]
+        self.parts += len(parts)
+        whole = [part for part in found if part is not None]
+        if len(whole) < len(parts):
+            return None
+        joined = {key: torch.cat([part[key] for part in whole], -1) for key in ("sums", "counts", "bytes")}
+        return Pool(whole[0]["thresholds"], **joined)
 
-    def _measure(self, groups: list[Group], thresholds: list[float] | None) -> dict[str, Tensor]:
-        loaded, options, (count, size) = self.loaded, self.options, (len(groups), len(groups[0][1]))
-        if thresholds is None:
-            first = groups[:PILOT_GROUPS]
-            curve = pilot_curve(loaded, self.layers, self.selector, first, options)
-            thresholds = grid(curve, options.budgets)
+    def _thresholds(self, paths: list[Path], groups: list[Group], given: list[float] | None) -> list[float]:
+        """Given ones, or those of what is measured already, or the groups' own grid; everybody finds the same."""
+        if given is not None:
+            return given
+        for path in paths:
+            if (part := read_tensors(path)) is not None:
+                return part["thresholds"].tolist()[1:]
+        curve = pilot_curve(self.loaded, self.layers, self.selector, groups[:PILOT_GROUPS], self.options)
+        return grid(curve, self.options.budgets)
+
+    def _measure(self, groups: list[Group], thresholds: list[float], sources: list[str]) -> dict[str, Tensor]:
         results = compare(
-            loaded.model,
+            self.loaded.model,
             self.layers,
             groups,
             [self.options.at(self.selector, tau) for tau in thresholds],
-            options.prompt,
-            lambda steps: track(steps, f"coverage, batch {size}", count, unit="groups"),
-            options.text.ends(loaded),
+            self.options.prompt,
+            ends=self.options.text.ends(self.loaded),
         )
-        sums, counts = zip(*(guarded_sums(result, options) for result in results), strict=True)
+        sums, counts = zip(*(guarded_sums(result, self.options, sources) for result in results), strict=True)
+        bytes_read = [[1.0] * len(groups), *([s.bytes_ratio for s in r.stats] for r in results)]
         return {
             "thresholds": torch.tensor([0.0, *thresholds], dtype=torch.float64),
             "sums": torch.stack([torch.zeros_like(sums[0]), *sums]),
             "counts": counts[0],
-            "bytes": torch.tensor(
-                [[1.0] * count, *([s.bytes_ratio for s in r.stats] for r in results)], dtype=torch.float64
-            ),
+            "bytes": torch.tensor(bytes_read, dtype=torch.float64),
         }
+
+
+def passes(groups: list[Group]) -> Iterator[list[Group]]:
+    """The groups that share a pass of the model."""
+    start = 0
+    for stack in stacks(Run(tokens, None) for tokens, _ in groups):
+        yield groups[start : start + len(stack)]
+        start += len(stack)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:

@@ -52,8 +52,8 @@ class Store(RunFolder):
         OptionError: it holds something else, or cannot be written to.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        super().__init__(folder, identity, "an evaluation")
+    def __init__(self, folder: Path, identity: dict[str, Any], by: str = "") -> None:
+        super().__init__(folder, identity, "an evaluation", by)
 
     def read(self, cell: str, index: int) -> list[Row] | None:
         """A finished group, or None; a damaged file counts as none."""

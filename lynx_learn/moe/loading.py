@@ -294,15 +294,19 @@ def folder_revision(path: Path) -> str:
         return "local"
 
 
-def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+def versions() -> dict[str, str]:
+    """Of what computes."""
     import transformers
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})"
     return {
-        "machine": machine,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = gpu or f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return {"machine": machine, **versions()}

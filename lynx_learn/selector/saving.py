@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ..errors import SelectorError
 from ..files import compact_json
 from ..show.card import render
-from .config import CARD, METRICS
+from .config import CARD, CONFIG, METRICS, RUN
 from .selector import LynxSelector
 
 
@@ -57,3 +57,11 @@ def run_record(command: str, options: dict[str, Any]) -> str:
     versions = {name: importlib.metadata.version(name) for name in packages}
     record = {command: options, "versions": {"python": platform.python_version(), **versions}}
     return yaml.safe_dump(record, sort_keys=False)
+
+
+def is_made_by(folder: Path, record: str, name: str = RUN) -> bool:
+    """Whether there is a selector in `folder` and the file `name` says `record` of it, see `run_record`."""
+    try:
+        return (folder / CONFIG).is_file() and (folder / name).read_text(encoding="utf-8") == record
+    except (OSError, ValueError):
+        return False

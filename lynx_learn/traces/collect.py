@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError, TraceError
-from ..files import check_writable
+from ..files import check_writable, digest
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer, alike, find_moe_layers, model_type
 from ..moe.hooks import intercept
 from ..moe.identity import identify
 from ..moe.loading import LoadedModel, load_model
+from ..parts import Share, ShareOptions
 from ..show.progress import track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
@@ -30,7 +31,7 @@ ENGINES = "lynx_learn.engines"
 
 
 @dataclass(frozen=True)
-class CollectOptions:
+class CollectOptions(ShareOptions):
     """Run a model over text and write its router traces."""
 
     model: str
@@ -74,6 +75,7 @@ class CollectOptions:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
         if self.mode == "generate" and not 0 < self.prompt < self.length:
             raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 1 ({self.length - 1})")
+        self.share  # noqa: B018  # refuses what cannot be used
 
 
 class Tracer(Protocol):
@@ -101,16 +103,20 @@ def collect(options: CollectOptions, loaded: LoadedModel | None = None) -> Trace
 
     Args:
         loaded: the model that the options name, where it is loaded already.
+
+    Raises:
+        Unfinished: this process's shards are written, and those of others are not all there.
     """
-    out = Path(options.out)
+    out, share = Path(options.out), options.share
     check_writable(out)
     with closing(start(options, loaded)) as tracer:
         trace_options = describe(options, tracer.model)
-        writer = TraceWriter(out, trace_options)
+        writer = TraceWriter(out, trace_options, share.by)
         was_there = writer.complete
         if not was_there:
-            check_room(out, trace_options)
-            _write_shards(writer, tracer)
+            if not share.merge:
+                check_room(out, trace_options)
+            _write_shards(writer, tracer, share)
     trace = Trace.open(out, verify=was_there)
     if trace.collected_tokens < options.tokens:
         text = f"{options.corpus!r} ({options.split} split)"
@@ -196,7 +202,8 @@ def check_room(out: Path, options: TraceOptions) -> None:
         )
 
 
-def _write_shards(writer: TraceWriter, tracer: Tracer) -> None:
+def _write_shards(writer: TraceWriter, tracer: Tracer, share: Share) -> None:
+    """Write this process's shards; the manifest, too, where all are there."""
     options = writer.options
     sequences = corpora.read_sequences(
         options.corpus,
@@ -209,35 +216,49 @@ def _write_shards(writer: TraceWriter, tracer: Tracer) -> None:
     batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
     sources: list[str] = []
     phases = dict.fromkeys(PHASES, 0)
-    shards = 0
-    for rows, names in track(
-        batches,
-        "collect",
-        -(-wanted // options.sequences_per_shard),
-        options.sequences_per_shard * options.length,
-        "tokens",
+    prompt = options.prompt if options.mode == "generate" else 0
+    texts: list[str] = []
+    expected = -(-wanted // options.sequences_per_shard)
+    own = set(share.own(expected))
+    for shard, (rows, names) in enumerate(
+        track(batches, "collect", expected, options.sequences_per_shard * options.length, "tokens")
     ):
         for name in names:
             if name not in sources:
                 sources.append(name)
-        prompt = options.prompt if options.mode == "generate" else 0
         phases["prompt"] += rows.shape[0] * prompt
         phases["generated" if prompt else "teacher"] += rows.shape[0] * (rows.shape[1] - prompt)
-        stored = writer.stored(shards)
+        given = rows[:, : prompt or None]
+        texts.append(_text(given))
+        if shard not in own:
+            continue
+        stored = writer.stored(shard)
         if stored is not None:
-            _check_text(writer, rows[:, : prompt or None], stored)
+            _check_text(writer, texts[shard], stored, given.shape[1])
         else:
-            rows, traced = tracer.run(rows[:, : prompt or None], options, shards)
-            first = shards * options.sequences_per_shard
-            writer.write(shards, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
-        shards += 1
-    writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
+            rows, traced = tracer.run(given, options, shard)
+            first = shard * options.sequences_per_shard
+            writer.write(shard, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
+    shards = len(texts)
+    missing = [shard for shard in range(shards) if writer.written(shard) is None]
+    share.check_all_there(missing, shards, "shards", writer.folder)
+    with share.alone(writer.folder):
+        if writer.complete:
+            return
+        for shard in set(range(shards)) - own:
+            if (there := writer.written(shard)) is not None:
+                _check_text(writer, texts[shard], there[0], prompt or options.length)
+        writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
 
 
-def _check_text(writer: TraceWriter, rows: Tensor, stored: dict[str, Tensor]) -> None:
+def _text(rows: Tensor) -> str:
+    """What tells the text of a shard from another."""
+    return digest(rows.long().contiguous().numpy().tobytes())
+
+
+def _check_text(writer: TraceWriter, text: str, stored: dict[str, Tensor], positions: int) -> None:
     """Refuse to go on with a trace whose text has changed since."""
-    tokens = stored["tokens"].view(-1, writer.options.length)[:, : rows.shape[1]]
-    if not torch.equal(tokens.long(), rows):
+    if _text(stored["tokens"].view(-1, writer.options.length)[:, :positions]) != text:
         raise TraceError(
             f"{writer.folder} was begun with other text: {writer.options.corpus!r} has changed since; "
             "restore it, or choose another --out or remove the folder"

@@ -11,7 +11,7 @@ Every file is written under a temporary name, flushed and renamed.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -87,23 +87,35 @@ class TraceWriter(RunFolder):
         OptionError: the folder holds something else, or cannot be written to.
     """
 
-    def __init__(self, folder: Path, options: TraceOptions) -> None:
-        super().__init__(folder, asdict(options), "a trace")
+    def __init__(self, folder: Path, options: TraceOptions, by: str = "") -> None:
+        super().__init__(folder, asdict(options), "a trace", by)
         self.options = options
 
     @property
     def complete(self) -> bool:
         return (self.folder / MANIFEST).exists()
 
+    def written(self, shard: int) -> tuple[dict[str, Tensor], list[str]] | None:
+        """The index of a shard whose files are all there, and the checksums that it was written with; else None."""
+        *layers, index = (self.folder / name for name in shard_names(len(self.options.layers), shard))
+        try:
+            with safe_open(index, "pt") as file:
+                sums = [str(value) for value in json.loads(file.metadata()["sha256"])]
+                tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return None
+        whole = len(sums) == len(layers) + 1 and all(path.is_file() for path in layers)
+        return (tensors, sums) if whole else None
+
     def stored(self, shard: int) -> dict[str, Tensor] | None:
         """The index of a shard that is there whole, or None: a crash of the machine may have damaged any file."""
-        *layers, index = shard_names(len(self.options.layers), shard)
+        if (there := self.written(shard)) is None:
+            return None
+        tensors, expected = there
+        names = shard_names(len(self.options.layers), shard)[:-1]
         try:
-            with safe_open(self.folder / index, "pt") as file:
-                expected = json.loads(file.metadata()["sha256"])
-                tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
-            found = [*(checksum(self.folder / name) for name in layers), digest(save(tensors))]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            found = [*(checksum(self.folder / name) for name in names), digest(save(tensors))]
+        except OSError:
             return None
         return tensors if found == expected else None
 
@@ -115,9 +127,17 @@ class TraceWriter(RunFolder):
             self.put(name, data)
 
     def finish(self, shards: int, sources: list[str], phases: dict[str, int]) -> None:
-        """Check what was written and write the manifest."""
-        layers = len(self.options.layers)
-        files = {name: checksum(self.folder / name) for shard in range(shards) for name in shard_names(layers, shard)}
+        """Write the manifest, with the checksums that files were written with.
+
+        Raises:
+            TraceError: a shard is not there.
+        """
+        files: dict[str, str] = {}
+        for shard in range(shards):
+            *layers, index = shard_names(len(self.options.layers), shard)
+            if (there := self.written(shard)) is None:
+                raise TraceError(f"{self.folder / index} is not there whole: collect again with the same options")
+            files |= {**dict(zip(layers, there[1][:-1], strict=True)), index: checksum(self.folder / index)}
         tokens = sum(phases.values())
         manifest = {
             **asdict(self.options),
@@ -150,7 +170,7 @@ class Trace:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "Trace":
-        """Open a trace and verify every file's checksum, unless its manifest has just been made from them.
+        """Open a trace and verify every file's checksum, or none: of one whose manifest has just been made, or see `verify`.
 
         Raises:
             TraceError: it is missing, incomplete, of another format, or a file is damaged; named.
@@ -178,14 +198,24 @@ class Trace:
                 raise ValueError("the files listed are not those of its shards and layers")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TraceError(f"{path / MANIFEST} is damaged ({error}): collect again") from None
-        for name, expected in trace.sha256.items() if verify else ():
-            file = path / name
-            if not file.exists() or checksum(file) != expected:
+        if verify:
+            trace.verify(range(layers))
+        return trace
+
+    def verify(self, layers: Iterable[int]) -> None:
+        """Compare the checksums of these layers' files, and of the index, with the manifest.
+
+        Raises:
+            TraceError: a file is missing or damaged; named.
+        """
+        folders = {"index", *(f"layer-{layer:02d}" for layer in layers)}
+        for name, expected in self.sha256.items():
+            file = self.folder / name
+            if name.partition("/")[0] in folders and (not file.exists() or checksum(file) != expected):
                 state = "is damaged" if file.exists() else "is missing"
                 raise TraceError(
-                    f"{file} {state} (checksum differs from the manifest): remove {path} and collect again"
+                    f"{file} {state} (checksum differs from the manifest): remove {self.folder} and collect again"
                 )
-        return trace
 
     def layer_shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
         """The layer's tensors, shard by shard.

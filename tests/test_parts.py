@@ -1,0 +1,247 @@
+"""Parts: who makes which, and that any number of processes, one of them killed, writes the bytes that one does."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from flows import LENGTH, PROMPT, calibrated, contents, one_line, tiny_flow
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lynx_learn import cli
+from lynx_learn.errors import LynxError, OptionError, Unfinished
+from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
+from lynx_learn.measure.coverage import CoverageOptions, coverage
+from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
+from lynx_learn.parts import LOCK, Share, ShareOptions, deciding
+from lynx_learn.traces.collect import CollectOptions, collect
+
+WORLD = 4
+VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+# Whose a part is.
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_every_part_has_one_owner(size: int, count: int) -> None:
+    shares = [Share(rank, size) for rank in range(size)]
+    assert sorted(part for share in shares for part in share.own(count)) == list(range(count))
+    for share in shares:
+        order = share.own_first(count)
+        assert order[: len(share.own(count))] == list(share.own(count))
+        assert sorted(order) == list(range(count))
+        assert not replace(share, merge=True).own(count)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, (1, 3)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
+        # A batch script: it has the variables of its first task, and is none.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),
+        ({"RANK": "1"}, (0, 1)),
+    ],
+    ids=["none", "torchrun", "srun", "sbatch", "half"],
+)
+def test_launchers_are_understood(
+    variables: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = ShareOptions().share
+    assert (found.rank, found.world_size) == expected
+    assert ShareOptions(world_size=1).share == Share(0, 1)
+    assert ShareOptions(global_rank=4, world_size=5).share == Share(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "said"),
+    [
+        ({"global_rank": 1}, {}, "go together"),
+        ({"world_size": 2}, {}, "go together"),
+        ({"global_rank": 2, "world_size": 2}, {}, "--global_rank 2 is not usable: expected 0 to"),
+        ({"global_rank": -1, "world_size": 2}, {}, "--global_rank -1 is not usable"),
+        ({"global_rank": 0, "world_size": 0}, {}, "--world_size 0 is not usable"),
+        ({}, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first"),
+    ],
+)
+def test_ranks_that_cannot_be(
+    options: dict[str, Any], variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for make in (lambda: ShareOptions(**options).share, lambda: CollectOptions("m", "o", **options)):
+        with pytest.raises(OptionError, match=said) as error:
+            make()
+        one_line(error)
+
+
+def test_two_processes_do_not_put_together_at_once(tmp_path: Path) -> None:
+    with Share(0, 2).alone(tmp_path):
+        with pytest.raises(Unfinished, match="another process"), Share(1, 2).alone(tmp_path):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert not list(tmp_path.iterdir())
+    # A lock that a dead process has left holds nobody up.
+    lock = FileLock(tmp_path / LOCK)
+    lock.acquire()
+    lock.release()
+    with Share(1, 2).alone(tmp_path):
+        pass
+
+
+# The commands, with any number of processes.
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command on tiny models: its options by folder of results, what runs it, a part of rank 1, and what is written last."""
+
+    options: Callable[[Path], Any]
+    run: Callable[[Any], object]
+    part: str
+    last: str
+
+
+def collecting(out: Path) -> CollectOptions:
+    flow = tiny_flow()
+    shape: dict[str, Any] = {"tokens": 9 * 2 * LENGTH, "length": LENGTH, "batch_size": 2, "mode": "generate"}
+    return CollectOptions(str(flow.model), str(out), str(flow.texts), prompt=PROMPT, **shape)
+
+
+def calibrating(out: Path) -> CalibrateOptions:
+    shutil.copytree(tiny_flow().selector, out, dirs_exist_ok=True)
+    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "groups": 12, "batch_sizes": [1, 2, 3, 4, 5]}
+    return CalibrateOptions(str(out), corpus=str(tiny_flow().texts), mode="teacher", budgets=[0.05, 0.1], **shape)
+
+
+def covering(out: Path) -> CoverageOptions:
+    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "groups": 40, "calibration_groups": 12}
+    few: dict[str, Any] = {"batch_sizes": [8], "budgets": [0.1], "resplits": 5, "bootstraps": 5}
+    texts = str(tiny_flow().texts)
+    return CoverageOptions(str(tiny_flow().selector), str(out), corpus=texts, mode="teacher", **shape, **few)
+
+
+def evaluating(out: Path) -> EvaluateOptions:
+    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "tokens": 1, "levels": [0.03, 0.1]}
+    batches: dict[str, Any] = {"batch_sizes": [2], "batches": ["mixed", "single"], "methods": ["learned", "random"]}
+    return EvaluateOptions(
+        str(calibrated()), str(out), corpus=str(tiny_flow().texts), mode="teacher", **shape, **batches
+    )
+
+
+CASES = {
+    "collect": Case(collecting, collect, "index/00003.safetensors", "manifest.json"),
+    # Large batches are the first parts.
+    "calibrate": Case(calibrating, calibrate, ".calibrate-kl.part/batch-00004.json", "run-calibrate-kl.yaml"),
+    "coverage": Case(covering, coverage, "-00001.safetensors", "coverage.json"),
+    "evaluate": Case(evaluating, evaluate, "groups/2-mixed/00004.json", "report.json"),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def ranks(options: Any, order: Iterator[int] | range = range(WORLD)) -> Iterator[Any]:
+    return (replace(options, global_rank=rank, world_size=WORLD) for rank in order)
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a command has left, without the words in it that name the folder."""
+    return {name: data.replace(str(folder).encode(), b"OUT") for name, data in contents(folder).items()}
+
+
+def test_any_number_of_processes_writes_the_same_bytes(case: Case, tmp_path: Path) -> None:
+    """In any order, and run again when all is done; each waits for nobody, and only the last one puts all together."""
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    case.run(case.options(whole))
+    *others, last = ranks(case.options(out), iter([2, 0, 3, 1]))
+    for options in others:
+        with pytest.raises(Unfinished, match=f"rank {options.global_rank} of {WORLD} is done; .* yet") as rest:
+            case.run(options)
+        one_line(rest)
+        assert not (out / case.last).exists()
+    case.run(last)
+    expected = results(whole)
+    assert results(out) == expected
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if "0000" in path.name}
+    case.run(others[0])
+    case.run(replace(case.options(out), merge=True))
+    assert results(out) == expected
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+# Before a command: killed when a part is in its place.
+KILLED = """
+import os, signal
+replaced = os.replace
+def stop(source, target, **more):
+    replaced(source, target, **more)
+    if str(target).endswith("{part}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = stop
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_run_again_alone(case: Case, tmp_path: Path) -> None:
+    """The others end meanwhile; nothing that was finished is made again."""
+    whole, out = tmp_path / "whole", tmp_path / "parts"
+    case.run(case.options(whole))
+    options = replace(case.options(out), global_rank=1, world_size=2)
+    module, made, run = type(options).__module__, type(options).__name__, case.run.__name__  # type: ignore[attr-defined]
+    program = f"{KILLED.format(part=case.part)}from {module} import *\n{run}({made}(**{vars(options)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    finished = [path for path in out.rglob("*0000*") if path.is_file()]
+    assert any(str(path).endswith(case.part) for path in finished)
+    stamps = [path.stat().st_mtime_ns for path in finished]
+    with pytest.raises(Unfinished, match="rank 1"):
+        case.run(replace(options, global_rank=0))
+    with pytest.raises(OptionError, match="--merge is not usable yet") as error:
+        case.run(replace(options, merge=True))
+    one_line(error)
+    assert [path.stat().st_mtime_ns for path in finished] == stamps
+    case.run(options)
+    assert [path.stat().st_mtime_ns for path in finished if path.exists()] in (stamps, [])
+    assert results(out) == results(whole)
+
+
+def test_a_rank_that_waits_for_others_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A launcher would kill the others otherwise."""
+    options = collecting(tmp_path / "t")
+    words = [f"--{name}={value}" for name, value in deciding(options).items() if isinstance(value, str | int)]
+    assert cli.main(["collect", *words, "--global-rank", "1", "--world-size", "2", "--quiet"]) == 0
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("lynx-learn: rank 1 of 2 is done; 5 of 9 shards are not in")
+    assert not (tmp_path / "t" / "manifest.json").exists()
+
+
+def test_other_options_in_another_rank_are_refused(case: Case, tmp_path: Path) -> None:
+    first, second, *_ = ranks(case.options(tmp_path / "t"))
+    with suppress(Unfinished):
+        case.run(first)
+    before = contents(tmp_path / "t")
+    with pytest.raises(LynxError, match=r"with other .*seed") as error:
+        case.run(replace(second, seed=9))
+    one_line(error)
+    assert contents(tmp_path / "t") == before
