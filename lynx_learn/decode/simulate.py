@@ -145,6 +145,9 @@ class Losses(NamedTuple):
 class Reference:
     """The untouched model's predictions of one group, against which others are measured.
 
+    Its logits are kept as the model gave them, and are turned into probabilities a part at a time: of a large vocabulary
+    they are the most that measuring holds.
+
     Args:
         logits: `(sequences, positions, vocabulary)`.
         targets: next tokens `(sequences, positions)`.
@@ -153,40 +156,43 @@ class Reference:
 
     @torch.no_grad()
     def __init__(self, logits: Tensor, targets: Tensor, scored: Tensor | None = None) -> None:
-        self.targets = targets = targets.to(logits.device)
+        self.logits, self.targets = logits, targets.to(logits.device)
         self.scored = torch.ones_like(targets, dtype=torch.bool) if scored is None else scored.to(logits.device)
-        flat, wanted = logits.flatten(0, 1), targets.flatten().unsqueeze(-1)
-        self.probabilities = torch.empty(flat.shape, device=logits.device)
-        self.negative_entropy, self.target_log = torch.empty(2, len(flat), device=logits.device)
-        self.greedy = torch.empty(len(flat), dtype=torch.int64, device=logits.device)
-        for start in range(0, len(flat), ROWS_AT_A_TIME):
-            part = slice(start, start + ROWS_AT_A_TIME)
-            given = flat[part].float()
-            self.probabilities[part] = functional.softmax(given, -1)
-            log = functional.log_softmax(given, -1)
-            self.negative_entropy[part] = (self.probabilities[part] * log).sum(-1)
-            self.target_log[part] = log.gather(-1, wanted[part]).squeeze(-1)
+        self.negative_entropy, self.target_log = torch.empty(2, *targets.shape, device=logits.device)
+        self.greedy = torch.empty(targets.shape, dtype=torch.int64, device=logits.device)
+        for part in self._parts():
+            log = functional.log_softmax(logits[part].float(), -1)
+            self.negative_entropy[part] = (self._probabilities(part) * log).sum(-1)
+            self.target_log[part] = log.gather(-1, self.targets[part].unsqueeze(-1)).squeeze(-1)
             self.greedy[part] = log.argmax(-1)
+
+    def _parts(self) -> Iterator[tuple[int, slice]]:
+        """Places of some of one sequence's positions at a time: float32 of all of them would not fit."""
+        sequences, positions = self.targets.shape
+        for row in range(sequences):
+            for start in range(0, positions, ROWS_AT_A_TIME):
+                yield row, slice(start, start + ROWS_AT_A_TIME)
+
+    def _probabilities(self, part: tuple[int, slice]) -> Tensor:
+        return functional.softmax(self.logits[part].float(), -1)
 
     @property
     def bytes(self) -> int:
         """Of what it holds, about."""
-        return self.probabilities.numel() * self.probabilities.element_size()
+        return self.logits.numel() * self.logits.element_size()
 
     @torch.no_grad()
     def losses(self, logits: Tensor) -> Losses:
         """KL(untouched, other), the rise of the negative log-likelihood, and whether the greedy choice changed."""
-        rows = []
-        flat, targets = logits.flatten(0, 1), self.targets.flatten().unsqueeze(-1)
-        for start in range(0, len(flat), ROWS_AT_A_TIME):
-            part = slice(start, start + ROWS_AT_A_TIME)
-            other = flat[part].float()
+        values = torch.empty(*self.targets.shape, len(METRICS), device=logits.device)
+        for part in self._parts():
+            other = logits[part].float()
             partition = other.logsumexp(-1)
-            expected = torch.linalg.vecdot(self.probabilities[part], other)
-            kl = self.negative_entropy[part] - expected + partition
-            rise = self.target_log[part] - other.gather(-1, targets[part]).squeeze(-1) + partition
-            rows.append(torch.stack([kl, rise, (other.argmax(-1) != self.greedy[part]).float()], dim=-1))
-        return self.losses_of(torch.cat(rows).unflatten(0, self.targets.shape))
+            kl = self.negative_entropy[part] - torch.linalg.vecdot(self._probabilities(part), other) + partition
+            chosen = other.gather(-1, self.targets[part].unsqueeze(-1)).squeeze(-1)
+            rise = self.target_log[part] - chosen + partition
+            values[part] = torch.stack([kl, rise, (other.argmax(-1) != self.greedy[part]).float()], dim=-1)
+        return self.losses_of(values)
 
     def losses_of(self, values: Tensor) -> Losses:
         """Sums of losses `(sequences, positions, 3)` over what is scored."""
