@@ -18,6 +18,7 @@ from flows import BUDGETS, LENGTH, PROMPT, calibrated, tiny_flow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, cli, skip_experts
+from lynx_learn.fit.train import TrainOptions
 from lynx_learn.measure.evaluate import EvaluateOptions
 from lynx_learn.traces.documents import read_documents
 
@@ -201,6 +202,9 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     changes = ["--base", json.dumps(small_base), "--variants", json.dumps(variants), "--batch_size", 2, "--tokens", 1]
     said = script("train/ablations.py", *places, *changes)
     assert all(name in said for name in variants)
+    assert "100.0%" in said  # without surrogates all is unexplained
+    sizes = yaml.safe_load((ROOT / "train" / "surrogates.yaml").read_text())
+    assert all(TrainOptions("", "", **{**sizes["base"], **changes}) for changes in sizes["variants"].values())
     page = tmp_path / "docs" / "frontier.md"
     page.parent.mkdir()
     prose = re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", (ROOT / "docs" / "frontier.md").read_text())
@@ -261,6 +265,13 @@ def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Pa
 def test_no_recipe_is_left_out() -> None:
     recipes = {path.relative_to(ROOT / "train").as_posix() for path in (ROOT / "train").rglob("*.yaml")}
     assert recipes == {
-        *("reference-moe.yaml", "reference-moe-50m.yaml", "second-moe.yaml", "ablations.yaml", "certificate.yaml"),
+        *(
+            "reference-moe.yaml",
+            "reference-moe-50m.yaml",
+            "second-moe.yaml",
+            "ablations.yaml",
+            "surrogates.yaml",
+            "certificate.yaml",
+        ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }

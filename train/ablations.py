@@ -1,6 +1,7 @@
 """Train variants of one selector and read them off at equal loss.
 
     python train/ablations.py --config train/ablations.yaml
+    python train/ablations.py --config train/surrogates.yaml
 
 A variant that is there already is not trained again, and its evaluation goes on where it stopped. Writes
 `OUT/ablations.json` and prints its table.
@@ -10,12 +11,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jsonargparse import auto_cli
 
 from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
+from lynx_learn.selector.saving import read_metrics
 from lynx_learn.show.tables import Table, show
 
 
@@ -61,20 +64,23 @@ def main(options: Options) -> None:
                 tokens=options.tokens,
             )
         )
-        rows.append({"variant": name, "changes": changes, "matched": report["matched"], "points": report["points"]})
+        layers = read_metrics(selector)["train"]["layers"]
+        row = {"variant": name, "changes": changes, "unexplained": fmean(layer["unexplained"] for layer in layers)}
+        rows.append({**row, "matched": report["matched"], "points": report["points"]})
         written = {"options": {**options.__dict__}, "environment": report["environment"], "variants": rows}
         (out / "ablations.json").write_text(json.dumps(written, indent=2) + "\n")
     show(ablation_table(rows))
 
 
 def ablation_table(rows: list[dict[str, Any]]) -> Table:
-    """Bytes and experts of each variant at equal KL, and the experts its oracle would need."""
+    """What surrogates leave unexplained of the held-out energy, mean over layers; bytes and experts of each variant at
+    equal KL, and the experts its oracle would need."""
     levels = sorted({row["level"] for row in rows[0]["matched"]})
-    head = ["variant", *(f"KL {level:g}" for level in levels)]
+    head = ["variant", "unexplained", *(f"KL {level:g}" for level in levels)]
     lines = []
     for row in rows:
         cells = {(m["method"], m["level"]): m for m in row["matched"] if m["metric"] == "kl"}
-        line = [row["variant"]]
+        line = [row["variant"], f"{row['unexplained']:.1%}"]
         for level in levels:
             learned, oracle = cells["learned", level], cells["oracle", level]
             if learned["bytes"] is None:
