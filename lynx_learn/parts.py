@@ -27,7 +27,7 @@ LOCK = f".merge{PART}"
 class ShareOptions:
     """The options of every command whose work can be split among processes."""
 
-    global_rank: int | None = None
+    rank: int | None = None
     """number of this process, from 0, among those that share the work; by default torchrun's RANK or srun's SLURM_PROCID"""
     world_size: int | None = None
     """processes that share the work; by default torchrun's WORLD_SIZE or srun's SLURM_NTASKS, or 1"""
@@ -41,17 +41,17 @@ class ShareOptions:
         Raises:
             OptionError: the rank is none of the processes', or only one of the two options is given.
         """
-        rank, size = self.global_rank, self.world_size
+        rank, size = self.rank, self.world_size
         if rank is None and size is None:
             rank, size = launched()
         if rank is None or size is None:
             if size == 1:
                 return Share(0, 1, self.merge)
-            raise OptionError("--global_rank and --world_size go together: give both, or neither")
+            raise OptionError("--rank and --world_size go together: give both, or neither")
         if size < 1:
             raise OptionError(f"--world_size {size} is not usable: expected 1 or more")
         if not 0 <= rank < size:
-            raise OptionError(f"--global_rank {rank} is not usable: expected 0 to --world_size - 1 ({size - 1})")
+            raise OptionError(f"--rank {rank} is not usable: expected 0 to --world_size - 1 ({size - 1})")
         return Share(rank, size, self.merge)
 
 
@@ -68,7 +68,7 @@ def launched() -> tuple[int, int]:
             except ValueError:
                 raise OptionError(
                     f"{rank}={os.environ[rank]} and {size}={os.environ[size]} are no numbers: mend these variables, or give "
-                    "--global_rank and --world_size"
+                    "--rank and --world_size"
                 ) from None
     return 0, 1
 

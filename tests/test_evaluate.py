@@ -460,9 +460,9 @@ def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path: Path) -> No
         evaluate(little(out, corpus=str(texts)))
     (texts / "odd.jsonl").write_text("".join(lines))
     options = json.loads(before["options.json"])
-    options["environment"]["torch"] = "1.0"
+    options["versions"]["torch"] = "1.0"
     (out / "options.json").write_text(json.dumps(options))
-    with pytest.raises(OptionError, match="other environment "):
+    with pytest.raises(OptionError, match="other versions "):
         evaluate(little(out, corpus=str(texts)))
     (out / "options.json").write_text("{")
     with pytest.raises(OptionError, match="other model, corpus, mix"):

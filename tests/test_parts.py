@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from flows import LENGTH, PROMPT, calibrated, contents, one_line, tiny_flow
+from flows import LENGTH, PROMPT, calibrated, contents, one_line, tiny_flow, train_options
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx_learn import cli
 from lynx_learn.errors import LynxError, OptionError, Unfinished
+from lynx_learn.fit.train import train
 from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
 from lynx_learn.measure.coverage import CoverageOptions, coverage
 from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
@@ -68,17 +69,17 @@ def test_launchers_are_understood(
     found = ShareOptions().share
     assert (found.rank, found.world_size) == expected
     assert ShareOptions(world_size=1).share == Share(0, 1)
-    assert ShareOptions(global_rank=4, world_size=5).share == Share(4, 5)
+    assert ShareOptions(rank=4, world_size=5).share == Share(4, 5)
 
 
 @pytest.mark.parametrize(
     ("options", "variables", "said"),
     [
-        ({"global_rank": 1}, {}, "go together"),
+        ({"rank": 1}, {}, "go together"),
         ({"world_size": 2}, {}, "go together"),
-        ({"global_rank": 2, "world_size": 2}, {}, "--global_rank 2 is not usable: expected 0 to"),
-        ({"global_rank": -1, "world_size": 2}, {}, "--global_rank -1 is not usable"),
-        ({"global_rank": 0, "world_size": 0}, {}, "--world_size 0 is not usable"),
+        ({"rank": 2, "world_size": 2}, {}, "--rank 2 is not usable: expected 0 to"),
+        ({"rank": -1, "world_size": 2}, {}, "--rank -1 is not usable"),
+        ({"rank": 0, "world_size": 0}, {}, "--world_size 0 is not usable"),
         ({}, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first"),
     ],
 )
@@ -112,7 +113,8 @@ def test_two_processes_do_not_put_together_at_once(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A command on tiny models: its options by folder of results, what runs it, a part of rank 1, and what is written last."""
+    """A command on tiny models: its options by folder of results, what runs it, a part of rank 1 (of train, which has two
+    layers here: of rank 0), and what is written last."""
 
     options: Callable[[Path], Any]
     run: Callable[[Any], object]
@@ -149,6 +151,9 @@ def evaluating(out: Path) -> EvaluateOptions:
 
 CASES = {
     "collect": Case(collecting, collect, "index/00003.safetensors", "manifest.json"),
+    "train": Case(
+        lambda out: train_options(tiny_flow(), out, tune_steps=2), train, ".train.part/00000.safetensors", "config.json"
+    ),
     # Large batches are the first parts.
     "calibrate": Case(calibrating, calibrate, ".calibrate-kl.part/batch-00004.json", "run-calibrate-kl.yaml"),
     "coverage": Case(covering, coverage, "-00001.safetensors", "coverage.json"),
@@ -162,7 +167,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def ranks(options: Any, order: Iterator[int] | range = range(WORLD)) -> Iterator[Any]:
-    return (replace(options, global_rank=rank, world_size=WORLD) for rank in order)
+    return (replace(options, rank=rank, world_size=WORLD) for rank in order)
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -176,7 +181,7 @@ def test_any_number_of_processes_writes_the_same_bytes(case: Case, tmp_path: Pat
     case.run(case.options(whole))
     *others, last = ranks(case.options(out), iter([2, 0, 3, 1]))
     for options in others:
-        with pytest.raises(Unfinished, match=f"rank {options.global_rank} of {WORLD} is done; .* yet") as rest:
+        with pytest.raises(Unfinished, match=f"rank {options.rank} of {WORLD} is done; .* yet") as rest:
             case.run(options)
         one_line(rest)
         assert not (out / case.last).exists()
@@ -207,7 +212,8 @@ def test_a_killed_rank_is_run_again_alone(case: Case, tmp_path: Path) -> None:
     """The others end meanwhile; nothing that was finished is made again."""
     whole, out = tmp_path / "whole", tmp_path / "parts"
     case.run(case.options(whole))
-    options = replace(case.options(out), global_rank=1, world_size=2)
+    world = 1 if case.run is train else 2
+    options = replace(case.options(out), rank=world - 1, world_size=world)
     module, made, run = type(options).__module__, type(options).__name__, case.run.__name__  # type: ignore[attr-defined]
     program = f"{KILLED.format(part=case.part)}from {module} import *\n{run}({made}(**{vars(options)!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
@@ -215,8 +221,9 @@ def test_a_killed_rank_is_run_again_alone(case: Case, tmp_path: Path) -> None:
     finished = [path for path in out.rglob("*0000*") if path.is_file()]
     assert any(str(path).endswith(case.part) for path in finished)
     stamps = [path.stat().st_mtime_ns for path in finished]
-    with pytest.raises(Unfinished, match="rank 1"):
-        case.run(replace(options, global_rank=0))
+    for other in range(world - 1):
+        with pytest.raises(Unfinished, match="rank 1"):
+            case.run(replace(options, rank=other))
     with pytest.raises(OptionError, match="--merge is not usable yet") as error:
         case.run(replace(options, merge=True))
     one_line(error)
@@ -230,7 +237,7 @@ def test_a_rank_that_waits_for_others_is_no_failure(tmp_path: Path, capsys: pyte
     """A launcher would kill the others otherwise."""
     options = collecting(tmp_path / "t")
     words = [f"--{name}={value}" for name, value in deciding(options).items() if isinstance(value, str | int)]
-    assert cli.main(["collect", *words, "--global-rank", "1", "--world-size", "2", "--quiet"]) == 0
+    assert cli.main(["collect", *words, "--rank", "1", "--world-size", "2", "--quiet"]) == 0
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("lynx-learn: rank 1 of 2 is done; 5 of 9 shards are not in")
     assert not (tmp_path / "t" / "manifest.json").exists()

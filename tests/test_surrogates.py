@@ -1,133 +1,18 @@
-"""Closed-form fits against brute force and against scikit-learn."""
+"""Surrogates: every form against a loop, their bytes and their ranks."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from torch import Tensor
 
-from lynx_learn.selector import surrogates
-from lynx_learn.selector.surrogates import Moments, Surrogates, choose_ranks, fit_surrogate, rank_for
+from lynx_learn.selector.surrogates import Surrogates, choose_ranks, rank_for
 
 HIDDEN = 12
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments(x: Tensor, y: Tensor, weights: Tensor) -> Moments:
-    """Summed over uneven chunks, as from shards."""
-    total = Moments.empty(x.shape[1])
-    for part in torch.arange(len(x)).split(37):
-        total.add(x[part], y[part], weights[part])
-    return total
-
-
-def tokens(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs off the origin, outputs that no affine map gives, and uneven weights."""
-    x = normal(count, HIDDEN, seed=seed) @ normal(HIDDEN, HIDDEN, seed=1) + 0.5
-    y = (x @ normal(HIDDEN, HIDDEN, seed=2)).tanh() + 0.3 * x.roll(1, 1) + 1.0
-    return x, y, normal(count, seed=seed + 100).square()
-
-
-def fitted(fit: Moments, check: Moments, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = fit_surrogate(fit, check, rank)
-    return found.down, found.up, found.constant(rank)
-
-
-def squared_error(x: Tensor, y: Tensor, weights: Tensor, down: Tensor, up: Tensor, constant: Tensor) -> float:
-    total = 0.0
-    for row, target, weight in zip(x, y, weights, strict=True):
-        answer = up.double().T @ (down.double() @ row) + constant.double()
-        total += float(weight * (answer - target).square().sum())
-    return total
-
-
-@pytest.mark.parametrize("rank", [1, 3])
-def test_recovers_a_low_rank_affine_map(rank: int) -> None:
-    left, right, shift = normal(HIDDEN, rank, seed=3), normal(rank, HIDDEN, seed=4), normal(HIDDEN, seed=5)
-
-    def sample(seed: int) -> tuple[Moments, Tensor, Tensor]:
-        x = normal(400, HIDDEN, seed=seed) + 1.0
-        y = x @ left @ right + shift
-        return moments(x, y, normal(400, seed=seed + 50).square()), x, y
-
-    down, up, constant = fitted(sample(6)[0], sample(7)[0], rank)
-    assert down.shape == up.shape == (rank, HIDDEN)
-    assert constant.shape == (HIDDEN,)
-    check, x, y = sample(8)
-    off_mean = float((y - y.mean(0)).square().sum())
-    answers = x @ down.double().T @ up.double() + constant.double()
-    assert float((answers - y).square().sum()) < 1e-4 * off_mean  # what the smallest penalty costs
-    assert check.error(down.double().T @ up.double(), constant.double()) < 1e-4 * check.yy
-
-
-def test_error_of_moments_is_the_sum_over_tokens() -> None:
-    fit, (x, y, weights) = tokens(200, 10), tokens(150, 11)
-    down, up, constant = fitted(moments(*fit), moments(x, y, weights), 4)
-    found = moments(x, y, weights).error(down.double().T @ up.double(), constant.double())
-    assert found == pytest.approx(squared_error(x, y, weights, down, up, constant), rel=1e-8)
-
-
-def test_higher_rank_never_fits_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = moments(*tokens(300, 12))
-    for penalty in surrogates.PENALTIES:
-        monkeypatch.setattr(surrogates, "PENALTIES", (penalty,))
-        errors = []
-        for rank in range(1, HIDDEN + 1):
-            down, up, constant = fitted(fit, fit, rank)
-            errors.append(fit.error(down.double().T @ up.double(), constant.double()))
-        assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
-        assert errors[-1] < errors[0]
-
-
-@pytest.mark.parametrize("penalty", surrogates.PENALTIES)
-def test_full_rank_is_scikit_learns_ridge(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surrogates, "PENALTIES", (penalty,))
-    x, y, weights = tokens(300, 13)
-    fit = moments(x, y, weights)
-    down, up, constant = fitted(fit, fit, HIDDEN)
-    centred = x - (weights @ x) / weights.sum()
-    scale = float((weights @ centred.square()).mean())
-    oracle = Ridge(alpha=penalty * scale).fit(x.numpy(), y.numpy(), sample_weight=weights.numpy())
-    torch.testing.assert_close((down.T @ up).T.double(), torch.tensor(oracle.coef_), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(constant.double(), torch.tensor(oracle.intercept_), rtol=1e-3, atol=1e-4)
-
-
-def test_the_penalty_is_chosen_on_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit, check = moments(*tokens(16, 14)), moments(*tokens(300, 15))
-
-    def error(penalties: tuple[float, ...]) -> float:
-        monkeypatch.setattr(surrogates, "PENALTIES", penalties)
-        down, up, constant = fitted(fit, check, 6)
-        return check.error(down.double().T @ up.double(), constant.double())
-
-    each = [error((penalty,)) for penalty in (1e-3, 1e-2, 1e-1, 1.0, 10.0)]
-    assert error((1e-3, 1e-2, 1e-1, 1.0, 10.0)) == pytest.approx(min(each), rel=1e-9)
-    assert min(each) < 0.9 * each[0], "16 tokens for 12 inputs must want a larger penalty than the smallest"
-
-
-def test_an_expert_without_tokens_gives_zeros() -> None:
-    for check in (Moments.empty(HIDDEN), moments(*tokens(50, 16))):
-        assert all(not part.any() for part in fitted(Moments.empty(HIDDEN), check, 3))
-
-
-def test_one_token_gives_its_output() -> None:
-    x, y, _ = tokens(1, 17)
-    one = moments(x, y, torch.tensor([0.7], dtype=torch.float64))
-    down, up, constant = fitted(one, one, 3)
-    torch.testing.assert_close((x @ down.double().T @ up.double() + constant.double()), y, rtol=1e-5, atol=1e-5)
-
-
-def test_rank_zero_is_the_mean_output() -> None:
-    x, y, weights = tokens(60, 18)
-    fit = moments(x, y, weights)
-    down, up, constant = fitted(fit, fit, 0)
-    assert down.shape == up.shape == (0, HIDDEN)
-    torch.testing.assert_close(constant.double(), (weights @ y) / weights.sum())
 
 
 @pytest.mark.parametrize(
@@ -204,23 +89,6 @@ def test_ranks_go_where_they_explain_most() -> None:
     assert choose_ranks(gains, 4) == [2, 0, 2]
     assert choose_ranks(gains, 9) == [3, 3, 3]
     assert choose_ranks(gains, 0) == [0, 0, 0]
-
-
-def test_uneven_ranks_explain_more_than_even_ones() -> None:
-    """Two experts, one of which is a constant."""
-    x, y, weights = tokens(300, 30)
-    hard, easy = moments(x, y, weights), moments(x, torch.ones_like(y), weights)
-    module = Surrogates(2, HIDDEN, 2)
-    module.put([fit_surrogate(hard, hard, 2, 4), fit_surrogate(easy, easy, 2, 4)])
-    assert module.ranks.tolist() == [4, 0]
-    down, up, constant = (part.double() for part in module.of(0))
-    assert hard.error(down.T @ up, constant) < hard.error(*even(hard))
-    torch.testing.assert_close(module.output(1, x.float()), torch.ones_like(y).float())
-
-
-def even(expert: Moments) -> tuple[Tensor, Tensor]:
-    down, up, constant = fitted(expert, expert, 2)
-    return down.double().T @ up.double(), constant.double()
 
 
 def test_owners_that_no_fit_gives_are_refused() -> None:

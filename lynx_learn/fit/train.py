@@ -1,44 +1,41 @@
 """`lynx-learn train`: from a trace and the model's expert weights to a selector, layer by layer."""
 
+import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..errors import OptionError, TraceError
-from ..files import check_empty
-from ..moe.decision import Routing
+from ..files import check_empty, digest
 from ..moe.families import MoeLayer, find_moe_layers
-from ..moe.identity import Identity, differences, identify
-from ..moe.loading import LoadedModel, load_base
-from ..rules.oracle import true_costs
+from ..moe.identity import Identity, differences, identify, part_of
+from ..moe.loading import LoadedModel, load_base, versions
+from ..parts import Share, ShareOptions, deciding
 from ..selector.config import RUN, SelectorConfig
-from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
-from ..selector.saving import run_record, write_card
+from ..selector.saving import is_made_by, run_record, write_card
 from ..selector.selector import LynxSelector
-from ..selector.surrogates import MOST_RANKS, Fit, Moments, Surrogates, fit_surrogate, rank_for
+from ..selector.surrogates import rank_for
 from ..show.progress import track
 from ..traces.format import Trace
-from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
+from .checkpoint import Layers, LoadedLayers, open_checkpoint
+from .fitted import FittedLayers
+from .layer import HELD_OUT, fit_layer
+from .scorer import ScorerOptions
 from .sensitivity import measure_sensitivities, scale_to_nats
 from .tuning import TuneOptions, tune
 
-# Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
-CHECK, HELD_OUT = 8, 9
-# Sums for this many bytes of experts are held at a time; a layer with more is read several times.
-MOMENT_BYTES = 2**29
-# Tokens a scorer learns from; more are thinned out, so that memory does not grow with the trace.
-MOST_TOKENS = 100_000
-
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(ShareOptions):
     """Fit a selector from a trace: surrogates, scorers, sensitivities, then tuning of all of them."""
 
     trace: str
@@ -90,53 +87,132 @@ class TrainOptions:
             raise OptionError(f"--tune_steps {self.tune_steps} is not usable: expected 0 or more")
         if not self.tune_batch_sizes or min(self.tune_batch_sizes) < 1:
             raise OptionError("--tune_batch_sizes is not usable: expected one number or more, each at least 1")
+        self.share  # noqa: B018  # refuses what cannot be used
 
 
 def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace | None = None) -> LynxSelector:
     """Fit a selector and write its directory; thresholds come from `calibrate`.
 
+    A layer is read from the checkpoint, fitted and written before the next one, so that it takes the memory of one, and a
+    run that was broken off goes on with the next one. Sensitivities and tuning need the whole model, and are made by the
+    process that finds all layers fitted.
+
     Args:
         loaded, trace: the model and the trace that the options name, where they are loaded and opened already.
+
+    Raises:
+        Unfinished: this process's layers are fitted, and those of others are not all there.
     """
-    out = Path(options.out)
+    out, share = Path(options.out), options.share
+    record = run_record("train", deciding(options))
+    if (share.world_size > 1 or share.merge) and is_made_by(out, record):
+        return LynxSelector.from_pretrained(out)
     check_empty(out)
-    trace = trace or Trace.open(options.trace)
-    loaded = loaded or load_base(
-        options.model, trace.options.model, trace.options.revision, options.device, options.dtype, tokenizer=False
-    )
-    layers = find_moe_layers(loaded.model)
-    identity = identify(layers, loaded.model)
-    if other := differences(trace.options.identity, identity):
+    trace = trace or Trace.open(options.trace, verify=False)
+    place = (options.model, trace.options.model, trace.options.revision, options.device, options.dtype)
+    layers: Layers = LoadedLayers(loaded) if loaded else open_checkpoint(*place)
+    if layers.names != trace.options.layers:
+        raise TraceError(
+            f"{trace.folder} was collected from {trace.options.model}, whose MoE layers are others: give that one with --model"
+        )
+    numbers = trace.options.expert_bytes / getattr(torch, trace.options.dtype).itemsize
+    rank = rank_for(options.surrogate_share, numbers, trace.options.hidden_size)
+    selector = LynxSelector(_config(options, trace, trace.options.identity, rank))
+    fitted = FittedLayers(out, _identity(options, trace, layers.dtype), share.by)
+    _fit_layers(fitted, selector, layers, trace, options, share)
+    missing = [index for index in range(len(layers.names)) if fitted.read(index) is None]
+    if share.world_size > 1 and is_made_by(out, record):  # by another process meanwhile
+        return LynxSelector.from_pretrained(out)
+    share.check_all_there(missing, len(layers.names), "layers", fitted.folder)
+    with share.alone(fitted.folder):
+        loaded = loaded or load_base(*place, tokenizer=False)
+        found = find_moe_layers(loaded.model)
+        identity = identify(found, loaded.model)
+        _check_identity(trace, trace.options.identity, identity)
+        selector = LynxSelector(_config(options, trace, identity, rank))
+        figures, losses = _put_together(fitted, selector)
+        metrics = _through_the_model(loaded, found, selector, trace, options)
+        for row, value in zip(figures, metrics.pop("sensitivities"), strict=True):
+            row["sensitivity"] = value
+        metrics = {"train": {"trace": trace_summary(trace), "layers": figures, **metrics}}
+        selector.float()  # measuring has put the surrogates into the model's precision
+        write_card(out, selector, metrics, {RUN: record, **losses})
+        shutil.rmtree(fitted.folder, ignore_errors=True)
+    return selector
+
+
+def _fit_layers(
+    fitted: FittedLayers, selector: LynxSelector, layers: Layers, trace: Trace, options: TrainOptions, share: Share
+) -> None:
+    """Fit this process's layers that are not fitted yet."""
+    wanted = [index for index in share.own(len(layers.names)) if fitted.read(index) is None]
+    trace.verify(wanted)
+    tenth = trace.index()["sequence"] % 10
+    scorer = ScorerOptions(options.scorer, options.epochs, options.batch, options.rate, options.seed)
+    for index in track(wanted, "train", len(wanted), unit="layers"):
+        own: LayerSelector = selector.layers[index]  # type: ignore[assignment]
+        with layers.layer(index) as layer, tempfile.TemporaryDirectory() as scratch:
+            _check_identity(trace, part_of(trace.options.identity, index), identify([layer]))
+            logs = Path(scratch)
+            figures = fit_layer(layer, own, trace, tenth, scorer, options.reference, logs)
+            losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
+        fitted.write(index, own, figures, losses)
+
+
+def _check_identity(trace: Trace, stored: Identity, found: Identity) -> None:
+    """Refuse another model than the trace's.
+
+    Raises:
+        TraceError: with what differs.
+    """
+    if other := differences(stored, found):
         raise TraceError(
             f"{trace.folder} was collected from {trace.options.model} (revision {trace.options.revision}); this model differs "
             f"in {' and '.join(other)}: give that one with --model, or collect again"
         )
-    first = layers[0]
-    rank = rank_for(options.surrogate_share, first.expert_bytes / first.dtype.itemsize, first.hidden_size)
-    selector = LynxSelector(_config(options, trace, identity, rank))
-    tenth = trace.index()["sequence"] % 10
-    figures = []
-    with tempfile.TemporaryDirectory() as scratch:
-        logs = Path(scratch)
-        for layer in track(layers, "train", len(layers), unit="layers"):
-            own: LayerSelector = selector.layers[layer.index]  # type: ignore[assignment]
-            figures.append(fit_layer(layer, own, trace, tenth, options, logs))
-        losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
+
+
+def _put_together(fitted: FittedLayers, selector: LynxSelector) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Take all layers' weights into the selector; their figures, and their logs by file name."""
+    figures: list[dict[str, Any]] = []
+    losses: dict[str, str] = {}
+    for index, own in enumerate(selector.layers):
+        found = fitted.read(index, own)
+        assert found is not None
+        figures.append(found[0])
+        losses |= found[1]
+    return figures, losses
+
+
+def _through_the_model(
+    loaded: LoadedModel, layers: list[MoeLayer], selector: LynxSelector, trace: Trace, options: TrainOptions
+) -> dict[str, Any]:
+    """What needs the whole model: sensitivities, tuning, and the scale of predicted costs; in place, with their figures."""
     groups = list(trace_groups(trace, options.sensitivity_groups, loaded.input_device))
-    sensitivities = measure_sensitivities(loaded.model, layers, selector, groups, prompt=groups[0][0].shape[1] // 8)
-    for row, value in zip(figures, sensitivities, strict=True):
-        row["sensitivity"] = value
-    metrics: dict[str, Any] = {"train": {"trace": trace_summary(trace), "layers": figures}}
+    prompt = groups[0][0].shape[1] // 8
+    found: dict[str, Any] = {
+        "sensitivities": measure_sensitivities(loaded.model, layers, selector, groups, prompt=prompt)
+    }
     if options.tune_steps:
         rows = trace.index()["tokens"].view(-1, trace.options.length)
-        own_tenth = tenth.view(-1, trace.options.length)[:, 0]
-        learn, check = (rows[part].to(loaded.input_device) for part in (own_tenth != HELD_OUT, own_tenth == HELD_OUT))
+        tenth = trace.index()["sequence"].view(-1, trace.options.length)[:, 0] % 10
+        learn, check = (rows[part].to(loaded.input_device) for part in (tenth != HELD_OUT, tenth == HELD_OUT))
         tuning = TuneOptions(options.tune_steps, options.tune_rate, tuple(options.tune_batch_sizes), options.seed)
-        metrics["train"]["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
-    metrics["train"]["nats"] = scale_to_nats(loaded.model, layers, selector, groups, prompt=groups[0][0].shape[1] // 8)
-    selector.float()  # measuring has put the surrogates into the model's precision
-    write_card(out, selector, metrics, {RUN: run_record("train", asdict(options)), **losses})
-    return selector
+        found["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
+    found["nats"] = scale_to_nats(loaded.model, layers, selector, groups, prompt=prompt)
+    return found
+
+
+def _identity(options: TrainOptions, trace: Trace, dtype: torch.dtype) -> dict[str, Any]:
+    """What two runs must have in common for their layers to belong together."""
+    decided = {name: value for name, value in deciding(options).items() if name not in ("out", "device", "model")}
+    return {
+        **decided,
+        "trace_sha256": digest(json.dumps(trace.sha256, sort_keys=True).encode()),
+        "computed_in": str(dtype),
+        "version": __version__,
+        "versions": versions(),
+    }
 
 
 def _config(options: TrainOptions, trace: Trace, identity: Identity, rank: int) -> SelectorConfig:
@@ -155,120 +231,6 @@ def _config(options: TrainOptions, trace: Trace, identity: Identity, rank: int) 
         rank=rank,
         keep_top1=options.keep_top1,
     )
-
-
-def fit_layer(
-    layer: MoeLayer, own: LayerSelector, trace: Trace, tenth: Tensor, options: TrainOptions, logs: Path
-) -> dict[str, Any]:
-    """Fit one layer's surrogates and scorer in place; returns its figures on held-out sequences.
-
-    `tenth` is the sequence number modulo 10 of every token of the trace.
-    """
-    torch.manual_seed(options.seed * 1009 + layer.index)
-    if own.surrogates.rank:
-        _fit_surrogates(layer, own.surrogates, trace, tenth)
-    fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
-    squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
-    sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
-    counts = torch.bincount(fit.experts.flatten(), minlength=layer.num_experts)
-    seen = sums / counts.clamp_min(1)
-    residuals = torch.where(counts > 0, seen, seen.sum() / (counts > 0).sum())
-    scorer = new_scorer(options.scorer, fit, residuals)
-    training = ScorerOptions(options.scorer, options.epochs, options.batch, options.rate, options.seed)
-    train_scorer(scorer, fit, held_out, training, logs, f"layer-{layer.index:02d}")
-    own.scorer.load_state_dict(scorer.state_dict())
-    floor = new_scorer("formula", fit, residuals)
-    ranks = own.surrogates.ranks
-    figures: dict[str, Any] = {
-        "name": layer.name,
-        "ranks": [int(ranks.min()), int(ranks.max())],
-        "assignments": fit.costs.numel(),
-        "unexplained": float(held_out.costs.sum() / energy),
-        "formula": quality(predicted_costs(floor, held_out), held_out.costs),
-        options.scorer: quality(predicted_costs(own.scorer, held_out), held_out.costs),
-    }
-    if options.reference:
-        figures["gradient_boosting"] = boosted_reference(fit, held_out, options.seed)
-    return figures
-
-
-def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor) -> None:
-    hidden, rank = layer.hidden_size, surrogates.rank
-    fits: list[Fit] = []
-    at_a_time = max(1, MOMENT_BYTES // (2 * 2 * hidden * hidden * 8))
-    for first in range(0, layer.num_experts, at_a_time):
-        block = range(first, min(first + at_a_time, layer.num_experts))
-        moments = {e: (Moments.empty(hidden), Moments.empty(hidden)) for e in block}
-        for part, x, y, weights, expert, _ in _outputs(layer, trace, tenth, block):
-            for which, own in enumerate((part < CHECK, part == CHECK)):
-                if own.any():
-                    moments[expert][which].add(x[own], y[own], weights[own].square())
-        for fit, check in moments.values():
-            fits.append(fit_surrogate(fit, check, rank, min(MOST_RANKS * rank, hidden)))
-    surrogates.put(fits)
-    surrogates.round_to(layer.dtype)
-
-
-def _outputs(
-    layer: MoeLayer, trace: Trace, tenth: Tensor, block: range
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor]]:
-    """For each shard and expert of `block`: tenth, input, output, weight of its assignments, the expert, their rows.
-
-    Rows number the assignments of the shard, token by token.
-    """
-    start = 0
-    for shard in trace.layer_shards(layer.index):
-        tokens, top_k = shard["indices"].shape
-        own = tenth[start : start + tokens]
-        for expert in block:
-            rows = (shard["indices"].flatten() == expert).nonzero().squeeze(1)
-            if len(rows):
-                token = rows // top_k
-                x = shard["hidden"][token].to(layer.device, layer.dtype)
-                y = layer.expert_output(expert, x)
-                yield own[token], x, y, shard["weights"].flatten()[rows], expert, rows
-        start += tokens
-
-
-def _assignments(
-    layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor
-) -> tuple[Assignments, Assignments, Tensor]:
-    """Features and true costs for fitting and held out, and the held-out energy without any surrogate."""
-    parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
-    energy = torch.zeros(())
-    keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
-    thinning = torch.Generator().manual_seed(layer.index)
-    start = 0
-    for shard in trace.layer_shards(layer.index):
-        tokens = shard["indices"].shape[0]
-        own = tenth[start : start + tokens]
-        costs, squares = (part[0] for part in true_costs(layer, surrogates, shard_routing(shard)))
-        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
-        energy += squares[own == HELD_OUT].sum()
-        chosen = torch.rand(tokens, generator=thinning) < keep
-        for held_out in (True, False):
-            mine = chosen & ((own == HELD_OUT) == held_out)
-            parts[held_out].append((features[mine], shard["indices"][mine], costs[mine], shard["hidden"][mine]))
-        start += tokens
-    joined = [
-        Assignments(*(torch.cat(column) for column in zip(*parts[held_out], strict=True))) for held_out in (False, True)
-    ]
-    if not len(joined[1].costs):
-        raise TraceError(
-            f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
-        )
-    if not all(torch.isfinite(rows.costs).all() for rows in joined):
-        raise TraceError(
-            f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in {layer.dtype}: train in --dtype float32"
-        )
-    return joined[0], joined[1], energy
-
-
-def shard_routing(shard: dict[str, Tensor]) -> Routing:
-    """A shard of a trace as one batch in which all tokens are active."""
-    active = torch.ones(len(shard["hidden"]), dtype=torch.bool)
-    parts = (shard["hidden"], shard["logits"], shard["indices"], shard["weights"], active)
-    return Routing(*(part.unsqueeze(0) for part in parts))
 
 
 def trace_groups(

@@ -197,7 +197,8 @@ def put_together(
         pools.append((size, pool))
         rows += figures(pool, None, options, size)
         if shifted:
-            rows += figures(*shifted, options, size)
+            first, second = shifted
+            rows += figures(first, second, options, size)
     tested = options.calibration_groups - PILOT_GROUPS
     report = {
         "options": deciding(options),

@@ -118,29 +118,53 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     Raises:
         ModelError: the model has no MoE block, or any block of it cannot be acted on; named, with the reason.
     """
-    layers: list[MoeLayer] = []
-    refusal = f"model type {model_type(model)!r} is not supported: "
     _refuse_adapters(model)
-    for name, module, experts in moe_blocks(model):
-        try:
-            layers.append(_read_block(len(layers), name, module, experts))
-        except ModelError as error:
-            kind = type(module).__name__
-            raise ModelError(f"{refusal}block {name} ({kind}) {error}") from None
-    if not layers:
+    layers = [read_block(model, index, *block) for index, block in enumerate(moe_blocks(model))]
+    check_structure(model)
+    return layers
+
+
+def read_block(model: nn.Module, index: int, name: str, module: nn.Module, experts: nn.Module) -> MoeLayer:
+    """One of the `moe_blocks` of `model`, whose other weights need not be there.
+
+    Raises:
+        ModelError: it cannot be acted on; named, with the reason.
+    """
+    try:
+        return _read_block(index, name, module, experts)
+    except ModelError as error:
+        kind = type(module).__name__
+        raise ModelError(f"{_refusal(model)}block {name} ({kind}) {error}") from None
+
+
+def _refusal(model: nn.Module) -> str:
+    return f"model type {model_type(model)!r} is not supported: "
+
+
+def check_structure(model: nn.Module) -> None:
+    """Refuse a model, also one without weights, whose blocks are not all there is to its experts.
+
+    Raises:
+        ModelError: with the reason.
+    """
+    blocks = list(moe_blocks(model))
+    if not blocks:
         raise ModelError(
             f"model type {model_type(model)!r} has no Mixture-of-Experts block of a known shape: expected modules "
             "with `experts` beside `gate` or `router`; `lynx-learn inspect MODEL` shows what is there"
         )
-    known = {layer.experts for layer in layers}
+    known = {experts for _, _, experts in blocks}
     for name, module in model.named_modules():
         if len(_stacked(module)) > 1 and module not in known:
-            raise ModelError(f"{refusal}{name} ({type(module).__name__}) holds experts outside of a known block")
-    siblings = Counter(layer.name.rpartition(".")[0] for layer in layers)
+            raise ModelError(
+                f"{_refusal(model)}{name} ({type(module).__name__}) holds experts outside of a known block"
+            )
+    siblings = Counter(name.rpartition(".")[0] for name, _, _ in blocks)
     for name, count in siblings.items():
         if count > 1 and not isinstance(model.get_submodule(name), nn.ModuleList):
-            raise ModelError(f"{refusal}{name} has {count} MoE blocks, and which of them runs depends on the token")
-    return layers
+            raise ModelError(
+                f"{_refusal(model)}{name} has {count} MoE blocks, and which of them runs depends on the token"
+            )
 
 
 def _refuse_adapters(model: nn.Module) -> None:

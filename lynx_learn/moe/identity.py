@@ -58,6 +58,11 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
     return found
 
 
+def part_of(identity: Identity, layer: int) -> Identity:
+    """What is compared of one MoE layer, as `identify` gives it of that layer alone."""
+    return {name: identity[name][layer : layer + 1] for name in ("rules", "routers", "experts") if name in identity}
+
+
 def describe(layer: MoeLayer) -> str:
     """What a layer does with its logits and its experts' products, as far as it is no matter of weights."""
     import torch

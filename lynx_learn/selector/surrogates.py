@@ -1,19 +1,14 @@
-"""Low-rank stand-ins for experts: `f(x) = B A x + c`, fitted in closed form by weighted reduced-rank ridge regression.
+"""Low-rank stand-ins for experts: `f(x) = B A x + c`.
 
-Reduced-rank regression after Izenman (1975), "Reduced-rank regression for the multivariate linear model"; with a ridge
-penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions". Ranks are uneven: each
-further direction goes to the expert where it explains most of what leaving the expert out costs.
+Ranks are uneven: each further direction goes to the expert where it explains most of what leaving the expert out costs.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Ridge penalties tried, as multiples of the mean diagonal of the Gram matrix; the last leaves little but the mean.
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # An expert may get this many times the mean rank of its layer.
 MOST_RANKS = 4
 # Up to this share of the experts' bytes, all surrogates are read in one product.
@@ -230,43 +225,6 @@ def choose_ranks(gains: list[Tensor], rows: int) -> list[int]:
     return torch.bincount(best // max(each, 1), minlength=len(gains)).tolist()
 
 
-@dataclass
-class Moments:
-    """Weighted sums of one expert's inputs x and outputs y, which are all that fitting and scoring a map needs.
-
-    Accumulated in float64 over chunks, so any number of tokens fits.
-    """
-
-    weight: float
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: float
-
-    @classmethod
-    def empty(cls, hidden: int) -> "Moments":
-        vector, matrix = torch.zeros(hidden, dtype=torch.float64), torch.zeros(hidden, hidden, dtype=torch.float64)
-        return cls(0.0, vector, vector.clone(), matrix, matrix.clone(), 0.0)
-
-    def add(self, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add tokens: x and y `(tokens, hidden)`, weights `(tokens,)`."""
-        x, y, weights = x.double().cpu(), y.double().cpu(), weights.double().cpu()
-        weighted = x * weights.unsqueeze(1)
-        self.weight += float(weights.sum())
-        self.x += weighted.sum(0)
-        self.y += weights @ y
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
-        self.yy += float(weights @ y.square().sum(1))
-
-    def error(self, matrix: Tensor, constant: Tensor) -> float:
-        """Weighted sum of squared errors of `x @ matrix + constant`."""
-        squares = (matrix * (self.xx @ matrix)).sum() + self.weight * constant @ constant
-        cross = (matrix * self.xy).sum() + self.y @ constant - (self.x @ matrix) @ constant
-        return float(self.yy + squares - 2 * cross)
-
-
 class Fit(NamedTuple):
     """One expert's surrogate at any rank: directions in the order of what they explain."""
 
@@ -283,34 +241,3 @@ class Fit(NamedTuple):
     def constant(self, rank: int) -> Tensor:
         """The constant `(hidden,)` that goes with so many directions."""
         return self.mean_y - self.mean_x @ self.down[:rank].T @ self.up[:rank]
-
-
-def fit_surrogate(fit: Moments, check: Moments, rank: int, directions: int | None = None) -> Fit:
-    """The surrogate of one expert, in float32.
-
-    Args:
-        fit: the tokens to fit on. An expert that saw none gets the zero map.
-        check: others, by which the ridge penalty is chosen, at this `rank`.
-        directions: how many to give, at least `rank`; by default as many.
-    """
-    hidden, count = fit.x.shape[0], directions or rank
-    zero, none = torch.zeros(count, hidden, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    if fit.weight <= 0.0:
-        return Fit(zero.float(), zero.float(), none.float(), zero.float().new_zeros(hidden), torch.zeros(hidden))
-    mean_x, mean_y = fit.x / fit.weight, fit.y / fit.weight
-    xx = fit.xx - fit.weight * torch.outer(mean_x, mean_x)
-    xy = fit.xy - fit.weight * torch.outer(mean_x, mean_y)
-    best = Fit(zero, zero, none, mean_x, mean_y)
-    lowest = check.error(torch.zeros_like(xx), mean_y)
-    scale = float(xx.diagonal().mean())
-    for penalty in PENALTIES if scale > 0 else ():
-        ridged = xx + penalty * scale * torch.eye(hidden, dtype=torch.float64)
-        full = torch.linalg.solve(ridged, xy)
-        # Directions of the output along which the ridge fit carries the most energy.
-        energy, vectors = torch.linalg.eigh(full.T @ ridged @ full)
-        up = vectors.flip(1)[:, :count].T
-        found = Fit((full @ up.T).T, up, energy.flip(0)[:count].clamp_min(0), mean_x, mean_y)
-        error = check.error(found.down[:rank].T @ up[:rank], found.constant(rank))
-        if error < lowest:
-            lowest, best = error, found
-    return Fit(*(part.float() for part in best))

@@ -67,9 +67,13 @@ class TraceOptions(TracedModel):
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in all files, headers aside."""
-        size = torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
-        layer = self.hidden_size * size + 4 * self.num_experts + self.top_k * (2 + 4)
-        return layer * len(self.layers) + 4 + 4 + 4 + 1 + 2
+        size = getattr(torch, self.dtype).itemsize
+        return bytes_per_token(len(self.layers), self.hidden_size, size, self.num_experts, self.top_k)
+
+
+def bytes_per_token(layers: int, hidden: int, itemsize: int, experts: int, top_k: int) -> int:
+    """Bytes of one token in all files of a trace of a model of this shape, whose hidden states have so many bytes each."""
+    return layers * (hidden * itemsize + 4 * experts + top_k * (2 + 4)) + 4 + 4 + 4 + 1 + 2
 
 
 def shard_names(layers: int, shard: int) -> list[str]:
@@ -217,16 +221,16 @@ class Trace:
                     f"{file} {state} (checksum differs from the manifest): remove {self.folder} and collect again"
                 )
 
-    def layer_shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
-        """The layer's tensors, shard by shard.
+    def layer_shards(self, layer: int, keys: tuple[str, ...] = LAYER_TENSORS) -> Iterator[dict[str, Tensor]]:
+        """The layer's tensors, or some of them, shard by shard; `indices` always.
 
         Raises:
             TraceError: a value is not finite, or an index is no expert.
         """
         for shard in range(self.shards):
             name = f"layer-{layer:02d}/{shard:05d}.safetensors"
-            tensors = self._load(name, LAYER_TENSORS)
-            for key in ("hidden", "logits", "weights"):
+            tensors = self._load(name, keys)
+            for key in {"hidden", "logits", "weights"} & tensors.keys():
                 if not torch.isfinite(tensors[key]).all():
                     raise TraceError(
                         f"{self.folder / name}: {key} holds values that are not finite; the model overflowed: collect in --dtype float32"

@@ -1,0 +1,187 @@
+"""One MoE block at a time, straight from a checkpoint's safetensors: the memory of one layer is enough to fit it.
+
+The model is built without weights (on torch's meta device). Which of the checkpoint's tensors a block needs is told by the
+names that transformers gives them, and they go through the conversions that transformers applies when it loads a whole
+model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ModelError
+from ..moe.families import MoeLayer, check_structure, find_moe_layers, moe_blocks, read_block
+from ..moe.loading import COMMIT, LoadedModel, hub_commit, model_path, pick_device, pick_dtype
+
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Layers(Protocol):
+    """The MoE layers of a model, each there while it is needed."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the blocks, in order."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what experts compute in."""
+
+    def layer(self, index: int) -> Any:
+        """A context in which the layer's weights are there; gives a `MoeLayer`."""
+
+
+class LoadedLayers:
+    """Those of a model that is loaded."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.layers = find_moe_layers(loaded.model)
+        self.names, self.dtype = tuple(layer.name for layer in self.layers), self.layers[0].dtype
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[MoeLayer]:
+        yield self.layers[index]
+
+
+def open_checkpoint(asked: str | None, base: str, revision: str, device: str, dtype: str) -> "Checkpoint":
+    """The layers of the model that is asked for, or else of the one that a trace names; arguments as of `load_base`.
+
+    Raises:
+        ModelError: as `Checkpoint`.
+    """
+    if asked:
+        return Checkpoint(asked, device, dtype)
+    return Checkpoint(base, device, dtype, revision if COMMIT.fullmatch(revision) else None)
+
+
+class Checkpoint:
+    """Those of a model in a folder or on the Hub, read one by one.
+
+    Raises:
+        ModelError: it cannot be read so; with the reason.
+    """
+
+    def __init__(self, name: str, device: str = "auto", dtype: str = "auto", revision: str | None = None) -> None:
+        from transformers import AutoConfig
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self.name, self.device = name, pick_device(device)
+        commit = hub_commit(model_path(name), revision)
+        self.folder = _folder(model_path(name), commit)
+        kind = pick_dtype(name, dtype, self.device, commit)
+        try:
+            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ModelError(f"{name} is quantized: its layers cannot be read one by one; load it dequantized")
+            self.dtype = (config.dtype or torch.float32) if kind == "auto" else getattr(torch, kind)
+            self.model = without_weights(config, self.dtype)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises many kinds; to the user they are one
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"model {name!r} cannot be built from its configuration ({reason})") from error
+        check_structure(self.model)
+        self.blocks = list(moe_blocks(self.model))
+        self.names = tuple(name for name, _, _ in self.blocks)
+        self.conversions = lambda: get_model_conversion_mapping(self.model)
+        self.keys = self._keys()
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[MoeLayer]:
+        """A context in which the layer's weights are on the device.
+
+        Raises:
+            ModelError: the checkpoint lacks some of them, or the block cannot be acted on.
+        """
+        name, block, experts = self.blocks[index]
+        try:
+            self._load(self.keys[name])
+            held = [*block.named_parameters(), *block.named_buffers()]
+            if missing := sorted(key for key, value in held if value.is_meta):
+                raise ModelError(f"model {self.name!r} lacks {len(missing)} weights of {name} ({missing[0]}, …)")
+            yield read_block(self.model.eval(), index, name, block, experts)
+        finally:
+            block.to("meta")
+
+    def _keys(self) -> dict[str, dict[str, Path]]:
+        """For each block the checkpoint's names of its tensors, and the files that hold them."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        steps = self.conversions()
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        known, prefix = self.model.state_dict(), self.model.base_model_prefix
+        owner = {key: name for name, block, _ in self.blocks for key in (f"{name}.{own}" for own in block.state_dict())}
+        found: dict[str, dict[str, Path]] = {name: {} for name in self.names}
+        for key, file in _files(self.folder).items():
+            renamed, _ = rename_source_key(key, renamings, converters, prefix, known)
+            if renamed not in known and key in known:
+                renamed = key
+            if renamed in owner:
+                found[owner[renamed]][key] = file
+        return found
+
+    def _load(self, keys: dict[str, Path]) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
+
+        how = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=self.conversions(),
+        )
+        shown = logging.is_progress_bar_enabled()
+        with ExitStack() as stack:
+            logging.disable_progress_bar()
+            if shown:
+                stack.callback(logging.enable_progress_bar)
+            try:
+                files = {path: stack.enter_context(safe_open(path, "pt")) for path in set(keys.values())}
+                slices = {key: files[path].get_slice(key) for key, path in keys.items()}
+                report, _ = convert_and_load_state_dict_in_model(self.model, slices, how)
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                raise ModelError(f"model {self.name!r} cannot be read ({str(error).splitlines()[0]})") from error
+        if report.conversion_errors or report.mismatched_keys:
+            first = next(iter([*report.conversion_errors, *report.mismatched_keys]))
+            raise ModelError(f"model {self.name!r}: {first} does not have the shape of its configuration")
+
+
+def without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration, its weights on torch's meta device, where they take no memory."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _folder(path: str, commit: str | None) -> Path:
+    """Where the files of a model are; those on the Hub are fetched, weights too."""
+    if commit is None:
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=commit, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor of a checkpoint, by its name.
+
+    Raises:
+        ModelError: there are no safetensors, or they cannot be read.
+    """
+    try:
+        if (folder / INDEX).is_file():
+            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {key: folder / file for key, file in found.items()}
+        with safe_open(folder / ONE_FILE, "pt") as file:
+            return dict.fromkeys(file.keys(), folder / ONE_FILE)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder} holds no safetensors that can be read ({error})") from None

@@ -1,0 +1,168 @@
+"""One layer of a selector, from its part of a trace and its experts' weights: surrogates, then a scorer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TraceError
+from ..moe.decision import Routing
+from ..moe.families import MoeLayer
+from ..rules.oracle import true_costs
+from ..selector.features import LOG_WEIGHT, assignment_features
+from ..selector.layer import LayerSelector
+from ..selector.surrogates import MOST_RANKS, Fit, Surrogates
+from ..traces.format import Trace
+from .low_rank import Rows, fit_surrogate
+from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
+
+# Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
+CHECK, HELD_OUT = 8, 9
+# Inputs of experts that are held at a time, in bytes as float32; a layer with more is read several times.
+ROWS_BYTES, BYTES_OF_A_NUMBER = 2**31, 4
+# Tokens a scorer learns from; more are thinned out, so that memory does not grow with the trace.
+MOST_TOKENS = 100_000
+
+
+def fit_layer(
+    layer: MoeLayer,
+    own: LayerSelector,
+    trace: Trace,
+    tenth: Tensor,
+    options: ScorerOptions,
+    reference: bool,
+    logs: Path,
+) -> dict[str, Any]:
+    """Fit one layer's surrogates and scorer in place; returns its figures on held-out sequences.
+
+    Args:
+        tenth: the sequence number modulo 10 of every token of the trace.
+        reference: whether to fit the scorer that others are compared with, too.
+    """
+    torch.manual_seed(options.seed * 1009 + layer.index)
+    if own.surrogates.rank:
+        _fit_surrogates(layer, own.surrogates, trace, tenth)
+    fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
+    squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
+    sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
+    counts = torch.bincount(fit.experts.flatten(), minlength=layer.num_experts)
+    seen = sums / counts.clamp_min(1)
+    residuals = torch.where(counts > 0, seen, seen.sum() / (counts > 0).sum())
+    scorer = new_scorer(options.kind, fit, residuals)
+    train_scorer(scorer, fit, held_out, options, logs, f"layer-{layer.index:02d}")
+    own.scorer.load_state_dict(scorer.state_dict())
+    floor = new_scorer("formula", fit, residuals)
+    ranks = own.surrogates.ranks
+    figures: dict[str, Any] = {
+        "name": layer.name,
+        "ranks": [int(ranks.min()), int(ranks.max())],
+        "assignments": fit.costs.numel(),
+        "unexplained": float(held_out.costs.sum() / energy),
+        "formula": quality(predicted_costs(floor, held_out), held_out.costs),
+        options.kind: quality(predicted_costs(own.scorer, held_out), held_out.costs),
+    }
+    if reference:
+        figures["gradient_boosting"] = boosted_reference(fit, held_out, options.seed)
+    return figures
+
+
+def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor) -> None:
+    hidden, rank = layer.hidden_size, surrogates.rank
+    most = max(1, ROWS_BYTES // (hidden * BYTES_OF_A_NUMBER))
+    counts = torch.zeros(layer.num_experts, dtype=torch.int64)
+    for shard in trace.layer_shards(layer.index, ("indices",)):
+        counts += torch.bincount(shard["indices"].flatten(), minlength=layer.num_experts)
+    fits: list[Fit] = []
+    for block in blocks_within(counts.tolist(), most):
+        for x, weights, part in gathered(trace, layer.index, tenth, block, counts, most):
+            x = x.to(layer.device, layer.dtype)
+            y = layer.expert_output(len(fits), x) if len(x) else x
+            weights, part = weights.to(layer.device), part.to(layer.device)
+            fit, check = (Rows(x[own].float(), y[own].float(), weights[own]) for own in (part < CHECK, part == CHECK))
+            fits.append(fit_surrogate(fit, check, rank, min(MOST_RANKS * rank, hidden)))
+    surrogates.put(fits)
+    surrogates.round_to(layer.dtype)
+
+
+def blocks_within(counts: list[int], most: int) -> Iterator[range]:
+    """Consecutive experts whose assignments together are at most `most`, or single ones."""
+    start, total = 0, 0
+    for expert, count in enumerate(counts):
+        if expert > start and total + count > most:
+            yield range(start, expert)
+            start, total = expert, 0
+        total += count
+    yield range(start, len(counts))
+
+
+def gathered(
+    trace: Trace, layer: int, tenth: Tensor, block: range, counts: Tensor, most: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each expert of `block` its assignments' inputs, squared weights and tenths, without held-out ones.
+
+    Every shard is read once, whatever the number of experts. An expert with more than `most` assignments has every n-th.
+    """
+    parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {expert: [] for expert in block}
+    seen = dict.fromkeys(block, 0)
+    start = 0
+    for shard in trace.layer_shards(layer, ("hidden", "indices", "weights")):
+        tokens, top_k = shard["indices"].shape
+        own, flat = tenth[start : start + tokens], shard["indices"].flatten()
+        start += tokens
+        order = flat.argsort(stable=True)
+        ends = [0, *torch.bincount(flat, minlength=len(counts)).cumsum(0).tolist()]
+        for expert in block:
+            rows = order[ends[expert] : ends[expert + 1]]
+            rows = rows[own[rows // top_k] <= CHECK]
+            step = -(-int(counts[expert]) // most)
+            kept = rows[-seen[expert] % step :: step] if step > 1 else rows
+            seen[expert] += len(rows)
+            token = kept // top_k
+            weights = shard["weights"].flatten()[kept].square()
+            parts[expert].append((shard["hidden"][token], weights, own[token]))
+    for expert in block:
+        x, weights, part = (torch.cat(column) for column in zip(*parts.pop(expert), strict=True))
+        yield x, weights, part
+
+
+def _assignments(
+    layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor
+) -> tuple[Assignments, Assignments, Tensor]:
+    """Features and true costs for fitting and held out, and the held-out energy without any surrogate."""
+    parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
+    energy = torch.zeros(())
+    keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
+    thinning = torch.Generator().manual_seed(layer.index)
+    start = 0
+    for shard in trace.layer_shards(layer.index):
+        tokens = shard["indices"].shape[0]
+        own = tenth[start : start + tokens]
+        costs, squares = (part[0] for part in true_costs(layer, surrogates, shard_routing(shard)))
+        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
+        energy += squares[own == HELD_OUT].sum()
+        chosen = torch.rand(tokens, generator=thinning) < keep
+        for held_out in (True, False):
+            mine = chosen & ((own == HELD_OUT) == held_out)
+            parts[held_out].append((features[mine], shard["indices"][mine], costs[mine], shard["hidden"][mine]))
+        start += tokens
+    joined = [
+        Assignments(*(torch.cat(column) for column in zip(*parts[held_out], strict=True))) for held_out in (False, True)
+    ]
+    if not len(joined[1].costs):
+        raise TraceError(
+            f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
+        )
+    if not all(torch.isfinite(rows.costs).all() for rows in joined):
+        raise TraceError(
+            f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in {layer.dtype}: train in --dtype float32"
+        )
+    return joined[0], joined[1], energy
+
+
+def shard_routing(shard: dict[str, Tensor]) -> Routing:
+    """A shard of a trace as one batch in which all tokens are active."""
+    active = torch.ones(len(shard["hidden"]), dtype=torch.bool)
+    parts = (shard["hidden"], shard["logits"], shard["indices"], shard["weights"], active)
+    return Routing(*(part.unsqueeze(0) for part in parts))
