@@ -43,6 +43,13 @@ COMMANDS = {
         "what a model is made of, and whether it is supported",
         ("lynx-learn inspect reference-moe", "lynx-learn inspect Qwen/Qwen3-30B-A3B"),
     ),
+    "plan": Command(
+        "plan",
+        "PlanOptions",
+        "plan",
+        "what each command takes on a model, from its configuration",
+        ("lynx-learn plan reference-moe --tokens 20000 --rate 5e10", "lynx-learn plan Qwen/Qwen3-30B-A3B"),
+    ),
     "collect": Command(
         "traces.collect",
         "CollectOptions",
@@ -136,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         _fail(
-            "interrupted: what was finished is kept; `collect`, `calibrate`, `coverage` and `evaluate` go on from there when started again"
+            "interrupted: what was finished is kept; `collect`, `train`, `calibrate`, `coverage` and `evaluate` go on from there when started again"
         )
         return INTERRUPTED
     except OSError as error:

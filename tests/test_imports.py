@@ -24,7 +24,7 @@ FLOW = (
     "decode rules graph",
     "fit offload",
     "measure",
-    "quickstart inspection cli __init__",
+    "quickstart inspection plan cli __init__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOW) for room in rooms.split()}
 # What connects to serving engines needs what serving needs, and nothing of the flow behind it.

@@ -79,6 +79,7 @@ def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth
         for x, weights, part in gathered(trace, layer.index, tenth, block, counts, most):
             x = x.to(layer.device, layer.dtype)
             y = layer.expert_output(len(fits), x) if len(x) else x
+            check_finite(layer, y)
             weights, part = weights.to(layer.device), part.to(layer.device)
             fit, check = (Rows(x[own].float(), y[own].float(), weights[own]) for own in (part < CHECK, part == CHECK))
             fits.append(fit_surrogate(fit, check, rank, min(MOST_RANKS * rank, hidden)))
@@ -154,11 +155,20 @@ def _assignments(
         raise TraceError(
             f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
         )
-    if not all(torch.isfinite(rows.costs).all() for rows in joined):
+    check_finite(layer, *(rows.costs for rows in joined))
+    return joined[0], joined[1], energy
+
+
+def check_finite(layer: MoeLayer, *outputs: Tensor) -> None:
+    """Refuse experts that overflow.
+
+    Raises:
+        TraceError: with what to do.
+    """
+    if not all(torch.isfinite(part).all() for part in outputs):
         raise TraceError(
             f"{layer.name}: an expert's output is not finite on the trace's hidden states; the model overflows in {layer.dtype}: train in --dtype float32"
         )
-    return joined[0], joined[1], energy
 
 
 def shard_routing(shard: dict[str, Tensor]) -> Routing:

@@ -1,0 +1,242 @@
+"""`lynx-learn plan`: what each command takes on a model, from its configuration alone.
+
+Sizes on disk are exact. Memory is what is held at the worst moment, without what libraries take for themselves; floating
+point operations count products of matrices. Activations that tuning keeps for its gradients are not in it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from .errors import ModelError, OptionError
+from .fit.checkpoint import without_weights
+from .fit.layer import BYTES_OF_A_NUMBER, MOST_TOKENS, ROWS_BYTES
+from .fit.low_rank import MORE, PENALTIES
+from .fit.train import TrainOptions
+from .measure.calibrate import CalibrateOptions
+from .moe.families import check_structure, moe_blocks
+from .moe.loading import model_path
+from .selector.features import NAMES
+from .selector.surrogates import MOST_RANKS, rank_for
+from .show.tables import Table, show
+from .traces.format import bytes_per_token
+
+# By which names configurations say how many experts a token goes to.
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+# Steps of subspace iteration that a fit takes, about: the first penalty more, the later ones fewer.
+STEPS = 6
+# Passes over the calibration text: sampled, predicted untouched, and at the thresholds that are tested.
+PASSES = 2 + 12
+# Tokens of a pass of the model that is measured, at least.
+PASS_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Show what each command takes on a model: disk, memory, operations, hours, and how many processes can share it."""
+
+    model: str
+    """folder, Hub id or file of a configuration, or reference-moe; no weights are read"""
+    tokens: int = 100_000
+    """number of tokens to collect"""
+    length: int = 256
+    """tokens of a collected sequence"""
+    batch_size: int = 16
+    """collected sequences that run together and are stored in one shard"""
+    surrogate_share: float = TrainOptions.surrogate_share
+    """size of the surrogates, as in train"""
+    memory: float = 80.0
+    """memory of a process's device, in GB"""
+    rate: float = 1e14
+    """floating point operations a second that a process really does, such as 1e14 for a GPU, 5e10 for two CPU cores"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        for name in ("memory", "rate"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"--{name} {getattr(self, name):g} is not usable: expected a number above 0")
+        if not 0 <= self.surrogate_share < 1:
+            raise OptionError(f"--surrogate_share {self.surrogate_share:g} is not usable: expected 0 or more, below 1")
+
+
+class Shape(NamedTuple):
+    """What the cost of every command depends on."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    expert_numbers: int
+    """Numbers of one expert's weights."""
+    rest: int
+    """Numbers of all weights that are no routed expert's."""
+    vocabulary: int
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole model."""
+        return (self.layers * self.experts * self.expert_numbers + self.rest) * self.itemsize
+
+    @property
+    def active(self) -> int:
+        """Numbers that one token's pass multiplies with."""
+        return self.rest + self.layers * self.top_k * self.expert_numbers
+
+    def rank(self, share: float) -> int:
+        return rank_for(share, self.expert_numbers, self.hidden)
+
+    def selector(self, share: float) -> int:
+        """Numbers of a selector's surrogates."""
+        rank = self.rank(share)
+        return self.layers * self.experts * (2 * rank + 1) * self.hidden if rank else 0
+
+
+class Cost(NamedTuple):
+    """What one command takes."""
+
+    command: str
+    disk: float
+    """Bytes that are written and stay."""
+    memory: float
+    """Bytes in one process."""
+    operations: float
+    """Of all processes together."""
+    processes: int
+    """That can share it."""
+
+
+def plan(options: PlanOptions) -> list[Cost]:
+    """Print, and return, what each command takes."""
+    shape = read_shape(options.model)
+    found = costs(shape, options)
+    rows = [
+        [
+            cost.command,
+            size(cost.disk),
+            size(cost.memory) + ("" if cost.memory <= options.memory * 1e9 else " !"),
+            f"{cost.operations:.1e}",
+            f"{cost.operations / options.rate / 3600:.2g}",
+            f"{cost.processes}",
+        ]
+        for cost in found
+    ]
+    head = ["command", "disk", "memory", "FLOP", "hours", "most processes"]
+    show(
+        Table(f"{options.model}: {options.tokens:,} tokens at {options.rate:.0e} FLOP/s", head, rows),
+        f"{shape.layers} MoE layers of {shape.experts} experts, {shape.top_k} for each token, width {shape.hidden}; "
+        f"{size(shape.bytes)} of weights, surrogates of mean rank {shape.rank(options.surrogate_share)}",
+        f"hours are those of one process; ! is more than --memory {options.memory:g} GB: such a model is spread over devices",
+    )
+    return found
+
+
+def read_shape(name: str) -> Shape:
+    """The shape of a model, from its configuration.
+
+    Raises:
+        ModelError: there is none that can be read, or it has no MoE layers of a known shape.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        if hasattr(config, "quantization_config"):  # which says how weights are stored, not how many there are
+            del config.quantization_config
+        model = without_weights(config, dtype)
+    except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{name!r} gives no configuration of a causal language model ({reason}): give a folder, a Hub id or a config.json"
+        ) from error
+    check_structure(model)
+    text = config.get_text_config()
+    top_k = next((value for key in TOP_K if isinstance(value := getattr(text, key, None), int)), None)
+    blocks = list(moe_blocks(model))
+    _, block, experts = blocks[0]
+    router = getattr(block, "gate", None) or getattr(block, "router", None)
+    weight = next((p for p in router.parameters() if p.ndim == 2), None) if router is not None else None
+    stacked = [p for p in experts.parameters() if p.ndim == 3]
+    if top_k is None or weight is None or not stacked:
+        raise ModelError(
+            f"{name!r} does not say how many experts a token goes to, or keeps its experts in an unknown way"
+        )
+    count = min(p.shape[0] for p in stacked)
+    routed = sum(p.numel() for _, _, experts in blocks for p in experts.parameters())
+    return Shape(
+        layers=len(blocks),
+        experts=count,
+        top_k=top_k,
+        hidden=weight.shape[1],
+        expert_numbers=routed // (len(blocks) * count),
+        rest=sum(p.numel() for p in model.parameters()) - routed,
+        vocabulary=text.vocab_size,
+        itemsize=dtype.itemsize,
+    )
+
+
+def costs(shape: Shape, options: PlanOptions) -> list[Cost]:
+    """What each command takes on a model of this shape."""
+    sequences = -(-options.tokens // options.length)
+    tokens, shards = sequences * options.length, -(-sequences // options.batch_size)
+    token = bytes_per_token(shape.layers, shape.hidden, shape.itemsize, shape.experts, shape.top_k)
+    selector = shape.selector(options.surrogate_share)
+    shard = options.batch_size * options.length * token
+    calibrate = CalibrateOptions("")
+    sizes = calibrate.batch_sizes
+    measured = sum(size * calibrate.length * calibrate.most_groups(size) for size in sizes)
+    largest = max(PASS_TOKENS, max(sizes) * calibrate.length)
+    # Of the untouched model and of a policy; in tuning also as logarithms of both, and a gradient.
+    logits = largest * shape.vocabulary * 2 * shape.itemsize
+    tuned = PASS_TOKENS * shape.vocabulary * (2 * shape.itemsize + 3 * 4)
+    fitted = fit_cost(shape, options, tokens)
+    return [
+        Cost("collect", tokens * token, shape.bytes + 2 * shard, 2.0 * shape.active * tokens, shards),
+        Cost("train, layer by layer", 4 * selector, *fitted, shape.layers),
+        # Sensitivities and tuning: weights, gradients and two moments of what is tuned; forwards and a backward.
+        Cost(
+            "train, through the model",
+            4 * selector,
+            shape.bytes + 16 * selector + tuned,
+            2.0 * shape.active * PASS_TOKENS * (shape.layers * 2 + 4 * TrainOptions.tune_steps),
+            1,
+        ),
+        Cost(
+            "calibrate",
+            0,
+            shape.bytes + (4 + shape.itemsize) * selector + logits,
+            2.0 * shape.active * measured * PASSES,
+            len(sizes),
+        ),
+    ]
+
+
+def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, float]:
+    """Memory of the fit of one layer, and operations of that of all."""
+    rows = tokens * shape.top_k / shape.experts
+    side, rank = min(rows, shape.hidden), shape.rank(options.surrogate_share)
+    experts = shape.experts * shape.expert_numbers * shape.itemsize
+    inputs = min(ROWS_BYTES / BYTES_OF_A_NUMBER, tokens * shape.top_k * shape.hidden) * shape.itemsize
+    # One expert's inputs and outputs, as they are and centred, and the Gram matrix with its factor.
+    solved = 6 * 4 * rows * shape.hidden + 3 * 8 * side**2
+    kept = min(tokens, MOST_TOKENS)
+    scored = kept * (shape.hidden * (shape.itemsize + 4) + shape.top_k * (4 * len(NAMES) + 12))
+    memory = experts + max(inputs + solved, scored)
+    run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
+    widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
+    solve = 2 * rows * shape.hidden * side + (len(PENALTIES) + 1) * side**3 / 3
+    solve += STEPS * widths * (4 * rows * shape.hidden + 2 * side**2)
+    return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
