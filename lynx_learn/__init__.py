@@ -15,6 +15,7 @@ __all__ = [
     "LynxError",
     "LynxSelector",
     "ModelError",
+    "OffloadBenchOptions",
     "Offloading",
     "OnnxSelector",
     "OptionError",
@@ -25,6 +26,7 @@ __all__ = [
     "TraceError",
     "TrainOptions",
     "bench",
+    "bench_offload",
     "calibrate",
     "collect",
     "coverage",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .measure.evaluate import EvaluateOptions, evaluate
     from .moe.families import find_moe_layers
     from .moe.loading import load_model, reference_moe
+    from .offload.bench import OffloadBenchOptions, bench_offload
     from .offload.offload import Offloading, offload_experts
     from .offload.replay import ReplayOptions, replay
     from .selector.selector import LynxSelector
@@ -71,6 +74,7 @@ _HOMES = {
     "LynxError": "errors",
     "LynxSelector": "selector.selector",
     "ModelError": "errors",
+    "OffloadBenchOptions": "offload.bench",
     "Offloading": "offload.offload",
     "OnnxSelector": "graph.onnx_runtime",
     "OptionError": "errors",
@@ -81,6 +85,7 @@ _HOMES = {
     "TraceError": "errors",
     "TrainOptions": "fit.train",
     "bench": "decode.bench",
+    "bench_offload": "offload.bench",
     "calibrate": "measure.calibrate",
     "collect": "traces.collect",
     "coverage": "measure.coverage",

@@ -111,6 +111,16 @@ COMMANDS = {
         "time a vLLM server with skipping on and off in turns",
         ("lynx-learn bench --url http://127.0.0.1:8000 --prompts 64 --concurrency 16",),
     ),
+    "bench --offload": Command(
+        "offload.bench",
+        "OffloadBenchOptions",
+        "bench_offload",
+        "time decode with experts on disk",
+        (
+            "lynx-learn bench --offload --model reference-moe --selector selectors/reference-moe --out my/offload",
+            "lynx-learn bench --offload --model my/model --shares 0.25 --out my/offload",
+        ),
+    ),
     "replay": Command(
         "offload.replay",
         "ReplayOptions",
@@ -182,10 +192,11 @@ def _run(argv: list[str]) -> int:
 
     set_quiet(quiet)
     name, words = argv[0], argv[1:]
-    if name == "bench" and any(word.partition("=")[0] == "--url" for word in words):
-        name = "bench --url"
-        # Without an address it means the default one.
-        words = [word for word, more in pairwise([*words, "--"]) if word != "--url" or not more.startswith("--")]
+    for kind in ("--url", "--offload"):
+        if name == "bench" and any(word.partition("=")[0] == kind for word in words):
+            name = f"bench {kind}"
+            # Without a value it means the default one.
+            words = [word for word, more in pairwise([*words, "--"]) if word != kind or not more.startswith("--")]
     command = COMMANDS[name]
     module = import_module(f".{command.module}", __package__)
     options = parse(name, getattr(module, command.options), words)
@@ -198,19 +209,19 @@ def _run(argv: list[str]) -> int:
 
 def usage() -> str:
     """What `lynx-learn` and `lynx-learn --help` print."""
-    names = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
+    names = "\n".join(f"  {name:<16}{command.summary}" for name, command in COMMANDS.items())
     return f"""usage: lynx-learn COMMAND [options]
 
 Learn which experts of a Mixture-of-Experts model a batch can skip at decode.
 
 commands:
 {names}
-  {"completion":<14}print a completion script for bash, zsh or tcsh
+  {"completion":<16}print a completion script for bash, zsh or tcsh
 
 options:
-  {"--help, -h":<14}show this, or after a command its options and examples
-  {"--version":<14}show the version
-  {"--quiet":<14}show results and errors, but no progress
+  {"--help, -h":<16}show this, or after a command its options and examples
+  {"--version":<16}show the version
+  {"--quiet":<16}show results and errors, but no progress
 
 Begin with `lynx-learn quickstart`.
 
@@ -362,6 +373,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         ),
         "bench": lambda: report.show(*report.bench_tables(result)),
         "bench --url": lambda: print(json.dumps(result, indent=2)),
+        "bench --offload": lambda: report.show(report.offload_table(result)),
         "replay": lambda: report.show(*report.replay_tables(result)),
         "export": lambda: report.show(*report.export_lines(result)),
     }

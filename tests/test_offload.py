@@ -174,6 +174,19 @@ def test_what_is_skipped_is_not_read(folder: Path) -> None:
     assert ran["residency"] > ran["uniform"]  # at one threshold: what lies there is left out no more
 
 
+def test_what_was_attached_later_is_detached_first(folder: Path) -> None:
+    model = whole(folder)
+    wanted = outputs(model)
+    offloaded = offload_experts(model, 0.5).attach()
+    with (
+        skip_experts(model, random_selector(model).at_threshold(0.6)),
+        pytest.raises(ModelError, match="detach that first"),
+    ):
+        offloaded.detach()
+    offloaded.detach()
+    assert torch.equal(outputs(model), wanted)
+
+
 def test_less_fast_memory_than_calibrated_with_is_refused(folder: Path) -> None:
     with offload_experts(str(folder), 0.3, dtype="float32") as offloaded:
         selector = random_selector(whole(folder), thresholds={"kl": {"0.1": {"1": 0.6}}}).with_config(

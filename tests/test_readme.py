@@ -94,7 +94,7 @@ def test_second_command_is_what_ci_runs() -> None:
 def test_commands_have_the_options_that_pages_write(page: str) -> None:
     for line in re.findall(r"lynx-learn [a-z]+[^`\n]*", (ROOT / page).read_text(encoding="utf-8")):
         words = line.split()
-        name = "bench --url" if words[1] == "bench" and "--url" in words else words[1]
+        name = next((f"bench {kind}" for kind in ("--url", "--offload") if kind in words), words[1])
         if name not in COMMANDS:
             continue
         command = COMMANDS[name]

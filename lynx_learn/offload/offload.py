@@ -144,8 +144,14 @@ class Offloading:
         self.memory = torch.empty(0, dtype=torch.uint8)
 
     def detach(self) -> None:
-        """The model is as it was; does nothing when it is."""
+        """The model is as it was; does nothing when it is.
+
+        Raises:
+            ModelError: something else was attached since, and still is.
+        """
         if self.stack is not None:
+            if any(not isinstance(vars(layer.experts)["config"], _Config) for layer in self.layers):
+                raise ModelError("skipping was attached to this model after offloading: detach that first")
             self.stack.close()
             self.stack = None
 

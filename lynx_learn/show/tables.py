@@ -255,6 +255,26 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
     )
 
 
+def offload_table(report: dict[str, Any]) -> Table:
+    """Decode steps with experts on disk, by what reads them and what skips."""
+    rows = []
+    for row in report["rows"]:
+        tau = f", τ {row['threshold']:g}" if row["threshold"] else ""
+        rows.append(
+            [
+                f"{row['way']}{tau}, {row['share']:.0%}" if row["way"] != "accelerate" else row["way"],
+                "–" if row["experts"] is None else f"{row['experts']:.1f}",
+                f"{row['bytes_per_token'] / 1e6:.3f}",
+                f"{row['hits']:.0%}",
+                "–" if row["wait_ms_per_layer"] is None else f"{row['wait_ms_per_layer']:.2f}",
+                f"{row['kl']:.4f}",
+                f"{row['tokens_per_s']:.1f}",
+            ]
+        )
+    head = ["prices, share held", "experts", "MB / token", "hits", "wait, ms / layer", "KL", "tokens / s"]
+    return Table(f"Experts on disk: {report['options']['model']}, batch {report['options']['batch_size']}", head, rows)
+
+
 def replay_tables(report: dict[str, Any]) -> list[Table]:
     """Hits of fast memory by eviction rule, and experts foreseen by predictor."""
     rules = [name for name in report["hits"][0] if name not in ("batch_size", "share", "needed")]
@@ -267,10 +287,10 @@ def replay_tables(report: dict[str, Any]) -> list[Table]:
         for row in report["foreseen"]
     ]
     return [
-        Table("Needed experts that are in fast memory", ["batch, share of experts held", "needed", *rules], hits),
+        Table("Needed experts that are in fast memory", ["batch, held", "needed", *rules], hits),
         Table(
-            "Needed experts of the next layer that are foreseen, by as many guesses as are needed, and by half",
-            ["batch, by", "as many", "half"],
+            "Experts of the next layer that are foreseen, with as many guesses as are needed and with half",
+            ["batch, by", "as many", "half as many"],
             foreseen,
         ),
     ]
