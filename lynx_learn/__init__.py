@@ -25,6 +25,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "TrainOptions",
+    "Unfinished",
     "bench",
     "bench_offload",
     "calibrate",
@@ -45,7 +46,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .decode.bench import BenchOptions, bench
     from .decode.runtime import Skipping, skip_experts
-    from .errors import CorpusError, LynxError, ModelError, OptionError, SelectorError, TraceError
+    from .errors import CorpusError, LynxError, ModelError, OptionError, SelectorError, TraceError, Unfinished
     from .fit.train import TrainOptions, train
     from .graph.export import ExportOptions, export
     from .graph.onnx_runtime import OnnxSelector
@@ -84,6 +85,7 @@ _HOMES = {
     "Trace": "traces.format",
     "TraceError": "errors",
     "TrainOptions": "fit.train",
+    "Unfinished": "errors",
     "bench": "decode.bench",
     "bench_offload": "offload.bench",
     "calibrate": "measure.calibrate",

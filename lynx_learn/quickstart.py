@@ -78,7 +78,16 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     show(f"1/6 collect router traces of {options.model} on {options.corpus}")
     loaded = load_model(options.model, device, dtype)
     traced = collect(
-        CollectOptions(options.model, trace, options.corpus, tokens=options.tokens, device=device, dtype=dtype), loaded
+        CollectOptions(
+            options.model,
+            trace,
+            options.corpus,
+            tokens=options.tokens,
+            device=device,
+            dtype=dtype,
+            world_size=1,  # here and below: one process, whatever a launcher's variables say
+        ),
+        loaded,
     )
     show("2/6 train surrogates and scorers")
     train(
@@ -92,6 +101,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             tune_batch_sizes=[BATCH],
             device=device,
             dtype=dtype,
+            world_size=1,
         ),
         loaded,
         traced,
@@ -110,6 +120,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             length=LENGTH,
             device=device,
             dtype=dtype,
+            world_size=1,
         ),
         loaded,
     )
@@ -166,6 +177,7 @@ def _evaluate(
             card=card,
             device=options.device,
             dtype=options.dtype,
+            world_size=1,
         ),
         loaded,
     )
