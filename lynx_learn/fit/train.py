@@ -41,7 +41,7 @@ class TrainOptions(ShareOptions):
     trace: str
     """trace folder that collect wrote"""
     out: str
-    """folder for the selector; must be new or empty"""
+    """folder for the selector, new or empty; a run that was broken off goes on there"""
     model: str | None = None
     """folder or Hub id of the model that the trace is of; by default the one that the trace names"""
     scorer: Literal["mlp", "linear", "formula"] = "mlp"
