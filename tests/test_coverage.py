@@ -334,9 +334,8 @@ def test_an_interrupted_run_goes_on_to_the_same_report(tmp_path: Path) -> None:
     options = choices(out, batch_sizes=[4, SIZE])
     with not_measuring(KeyboardInterrupt, size=4), pytest.raises(KeyboardInterrupt):
         coverage(options)
-    file, *others = (out / "pools").iterdir()
-    assert all(path.name.startswith(f"batch-{SIZE}-") for path in (file, *others))
-    assert others
+    (file,) = (out / "pools").iterdir()  # its groups share one pass
+    assert file.name.startswith(f"batch-{SIZE}-")
     assert not (out / "coverage.json").exists()
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
