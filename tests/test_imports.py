@@ -38,6 +38,7 @@ RESERVED = {
     "rich": {"show.progress", "show.tables"},
     "jsonargparse": {"cli", "show.help"},
     "jinja2": {"show.card"},
+    "joblib": {"measure.sweeps"},
     "shtab": {"cli"},
     "prometheus_client": {"integrations.client", "integrations.vllm.metrics"},
     "matplotlib": {"show.figures"},

@@ -7,14 +7,15 @@ rule's parameter is chosen by it, and nothing is tuned.
 """
 
 import math
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 import torch
@@ -216,8 +217,9 @@ def measuring(subject: Subject, workers: int) -> Iterator[Runner]:
     if workers == 1:
         yield lambda tasks: ((task, measure(subject, task)) for task in tasks)
         return
-    others = set(active_children())
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start, (subject.setup,))
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(subject.setup, os.getpid()))
 
     def run(tasks: list[Task]) -> Iterator[tuple[Task, list[Row]]]:
         futures = {pool.submit(_measure, task): task for task in tasks}
@@ -232,33 +234,32 @@ def measuring(subject: Subject, workers: int) -> Iterator[Runner]:
             "finished is kept, and the command goes on from there"
         ) from None
     except BaseException:
-        for child in set(active_children()) - others:
-            child.terminate()  # in the middle of a group, which may take minutes
+        pool.shutdown(kill_workers=True)  # in the middle of a group, which may take minutes
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    else:
+        pool.shutdown()
 
 
 _subject: Subject | None = None
 
 
-def _start(setup: Setup) -> None:
+def _start(setup: Setup, parent: int) -> None:
     """Prepare a worker process."""
     import transformers
 
     global _subject
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _subject = Subject(setup)
 
 
-def _end_with(parent: Any) -> None:
-    import os
-
-    parent.join()
+def _end_with(parent: int) -> None:
+    """End with the process that started this one: a process whose parent ends is given another one."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(1)
 
 
