@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flows import one_line
+from safetensors.torch import load_file
 from tiny import FAMILIES, random_selector, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,7 +17,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lynx_learn import LynxSelector, reference_moe, skip_experts
 from lynx_learn.errors import ModelError, SelectorError
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.moe.identity import PROJECTIONS, SAME, differences, distance, identify, is_identity, sketch
+from lynx_learn.moe.identity import (
+    PROJECTIONS,
+    SAME,
+    Identity,
+    Passing,
+    differences,
+    distance,
+    identify,
+    is_identity,
+    sketch,
+)
 
 SHIPPED = "selectors/reference-moe"
 
@@ -175,3 +186,43 @@ def test_an_identity_goes_through_json_and_anything_else_is_none(tmp_path: Path)
         {**found, "routers": [{"a": [float("nan")] * (PROJECTIONS + 1)}]},
     ):
         assert not is_identity(broken)
+
+
+def passed(folder: Path, model: PreTrainedModel, change: str = "") -> Identity:
+    """What is seen of a model's checkpoint as it is read; `change` is the tensor that is another one."""
+    model.save_pretrained(folder)
+    passing = Passing(find_moe_layers(model)[0].num_experts, model.config.get_text_config().num_hidden_layers)
+    for name, value in load_file(folder / "model.safetensors").items():
+        passing.see(name, 1.01 * value if change and change in name else value)
+    passing.see("model.layers.99.self_attn.q_proj.weight", torch.ones(2, 2))  # one that is speculated with
+    return passing.identity()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_is_known_as_it_is_read(family: str, tmp_path: Path) -> None:
+    """As vLLM reads it: one tensor of one expert after the other, where the family has it so."""
+    model = tiny_model(family)
+    known, found = identify(find_moe_layers(model), model), passed(tmp_path, model)
+    assert differences(known, found) == []
+    if family != "granitemoe":  # whose checkpoints have other names
+        assert [part.keys() for part in found["experts"]] == [part.keys() for part in known["experts"]]
+    assert len(found["rest"].keys() & known["rest"].keys()) > len(known["rest"]) / 2
+
+
+@pytest.mark.parametrize(
+    ("part", "said"), [("experts.1.up_proj", "its experts"), ("layers.1.self_attn", "other weights")]
+)
+def test_a_fine_tuned_checkpoint_is_known_as_it_is_read(part: str, said: str, tmp_path: Path) -> None:
+    """Its routers may be the same."""
+    model = tiny_model("qwen3_moe")
+    (found,) = differences(identify(find_moe_layers(model), model), passed(tmp_path, model, part))
+    assert found.startswith(said)
+
+
+def test_experts_that_were_not_all_read_are_not_compared() -> None:
+    """With expert parallelism a worker reads its own."""
+    passing = Passing(num_experts=2, depth=1)
+    passing.see("model.layers.0.mlp.experts.0.down_proj.weight", torch.ones(3, 4))
+    assert passing.identity()["experts"] == [{}]
+    passing.see("model.layers.0.mlp.experts.1.down_proj.weight", torch.ones(3, 4))
+    assert passing.identity()["experts"] == [{"down_proj": sketch([torch.ones(2, 3, 4)])}]

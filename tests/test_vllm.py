@@ -446,6 +446,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("not calibrated", {**asked, "LYNX_BUDGET": "0.02"}, engine),
         ("no such selector", {**asked, "LYNX_SELECTOR": "nowhere"}, engine),
         ("other model", asked, other),
+        ("other experts", asked, {**engine, "model": str(other_experts(folder / "experts"))}),
         ("other weights", asked, engine),
         ("other model, warn", {**asked, "LYNX_ON_UNSUPPORTED": "warn"}, other),
         ("compiled", asked, {**engine, "enforce_eager": False}),
@@ -494,11 +495,23 @@ def other_shape(folder: Path) -> Path:
 
 def other_routers(folder: Path) -> Path:
     """The reference MoE with one number of one router changed."""
+    return changed(folder, "model.layers.3.mlp.gate.weight", lambda value: value[0, 0].add_(0.5))
+
+
+def other_experts(folder: Path) -> Path:
+    """With the same routers, as a short fine-tuning leaves them."""
+    return changed(folder, "model.layers.3.mlp.experts.", lambda value: value.mul_(1.01))
+
+
+def changed(folder: Path, part: str, change: Callable[[torch.Tensor], Any]) -> Path:
+    """The reference MoE with all tensors of which `part` is in the name changed."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(reference_moe(), folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.3.mlp.gate.weight"][0, 0] += 0.5
+    for name in tensors:
+        if part in name:
+            change(tensors[name])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -17,6 +17,7 @@ from lynx_learn.integrations.vllm import checks
 from lynx_learn.integrations.vllm.checks import engine_reasons, make_again, model_reasons, prepare, without
 from lynx_learn.integrations.vllm.settings import UnsupportedError
 
+QUANTIZED = SimpleNamespace(quantization_config={})
 COMPILED = {"mode": 3, "cudagraph_mode": 2}
 
 
@@ -62,6 +63,11 @@ def test_the_second_model_runner_is_refused() -> None:
         ({"get_num_experts": lambda: 0}, "Qwen3MoeForCausalLM has no MoE layer"),
         ({"get_num_experts": lambda: 7}, f"has 7 of width {HIDDEN}: load the model it was trained for"),
         ({"get_hidden_size": lambda: 7}, "of width 7: load the model it was trained for"),
+        ({"quantization": "fp8"}, "is quantized (fp8) as tiny was not when the budget was measured"),
+        (
+            {"quantization": "awq", "hf_config": QUANTIZED, "model": "/models--some--Tiny-AWQ/snapshots/1"},
+            "(awq) as tiny",
+        ),
         ({"using_transformers_backend": lambda: True}, "leave --model-impl out"),
         ({"runner_type": "pooling"}, "generates no text token by token"),
         ({"is_diffusion": True}, "generates no text token by token"),
@@ -72,6 +78,11 @@ def test_models_refused(changes: dict[str, Any], line: str) -> None:
     assert model_reasons(model_config(), own) == []
     (reason,) = model_reasons(model_config(**changes), own)
     assert line in reason.text
+
+
+def test_a_checkpoint_that_is_quantized_itself_may_be_the_selectors() -> None:
+    own = random_selector(tiny_model("qwen3_moe")).config
+    assert model_reasons(model_config(quantization="mxfp4", hf_config=QUANTIZED), own) == []
 
 
 @dataclass
@@ -148,6 +159,14 @@ def test_all_reasons_at_once(selector: Path, monkeypatch: pytest.MonkeyPatch) ->
         "this works:",
         "LYNX_BUDGET=0.01 LLM(…, enable_lora=False, pipeline_parallel_size=1, tensor_parallel_size=4, enforce_eager=True)",
     ]
+
+
+def test_what_traces_cannot_be_collected_from() -> None:
+    asked = {"lynx": {"record": ["model.layers.0.mlp"]}}
+    prepare(engine_config(additional_config=asked, model_config=model_config()), lambda *_: None)
+    other = engine_config(additional_config=asked, model_config=model_config(quantization="fp8"), mode=3)
+    with pytest.raises(UnsupportedError, match=r"compiled graphs .+; vLLM runs this model quantized \(fp8\)"):
+        prepare(other, lambda *_: None)
 
 
 def test_what_no_option_mends_is_not_said_to_work(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from lynx_learn.integrations.vllm.layers import EngineLayer
 from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.identity import Passing
 from lynx_learn.selector.selector import ThresholdPolicy
 
 SOME = 2.0  # costs of typical assignments are around 1
@@ -222,7 +224,9 @@ def test_a_name_that_comes_back_is_a_new_request() -> None:
 def test_weights_that_are_replaced_are_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     found = acting()
     found.runner.get_model = lambda: None
+    found.runner.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2))
     monkeypatch.setattr(vllm_engine, "find_layers", lambda *_: found.layers)
+    monkeypatch.setattr(vllm_engine, "looking", lambda _: nullcontext())
     found._reload_weights(lambda: None)
     assert found.undo
     found.layers[0].router.weight.data[0, 0] += 1
@@ -268,21 +272,17 @@ def test_an_engine_that_is_built_otherwise_is_refused_or_left_alone(
     engine = SimpleNamespace(vllm_config=engine_config(), model_runner=known.runner, rank=0)
     known.runner.get_model, known.runner.input_batch = lambda: None, None
     warned: list[str] = []
-    monkeypatch.setenv("LYNX_SELECTOR", "x")
-    monkeypatch.setenv("LYNX_BUDGET", "0.01")
-    monkeypatch.setenv("LYNX_ON_UNSUPPORTED", action)
-    monkeypatch.setattr(vllm_engine, "load_policy", lambda _: known.policy)
+    settings = Settings("x", 0.01, action)
     monkeypatch.setattr(vllm_engine, "find_layers", lambda *_: known.layers)
     if action == "warn":
         monkeypatch.setattr(vllm_engine, "refuse", lambda _, reason: warned.append(str(reason)))
-        vllm_engine.attach(engine)
+        vllm_engine.attach(engine, settings, known.policy, Passing(EXPERTS, 2))
         assert "_fused_output_is_reduced" in warned[0]
     else:
-        monkeypatch.setattr(vllm_engine.metrics, "refused", warned.append)
         with pytest.raises(
             UnsupportedError, match=r"built otherwise than the plugin expects .+_fused_output_is_reduced"
         ):
-            vllm_engine.attach(engine)
+            vllm_engine.attach(engine, settings, known.policy, Passing(EXPERTS, 2))
     assert known.layers[0].runner.router._compute_routing.__func__ is CPURouter._compute_routing
 
 

@@ -45,6 +45,9 @@ def model_config(**changes: Any) -> Any:
         "get_hidden_size": lambda: HIDDEN,
         "using_transformers_backend": lambda: False,
         "model_impl": "auto",
+        "quantization": None,
+        "model": "/models--some--Tiny/snapshots/1",
+        "hf_config": SimpleNamespace(),
     }
     assert not changes.keys() - plain.keys()
     return SimpleNamespace(**{**plain, **changes})

@@ -98,6 +98,73 @@ def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, S
         yield name, sketch(parts)
 
 
+# One expert's weights in a checkpoint, and where they are in the tensor of all experts: its name, its part, of how many.
+EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)\.weight")
+ALL_EXPERTS = re.compile(r"(.+)\.experts\.([a-z]\w*)")
+PARTS = {
+    "gate_proj": ("gate_up_proj", 0, 2),
+    "up_proj": ("gate_up_proj", 1, 2),
+    "down_proj": ("down_proj", 0, 1),
+    "w1": ("gate_up_proj", 0, 2),
+    "w3": ("gate_up_proj", 1, 2),
+    "w2": ("down_proj", 0, 1),
+}
+
+
+class Passing:
+    """Sketches a checkpoint's weights while an engine reads them, which then packs, splits or quantizes them.
+
+    Args:
+        num_experts: of each MoE layer.
+        depth: layers that the model has; a checkpoint may have more behind them, to speculate with.
+    """
+
+    def __init__(self, num_experts: int, depth: int) -> None:
+        self.num_experts, self.depth = num_experts, depth
+        self.rest: dict[str, dict[tuple[int, ...], Tensor]] = {}
+        self.experts: dict[str, dict[str, tuple[Any, Any]]] = {}
+
+    def see(self, name: str, value: Tensor) -> None:
+        """One tensor, under the name that it has in the checkpoint."""
+        numbers = tuple(int(number) for number in re.findall(r"\b\d+\b", name))
+        if not value.is_floating_point() or value.itemsize < 2 or (numbers and numbers[0] >= self.depth):
+            return
+        if (found := EXPERT.fullmatch(name)) and found[3] in PARTS:
+            self._expert(found[1], int(found[2]), value, *PARTS[found[3]])
+        elif found := ALL_EXPERTS.fullmatch(name):
+            self.experts.setdefault(found[1], {})[found[2]] = (_sample(value), np.ones(1, bool))
+        else:
+            self.rest.setdefault(re.sub(r"\b\d+\b", "*", name), {})[numbers] = _sample(value)
+
+    def _expert(self, block: str, expert: int, value: Tensor, name: str, part: int, parts: int) -> None:
+        """Sampled at the places that it has among all experts, where it lies in one piece."""
+        import torch
+
+        size = value.numel()
+        total = self.num_experts * parts * size
+        places = _places(total) if total > SAMPLE else np.arange(total)
+        start = (expert * parts + part) * size
+        inside = slice(*np.searchsorted(places, [start, start + size]))
+        sample, seen = self.experts.setdefault(block, {}).setdefault(
+            name, (torch.zeros(len(places)), np.zeros(len(places), bool))
+        )
+        if len(sample) == len(places):  # otherwise experts differ in shape
+            sample[inside] = value.detach().reshape(-1)[torch.from_numpy(places[inside] - start)].float()
+            seen[inside] = True
+
+    def identity(self) -> Identity:
+        """What was seen as a whole, layers in order; routers are not among it, as their weights are there to be read."""
+        blocks = sorted(self.experts, key=lambda block: [int(number) for number in re.findall(r"\b\d+\b", block)])
+        return {
+            "routers": [],
+            "experts": [
+                {name: sketch([sample]) for name, (sample, seen) in self.experts[block].items() if seen.all()}
+                for block in blocks
+            ],
+            "rest": {name: sketch([part for _, part in sorted(parts.items())]) for name, parts in self.rest.items()},
+        }
+
+
 def sketch(values: Sequence[Tensor]) -> Sketch:
     """Of one or several tensors as one."""
     import torch

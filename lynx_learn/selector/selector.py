@@ -20,7 +20,7 @@ from ..errors import OptionError, SelectorError
 from ..files import staged
 from ..moe.decision import Decision, Routing
 from ..moe.families import Layer
-from ..moe.identity import differences, identify
+from ..moe.identity import Identity, differences, identify
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
 from .layer import LayerSelector, Ready
 from .prices import Price, Prices, Uniform, check_prices, named, read_prices
@@ -52,7 +52,15 @@ class LynxSelector(nn.Module):
             raise SelectorError(
                 f"the selector has {len(self.config.layers)} layers of {self.config.base_model}, the model {len(names)} other ones: load the model it was trained for"
             )
-        if other := differences(self.config.identity, identify(layers, model)):
+        self.compare(identify(layers, model))
+
+    def compare(self, found: Identity) -> None:
+        """Refuse a model that is another one as far as is known of it.
+
+        Raises:
+            SelectorError: with what differs.
+        """
+        if other := differences(self.config.identity, found):
             raise SelectorError(
                 f"the selector was trained for {self.config.base_model} (revision {self.config.base_revision}); this model "
                 f"differs in {' and '.join(other)}: load that model and revision, or train a selector for this one"

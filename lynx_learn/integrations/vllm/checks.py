@@ -66,8 +66,14 @@ def prepare(config: Any, again: Again) -> None:
     """
     given = config.additional_config
     if recorded(given) is not None:
-        if found := engine_reasons(config):
-            raise UnsupportedError("; ".join(reason.text for reason in found))
+        told = [reason.text for reason in engine_reasons(config)]
+        if config.model_config.quantization:
+            told.append(
+                f"vLLM runs this model quantized ({config.model_config.quantization}), and `train` reads experts that are "
+                "not: collect from those"
+            )
+        if told:
+            raise UnsupportedError("; ".join(told))
         return
     try:
         settings = read_settings(os.environ, given)
@@ -209,6 +215,16 @@ def engine_reasons(config: Any) -> list[Reason]:
     return found
 
 
+def check_engine(worker: Any) -> None:
+    """Refuse again, in a worker, what the first process refuses: a configuration may have been made without it.
+
+    Raises:
+        UnsupportedError: with all reasons.
+    """
+    if found := engine_reasons(worker.vllm_config):
+        raise UnsupportedError("; ".join(reason.text for reason in found))
+
+
 def _runner_reasons(config: Any) -> list[Reason]:
     """Of the two model runners, the second one is not supported, and what cannot do without it."""
     if config.attention_config.hisparse_config is not None:
@@ -238,10 +254,22 @@ def model_reasons(model: Any, selector: SelectorConfig) -> list[Reason]:
                 f"{kind} has {own[0]} of width {own[1]}: load the model it was trained for"
             )
         )
+    # A checkpoint that is quantized itself may be the selector's own: its values are then those that were trained on.
+    online = getattr(model.hf_config, "quantization_config", None) is None
+    if model.quantization and (online or _last(model.model) != _last(selector.base_model)):
+        text = f"{kind} is quantized ({model.quantization}) as {selector.base_model} was not when the budget was measured: "
+        found.append(Reason(f"{text}serve it as it was", {"quantization": None} if online else {}))
     if model.using_transformers_backend():
         text = f"{kind} is routed by the model's own code, of which the engine knows no logits: leave --model-impl out"
         found.append(Reason(text, {"model_impl": None} if model.model_impl != "auto" else {}))
     return found
+
+
+def _last(name: str) -> str:
+    """A model's own name, out of a folder of Hugging Face's cache too."""
+    parts = Path(name).parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or parts or ("",))[-1].lower()
 
 
 def explain(found: Sequence[Reason], works: bool) -> str:

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import LynxError, SelectorError
+from ...errors import LynxError
 from ...moe.decision import Routing
+from ...moe.identity import Passing
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from . import metrics as metrics
-from .checks import engine_reasons
-from .layers import EngineLayer, Wrapping, find_layers
+from .checks import check_engine
+from .layers import EngineLayer, Wrapping, check_shape, find_layers, looking
 from .record import Recording
 from .settings import Settings, UnsupportedError, opted_out, read_settings, recorded, refuse
 
@@ -39,8 +40,8 @@ def load_policy(settings: Settings) -> ThresholdPolicy:
     return LynxSelector.from_pretrained(settings.selector).policy(settings.budget, kernel=kernel)
 
 
-def attach(worker: Any) -> None:
-    """Let the model that a worker has just loaded skip experts, if that was asked for.
+def load_model(load: Callable[[], Any], worker: Any) -> Any:
+    """Have a worker load its model, and let that skip experts if it was asked for.
 
     Raises:
         LynxError: a setting cannot be used, or skipping cannot act here.
@@ -48,22 +49,36 @@ def attach(worker: Any) -> None:
     config = worker.vllm_config
     if (names := recorded(config.additional_config)) is not None:
         check_engine(worker)
+        result = load()
         Recording.on(worker, find_layers(worker.model_runner.get_model(), names, 0))
-        return
+        return result
     # Those of the environment are in the additional config, but of an engine whose configuration was made by hand.
     settings = read_settings(os.environ, config.additional_config)
     if settings is None:
-        return
+        return load()
     policy = load_policy(settings)
-    logger = _logger()
     if not policy.skips:
-        logger.info_once("lynx-learn: a budget of 0 leaves the model untouched")
-        return
+        _logger().info_once("lynx-learn: a budget of 0 leaves the model untouched")
+        return load()
+    passing = Passing(policy.selector.config.num_experts, config.model_config.hf_text_config.num_hidden_layers)
+    with looking(passing):
+        result = load()
+    attach(worker, settings, policy, passing)
+    return result
+
+
+def attach(worker: Any, settings: Settings, policy: ThresholdPolicy, passing: Passing) -> None:
+    """Let the model that a worker has just loaded skip experts, or `refuse`.
+
+    Raises:
+        UnsupportedError: skipping cannot act here.
+    """
+    own, seen = policy.selector.config, passing.identity()
     try:
         check_engine(worker)
-        own = policy.selector.config
         layers = find_layers(worker.model_runner.get_model(), own.layers, own.expert_bytes)
         acting = Acting(worker.model_runner, layers, policy)
+        policy.selector.compare(seen)
         acting.attach(settings, first=not worker.rank)
     except LynxError as reason:
         refuse(settings, reason)
@@ -71,43 +86,16 @@ def attach(worker: Any) -> None:
     except (ImportError, AttributeError) as error:
         refuse(settings, UnsupportedError(f"this vLLM is built otherwise than the plugin expects ({error})"))
         return
-    logger.info_once(
-        "lynx-learn: %s at %s acts on decode steps of %d MoE layers (compared with its model: routers; packed experts and "
-        "fused attention are not)",
+    _logger().info_once(
+        "lynx-learn: %s at %s acts on decode steps of %d MoE layers (compared with its model: routers, experts of %d layers, "
+        "%d of %d other weights)",
         settings.selector,
         policy.setting,
-        len(acting.layers),
+        len(layers),
+        sum(bool(part) for part in seen["experts"]),
+        len(seen["rest"].keys() & own.identity.get("rest", {}).keys()),
+        len(own.identity.get("rest", {})),
     )
-
-
-def check_engine(worker: Any) -> None:
-    """Refuse again, in a worker, what the first process refuses: a configuration may have been made without it.
-
-    Raises:
-        UnsupportedError: with all reasons.
-    """
-    if found := engine_reasons(worker.vllm_config):
-        raise UnsupportedError("; ".join(reason.text for reason in found))
-
-
-def check_shape(layers: list[EngineLayer], selector: LynxSelector) -> None:
-    """Refuse a model that is plainly another one than the selector's, which comparing routers could only say less clearly.
-
-    Raises:
-        SelectorError: with both shapes.
-    """
-    config = selector.config
-    for layer in layers:
-        if (layer.num_experts, layer.top_k, layer.hidden_size) != (
-            config.num_experts,
-            config.top_k,
-            config.hidden_size,
-        ):
-            raise SelectorError(
-                f"the selector is for {config.top_k} of {config.num_experts} experts of width {config.hidden_size} "
-                f"({config.base_model}), layer {layer.name} has {layer.top_k} of {layer.num_experts} of width {layer.hidden_size}: "
-                "load the model it was trained for"
-            )
 
 
 class Step(NamedTuple):
@@ -134,7 +122,7 @@ class Acting(Wrapping):
     def __init__(self, runner: Any, layers: list[EngineLayer], policy: ThresholdPolicy) -> None:
         super().__init__()
         self.runner, self.layers, self.policy = runner, layers, policy
-        check_shape(layers, policy.selector)
+        check_shape(layers, policy.selector.config)
         policy.bind(layers)
         self.smallest = min(policy.thresholds)
         self.step: Step | None = None
@@ -181,10 +169,13 @@ class Acting(Wrapping):
 
     def _reload_weights(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Weights that are put in place of the loaded ones may be another model's."""
-        result = own(*args, **kwargs)
+        selector = self.policy.selector
+        passing = Passing(selector.config.num_experts, self.runner.model_config.hf_text_config.num_hidden_layers)
+        with looking(passing):
+            result = own(*args, **kwargs)
         try:
-            found = find_layers(self.runner.get_model(), self.policy.selector.config.layers, 0)
-            self.policy.selector.check(found)
+            selector.check(find_layers(self.runner.get_model(), selector.config.layers, 0))
+            selector.compare(passing.identity())
         except LynxError as reason:
             self.detach()
             refuse(self.settings, reason)

@@ -1,6 +1,7 @@
 """What this package knows about the structure of vLLM's MoE layers, which of them are refused, and how they are wrapped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import SelectorError
+from ...moe.identity import Passing
+from ...selector.config import SelectorConfig
 from .settings import UnsupportedError
 
 # Routers that turn logits into experts of the model and nothing else; others simulate, or add experts of their own.
@@ -42,6 +46,26 @@ class Wrapping:
         for undo in reversed(self.undo):
             undo()
         self.undo.clear()
+
+
+@contextmanager
+def looking(passing: Passing) -> Iterator[None]:
+    """Have the weights of a checkpoint that vLLM reads meanwhile looked at."""
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    own = DefaultModelLoader.get_all_weights
+
+    @wraps(own)
+    def get_all_weights(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, value in own(*args, **kwargs):
+            passing.see(name, value)
+            yield name, value
+
+    DefaultModelLoader.get_all_weights = get_all_weights
+    try:
+        yield
+    finally:
+        DefaultModelLoader.get_all_weights = own
 
 
 @dataclass(frozen=True)
@@ -157,3 +181,22 @@ def check_layer(path: str, runner: Any, device: torch.device) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise UnsupportedError(f"layer {path} {reason}, which is not supported")
+
+
+def check_shape(layers: list[EngineLayer], config: SelectorConfig) -> None:
+    """Refuse a model that is plainly another one than the selector's, which comparing routers could only say less clearly.
+
+    Raises:
+        SelectorError: with both shapes.
+    """
+    for layer in layers:
+        if (layer.num_experts, layer.top_k, layer.hidden_size) != (
+            config.num_experts,
+            config.top_k,
+            config.hidden_size,
+        ):
+            raise SelectorError(
+                f"the selector is for {config.top_k} of {config.num_experts} experts of width {config.hidden_size} "
+                f"({config.base_model}), layer {layer.name} has {layer.top_k} of {layer.num_experts} of width {layer.hidden_size}: "
+                "load the model it was trained for"
+            )

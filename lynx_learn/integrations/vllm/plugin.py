@@ -93,13 +93,11 @@ def _create_engine_config(own: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def _load_model(own: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     from . import engine as vllm_engine
 
-    result = own(wrapper, *args, **kwargs)
     try:
-        vllm_engine.attach(wrapper.worker)
+        return vllm_engine.load_model(partial(own, wrapper, *args, **kwargs), wrapper.worker)
     except LynxError as error:
         vllm_engine.say(error)
         raise
-    return result
 
 
 def _validate_params(own: Callable[..., Any], processor: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
