@@ -112,7 +112,7 @@ class Checkpoint:
         """For each block the checkpoint's names of its tensors, and the files that hold them."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-        steps = self.conversions()
+        steps = self.conversions()  # type: ignore[no-untyped-call]
         renamings = [step for step in steps if isinstance(step, WeightRenaming)]
         converters = [step for step in steps if isinstance(step, WeightConverter)]
         known, prefix = self.model.state_dict(), self.model.base_model_prefix
@@ -135,7 +135,7 @@ class Checkpoint:
             device_map={"": self.device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=self.conversions(),
+            weight_mapping=self.conversions(),  # type: ignore[no-untyped-call,arg-type]
         )
         shown = logging.is_progress_bar_enabled()
         with ExitStack() as stack:
