@@ -153,7 +153,9 @@ class Seeing:
         self.seen: dict[float, set[bytes]] = {}
 
     def at_threshold(self, threshold: float, prices: Prices) -> "SeeingPolicy":
-        return SeeingPolicy(self.selector.at_threshold(threshold, prices=prices), self.seen.setdefault(threshold, set()))
+        return SeeingPolicy(
+            self.selector.at_threshold(threshold, prices=prices), self.seen.setdefault(threshold, set())
+        )
 
 
 class SeeingPolicy:
