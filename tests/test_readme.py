@@ -45,7 +45,7 @@ def test_first_command_ends_with_the_table(tmp_path: Path) -> None:
     out = run(command.split(), tmp_path)
     closing = out[out.index("Distinct experts, bytes, loss and time") :]
     assert "untouched" in closing
-    assert "learned, budget 0.01" in closing
+    assert "budget 0.01" in closing
 
 
 # What follows each command of a block, so that it reads less text; the words before it are the README's.
