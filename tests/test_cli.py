@@ -515,10 +515,13 @@ def test_a_full_disk(refused: Refused, selector: Path, tmp_path: Path) -> None:
             message = refused(*words)
         assert "File too large" in message
         assert str(tmp_path / name) in message
-    begun = {"t/options.json", *(n for n in contents(tmp_path) if n.startswith("e/"))}
-    assert not begun & {"e/report.json", "e/frontier.svg"}
+    begun = {
+        "t/options.json",
+        *(n for n in contents(tmp_path) if n.startswith(("e/", "s/", "selector/.calibrate-kl.part/"))),
+    }
+    assert not begun & {"e/report.json", "e/frontier.svg", "s/config.json"}
     assert {n: d for n, d in contents(tmp_path).items() if n not in begun} == before
-    assert not (tmp_path / "s").exists()
+    assert all(name.startswith("s/.train.part/") for name in begun if name.startswith("s/"))
     main([str(word) for word in runs["t"]])  # with room again, collect goes on
     assert Trace.open(tmp_path / "t").collected_tokens == 640
 

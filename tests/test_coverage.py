@@ -250,7 +250,7 @@ def test_what_calibrate_certifies_is_certified_again(tmp_path: Path) -> None:
     groups = read_groups(options, loaded, SIZE, None, 24)
     pool = Meter(tmp_path, options.procedure(), selector, loaded).pool(groups)
     found = 0
-    for seed in range(2):
+    for seed in (0, 2):
         order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:12]
         own = [groups[i] for i in order]
         cells = certify(loaded, layers, selector, own, options.procedure())
@@ -357,9 +357,9 @@ def test_a_shift_calibrates_on_some_sources_and_tests_on_others(
     seen: list[tuple[set[str], int, list[str]]] = []
     run = simulate.compare
 
-    def spy(model: Any, layers: Any, groups: Any, policies: Any, *rest: Any) -> Any:
+    def spy(model: Any, layers: Any, groups: Any, policies: Any, *rest: Any, **more: Any) -> Any:
         seen.append(({n for _, names in groups for n in names}, len(groups), [p.setting for p in policies]))
-        return run(model, layers, groups, policies, *rest)
+        return run(model, layers, groups, policies, *rest, **more)
 
     made: list[Curve] = []
     monkeypatch.setattr(pools, "compare", spy)

@@ -163,11 +163,12 @@ def test_weights_that_lie_elsewhere_are_run_and_compared_as_if_they_did_not(
 def test_the_larger_model_is_found_in_a_clone_and_elsewhere_the_error_says_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(reference_moe(), tmp_path / "elsewhere")
     monkeypatch.setattr(models, "files", lambda package: tmp_path / "site-packages" / package)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ModelError, match="run this in a clone of it, or give the path of its folder data/reference-moe-50m"
     ):
         models.load_model("reference-moe-50m")
-    shutil.copytree(reference_moe(), tmp_path / "data" / "reference-moe-50m")
+    shutil.copytree(tmp_path / "elsewhere", tmp_path / "data" / "reference-moe-50m")
     assert models.load_model("reference-moe-50m", tokenizer=False).model.config.model_type == "qwen3_moe"

@@ -96,7 +96,7 @@ def foreign() -> bytes:
         (foreign, "is no graph of a selector"),
         (lambda: edited(**{VERSION_KEY: "7"}), "graph format version 7, this package reads 3"),
         (lambda: edited(**{CONFIG_KEY: "{"}), "cannot be read"),
-        (lambda: edited(**{CONFIG_KEY: '{"format_version": 2}'}), "lacks"),
+        (lambda: edited(**{CONFIG_KEY: '{"format_version": 3}'}), "lacks"),
         (lambda: content(MLP)[:2000], "cannot be loaded by onnxruntime"),
         (lambda: b"not a graph", "cannot be loaded by onnxruntime"),
         (None, "is no file"),

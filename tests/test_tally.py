@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rule_cases import RULE
-from torch import nn
+from torch import Tensor, nn
 
 from lynx_learn.decode.tally import Stats, Tally
 from lynx_learn.moe.decision import Decision, Routing
@@ -23,8 +23,8 @@ class Priced:
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         raise NotImplementedError
 
-    def own_bytes(self, layer: Layer, skipped: float, batches: int) -> float:
-        return 10 * skipped + batches
+    def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
+        return 10 * float(skipped.sum()) + batches
 
 
 def layers() -> list[MoeLayer]:

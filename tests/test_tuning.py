@@ -117,7 +117,7 @@ def test_equal_seeds_tune_alike_and_the_model_stays_as_it_was() -> None:
     assert [value.requires_grad for value in loaded.model.parameters()] == learning
 
 
-@pytest.mark.parametrize("what", [{"scorer": "formula"}, {"rank": 0}, {"scorer": "linear"}], ids=str)
+@pytest.mark.parametrize("what", [{"scorer": "formula"}, {"surrogate_share": 0}, {"scorer": "linear"}], ids=str)
 def test_what_has_nothing_to_learn_is_left_out(what: dict[str, object], tmp_path: Path) -> None:
     options = train_options(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
     train(options)

@@ -5,6 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from ..selector.surrogates import rank_for
 from ..show.progress import track
 from ..traces.format import Trace
 from .checkpoint import Layers, LoadedLayers, open_checkpoint
-from .fitted import FittedLayers
+from .fitted import FOLDER, FittedLayers
 from .layer import HELD_OUT, fit_layer
 from .scorer import ScorerOptions
 from .sensitivity import measure_sensitivities, scale_to_nats
@@ -118,8 +119,16 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
     numbers = trace.options.expert_bytes / getattr(torch, trace.options.dtype).itemsize
     rank = rank_for(options.surrogate_share, numbers, trace.options.hidden_size)
     selector = LynxSelector(_config(options, trace, trace.options.identity, rank))
+    begins = not (out / FOLDER).exists()
     fitted = FittedLayers(out, _identity(options, trace, layers.dtype), share.by)
-    _fit_layers(fitted, selector, layers, trace, options, share)
+    try:
+        _fit_layers(fitted, selector, layers, trace, options, share)
+    except TraceError:  # of another trace nothing here could be used
+        if begins and share.world_size == 1:
+            shutil.rmtree(fitted.folder, ignore_errors=True)
+            with suppress(OSError):
+                out.rmdir()
+        raise
     missing = [index for index in range(len(layers.names)) if fitted.read(index) is None]
     if share.world_size > 1 and is_made_by(out, record):  # by another process meanwhile
         return LynxSelector.from_pretrained(out)

@@ -170,6 +170,9 @@ def _unusable(values: dict[str, Any]) -> list[str]:
     layers = values["layers"]
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
         wrong.append("layers")
+    limits = values.get("calibration", {})
+    if not isinstance(limits, dict) or not all(map(_is_limit, limits.values())):
+        wrong.append("calibration")
     if not is_identity(values["identity"]):
         wrong.append("identity")
     try:
@@ -179,3 +182,11 @@ def _unusable(values: dict[str, Any]) -> list[str]:
     except (AttributeError, TypeError, ValueError):
         usable = False
     return wrong if usable else [*wrong, "thresholds"]
+
+
+def _is_limit(value: Any) -> bool:
+    """Whether it can be what thresholds of a metric hold for."""
+    prices = value.get("prices", {"source": ""}) if isinstance(value, dict) else None
+    if not isinstance(prices, dict) or not isinstance(prices.get("source"), str):
+        return False
+    return all(type(prices.get(name, 1)) in (int, float) for name in ("share", "devices"))
