@@ -58,7 +58,7 @@ SHAPE = Shape(
 
 @pytest.mark.parametrize("command", range(4))
 def test_costs_grow_with_tokens_and_layers(command: int) -> None:
-    options = PlanOptions("m")
+    options = PlanOptions("m", tokens=20_000)  # four times as many are no more than scorers learn from
     one, more, deeper = (
         costs(shape, own)[command]
         for shape, own in (
@@ -68,8 +68,8 @@ def test_costs_grow_with_tokens_and_layers(command: int) -> None:
         )
     )
     assert deeper.operations > 1.5 * one.operations
-    if command < 2:  # of more tokens than scorers learn from, only surrogates see all
-        assert (3.9, 3.0)[command] < more.operations / one.operations < 8
+    if command < 2:
+        assert 3.9 < more.operations / one.operations < 8
     assert (deeper.memory > one.memory) == (command != 1)  # a layer is fitted alone
 
 
