@@ -190,7 +190,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         model = make()
         own = folder / name.replace(" ", "-")
         model.save_pretrained(own / "model")
-        selector = louder(random_selector(model))
+        selector = louder(random_selector(model, surrogate_share=0.09))
         threshold = keeping(model, find_moe_layers(model), selector)
         selector = selector.with_config(thresholds={"kl": {BUDGET: {"1": threshold}}})
         selector.save_pretrained(own / "selector")
