@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tiny import randomise
 from torch import Tensor
 
-from lynx_learn.moe.decision import Decision, Routing
+from lynx_learn.moe.decision import Decision, Routing, each_tensor
 from lynx_learn.selector.config import SelectorConfig, by_active
 from lynx_learn.selector.layer import LayerSelector, Ready
+from lynx_learn.selector.prices import Price
 from lynx_learn.selector.selector import LynxSelector
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +77,14 @@ def routing_of(
     states = torch.randn(1, tokens, hidden, generator=generator)
     live = torch.rand(1, tokens, generator=generator) < active
     return Routing(states.to(dtypes[0]), logits, indices, weights.to(dtypes[2]), live)
+
+
+def decide_one(compiled: Any, routing: Routing, exempt: Tensor | None = None, price: Price | None = None) -> Decision:
+    """What a compiled decision gives for G = 1 batches."""
+    one = each_tensor(lambda part: part[0], routing)
+    assert compiled.takes(one)
+    decision: Decision = compiled.decide(one, None if exempt is None else exempt[0], price)
+    return each_tensor(lambda part: part.unsqueeze(0), decision)
 
 
 def check_rows(rows: Tensor, ready: Ready, routing: Routing) -> None:

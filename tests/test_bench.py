@@ -73,7 +73,8 @@ def test_a_shape_from_the_command_line(
         assert case["experts_on"] / case["experts_off"] == pytest.approx(0.5, abs=0.15)
         assert case["steps"] == 6
         assert [point[0] for point in case["line"]["points"]] == sorted(point[0] for point in case["line"]["points"])
-        assert all(value > 0 for value in case["microseconds_per_layer"].values())
+        micro = case["microseconds_per_layer"]  # of which "all" is a difference of two times
+        assert all(value > 0 for name, value in micro.items() if name != "all")
         assert case["generate"]["ratio"] > 0
     shown = capsys.readouterr().out
     assert "random weights" in shown

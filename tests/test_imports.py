@@ -46,7 +46,7 @@ RESERVED = {
     "onnxscript": {"graph.export"},
     "onnxruntime": {"graph.onnx_runtime"},
     "triton": {"selector.kernels.triton"},
-    "numba": {"selector.kernels.cpu", "moe.kernels.products"},
+    "numba": {"selector.kernels.cpu", "moe.kernels.arithmetic", "moe.kernels.gated"},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from graph_cases import MLP, batch, in_front, own, runner_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import check_rewritten, put_between, ready_for, routing_of
+from kernel_cases import check_rewritten, decide_one, put_between, ready_for, routing_of
 from tiny import random_selector, tiny_model, words
 from torch import Tensor
 
@@ -183,9 +183,8 @@ def test_the_compiled_decision_reads_prices_as_pytorch_does(source: str, keep_to
         routing, ready = routing_of(5, 12, 3, 8, active=1, seed=seed), ready_for(12, 3, 8, keep_top1=keep_top1)
         put_between(ready, routing)
         own_ = ready.selector
-        done = Compiled(ready.folded, own_.surrogates, ready.thresholds, keep_top1).decide(
-            routing, None, PRICES[source]
-        )
+        compiled = Compiled(ready.folded, own_.surrogates, ready.thresholds, keep_top1)
+        done = decide_one(compiled, routing, None, PRICES[source])
         check_rewritten(done, ready.rewrite(routing, None, PRICES[source]))
         different += not torch.equal(done.indices, ready.rewrite(routing).indices)
     assert (different > 2) == (source != "one")

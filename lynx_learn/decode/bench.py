@@ -142,19 +142,25 @@ class Watched(ThresholdPolicy):
         self.__dict__.update(policy.__dict__)
         self.microseconds: dict[str, list[float]] = {}
 
+    def decide_one(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision | None:
+        start = clock(layer.device)
+        decision = super().decide_one(layer, routing, exempt)
+        if decision is not None:
+            self._keep("scorer, rewrite and surrogates", start, clock(layer.device))
+        return decision
+
+    def _keep(self, part: str, start: float, end: float) -> None:
+        self.microseconds.setdefault(part, []).append(1e6 * (end - start))
+
     def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
-        ready, compiled, price = self.ready[layer.index], self.compiled.get(layer.index), self.prices.of(layer)
+        ready, price = self.ready[layer.index], self.prices.of(layer)
         assert price is None or isinstance(price, Price)
         marks = [clock(layer.device)]
 
         def passed(part: str) -> None:
             marks.append(clock(layer.device))
-            self.microseconds.setdefault(part, []).append(1e6 * (marks[-1] - marks[-2]))
+            self._keep(part, *marks[-2:])
 
-        if compiled is not None and compiled.takes(routing):
-            decision = compiled.decide(routing, exempt, price)
-            passed("scorer, rewrite and surrogates")
-            return decision
         form = self.form(ready, routing)
         if form == ready.rewrite:
             costs = ready.costs(routing)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, OptionError
 from ..moe.calls import EXPECTED, DecodeCall, Generations, padding_token, read_call, watch_generate
-from ..moe.decision import Decision, Policy, Routing, confine
+from ..moe.decision import Decision, Policy, Routing, confine, each_tensor
 from ..moe.experts import experts_by_distinct
 from ..moe.families import MoeLayer, find_moe_layers, moe_blocks
 from ..moe.hooks import intercept, left_out_of_copies
@@ -41,6 +41,26 @@ def act(
             decision = confine(decision, routing.active, layer.num_experts)
     tally.add(layer, routing, decision)
     return decision
+
+
+def act_on_one(
+    policy: Policy, layer: MoeLayer, routing: Routing, tally: Tally, exempt: Tensor | None = None
+) -> Decision:
+    """As `act` for one decode batch, without a leading dimension."""
+    decision = policy.decide_one(layer, routing, exempt) if isinstance(policy, ThresholdPolicy) else None
+    if decision is None:
+        batches, rows = each_tensor(_unsqueezed, routing), None if exempt is None else exempt.unsqueeze(0)
+        return each_tensor(_squeezed, act(policy, layer, batches, tally, rows))
+    tally.add(layer, routing, decision)
+    return decision
+
+
+def _unsqueezed(part: Tensor) -> Tensor:
+    return part.unsqueeze(0)
+
+
+def _squeezed(part: Tensor) -> Tensor:
+    return part.squeeze(0)
 
 
 def warn_of_emulation(layer: MoeLayer) -> None:
@@ -178,9 +198,9 @@ class Skipping:
         if call is None:
             return None
         if call.active is not None:
-            routing = routing._replace(active=call.active.to(device).unsqueeze(0))
-        exempt = None if call.prompts is None else call.prompts.to(device).unsqueeze(0)
-        return act(self.policy, layer, routing, self.tally, exempt)
+            routing = routing._replace(active=call.active.to(device))
+        exempt = None if call.prompts is None else call.prompts.to(device)
+        return act_on_one(self.policy, layer, routing, self.tally, exempt)
 
 
 def skip_experts(

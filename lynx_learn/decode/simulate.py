@@ -70,14 +70,14 @@ def stacked_logits(
 
     def on_layer(layer: MoeLayer, routing: Routing) -> Decision | None:
         def by_run(part: Tensor) -> tuple[Tensor, ...]:
-            return part[0].unflatten(0, (-1, positions)).split(sizes)
+            return part.unflatten(0, (-1, positions)).split(sizes)
 
         def put_back(whole: Tensor, parts: list[Tensor | None]) -> Tensor:
             rows = []
             for own, part in zip(by_run(whole), parts, strict=True):
                 changed = own[:, prompt:] if part is None else part.transpose(0, 1).to(own.dtype)
                 rows.append(torch.cat([own[:, :prompt], changed], dim=1))
-            return torch.cat(rows).flatten(0, 1).unsqueeze(0)
+            return torch.cat(rows).flatten(0, 1)
 
         done = [
             act(run.policy, layer, Routing(*(part.transpose(0, 1)[prompt:] for part in parts)), tally)

@@ -1,6 +1,7 @@
 """What decides at decode: the small interface that a selector and every published rule share."""
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ class Decision(NamedTuple):
     """(G, T, hidden), what the experts' output is multiplied with before the addition; None: 1."""
 
 
+Parts = TypeVar("Parts", Routing, Decision)
+
+
 class Policy(Protocol):
     """Decides which experts each decode batch keeps. No host synchronisation, no shapes that depend on values."""
 
@@ -63,6 +67,17 @@ class Policy(Protocol):
 
     def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
         """Bytes that it reads itself, such as scorer and surrogates, for decode batches of a layer that left out `skipped` experts in all."""
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], parts: Parts) -> Parts:
+    """A routing or decision with every tensor that it holds changed, such as by one dimension more or less."""
+
+    def changed(part: Tensor | tuple[Tensor, ...] | None) -> Any:
+        if part is None or isinstance(part, Tensor):
+            return None if part is None else change(part)
+        return tuple(map(change, part))
+
+    return type(parts)(*map(changed, parts))
 
 
 def used_experts(indices: Tensor, active: Tensor, experts: int) -> Tensor:

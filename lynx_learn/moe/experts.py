@@ -12,45 +12,85 @@ from .families import MoeLayer
 from .hooks import foreign
 
 BY_DISTINCT = "lynx_grouped_mm"
-# Up to so many rows an expert, on average, its product is not BLAS's.
-FEW_ROWS = 6
 
 
 def _by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
 
     What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing.
+    Where nothing is left out, the sums are those of `grouped_mm`, bit for bit.
     Arguments as those of an experts module.
     """
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _one_by_one(experts, hidden, indices, weights)
-    return _grouped(experts, hidden, indices, weights)
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return _grouped(experts, hidden, indices, weights)
+    if int(weights.count_nonzero()) < weights.numel():
+        output = _in_one_call(experts, hidden, indices, weights)
+        return _one_by_one(experts, hidden, indices, weights) if output is None else output
+    # `grouped_mm` is a loop over all experts, used or not.
+    many = weights.numel() >= experts.num_experts
+    return (_untouched() if many else _one_by_one)(experts, hidden, indices, weights)
+
+
+def _untouched() -> Any:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+
+def _in_one_call(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """By a compiled function; None where it was not written for these experts or so many rows, or numba is not there."""
+    compiled = _compiled()
+    if compiled is None or not _is_gated(experts) or torch.is_grad_enabled():
+        return None
+    parts = (hidden, weights, experts.gate_up_proj, experts.down_proj)
+    if not all(map(_is_plain, parts)) or not indices.is_contiguous():
+        return None
+    output = torch.empty_like(hidden)
+    hidden_, weights_, gate_up, down, output_ = (part.detach().numpy() for part in (*parts, output))
+    return output if compiled(hidden_, indices.numpy(), weights_, gate_up, down, output_) else None
+
+
+def _is_gated(experts: Any) -> bool:
+    """Whether these are silu(gate) · up and nothing else."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
+    return (
+        plain
+        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+        and not getattr(experts, "_is_expert_parallel", False)
+        and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+
+
+@cache
+def _compiled() -> Any:
+    """The compiled function, or None where numba is not installed."""
+    try:
+        from .kernels.gated import run_experts
+    except ImportError:
+        return None
+    return run_experts
 
 
 def _one_by_one(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """A product for each expert in use, where their number is known without waiting.
-
-    On a CPU `grouped_mm` is such a loop too, but one over all experts, used or not.
-    """
+    """A product for each expert in use, where their number is known without waiting."""
     count, top_k = experts.num_experts, indices.shape[-1]
     expert, order = indices.masked_fill(weights == 0, count).flatten().sort()
-    by_expert = torch.bincount(expert, minlength=count + 1)[:count]
-    rows = by_expert.tolist()
+    rows = torch.bincount(expert, minlength=count + 1)[:count].tolist()
     used, sizes = [e for e in range(count) if rows[e]], [n for n in rows if n]
     order = order[: sum(sizes)]
     token = order // top_k
     if not used:
         return torch.zeros_like(hidden)
-    multiply = None if experts.is_transposed or torch.is_grad_enabled() else _multiply_few()
-    # Where nothing is left out, the sums are those of `grouped_mm`, bit for bit.
-    few = len(token) <= FEW_ROWS * len(used) and len(token) < indices.numel()
 
     def linear(x: Tensor, name: str) -> Tensor:
         matrices = getattr(experts, name)
-        if multiply is not None and few and not experts.has_bias and _is_plain(x) and _is_plain(matrices):
-            product = x.new_empty(len(x), matrices.shape[1])
-            multiply(x.numpy(), by_expert.numpy(), matrices.detach().numpy(), product.numpy())
-            return product
         matrices = (matrices if experts.is_transposed else matrices.transpose(1, 2)).unbind(0)
         output = torch.cat([part @ matrices[e] for e, part in zip(used, x.split(sizes), strict=True)])
         return output + getattr(experts, f"{name}_bias")[expert[: len(x)]] if experts.has_bias else output
@@ -62,20 +102,6 @@ def _one_by_one(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) 
     output = linear(inner, "down_proj") * weights.flatten().index_select(0, order).unsqueeze(-1)
     by_slot = output.new_zeros(indices.numel(), output.shape[1]).index_copy(0, order, output)
     return by_slot.unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_contiguous()
-
-
-@cache
-def _multiply_few() -> Any:
-    """The compiled product, or None where numba is not installed."""
-    try:
-        from .kernels.products import multiply
-    except ImportError:
-        return None
-    return multiply
 
 
 def _grouped(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -129,7 +155,7 @@ def experts_by_distinct(layers: list[MoeLayer]) -> Iterator[None]:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _by_distinct)
-    _multiply_few()  # compiled, where nobody has yet, before a step waits for it
+    _compiled()  # compiled, where nobody has yet, before a step waits for it
     chosen = [
         layer.experts for layer in layers if hasattr(vars(layer.experts).get("config"), "_experts_implementation")
     ]

@@ -40,8 +40,8 @@ def intercept(
     """While open, `on_call` sees each call of what holds the layers and `on_layer` each MoE block's routing.
 
     `on_call` is given the arguments by name, and None when the call has ended, also by an exception. The tokens of a
-    call, of whatever sequences and positions, come to `on_layer` as one batch in which all are active; it may rewrite
-    the routing. Several threads may call the model at once; what is called runs in the thread of its call.
+    call, of whatever sequences and positions, come to `on_layer` as one batch, without a leading dimension, in which all
+    are active; it may rewrite the routing. Several threads may call the model at once; what is called runs in the thread of its call.
     Every hook is removed when the context ends, also by an exception.
     """
     handles: list[Any] = []
@@ -106,20 +106,18 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
                 "an MoE block's experts ran without its router: a model that was compiled before attaching needs experts that "
                 "compile; call model.set_experts_implementation('grouped_mm') first, or do not compile"
             )
-        active = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-        parts = (hidden, logits, indices.long(), weights, active)
-        decision = on_layer(layer, Routing(*(part.unsqueeze(0) for part in parts)))
+        decision = on_layer(layer, Routing(hidden, logits, indices.long(), weights, _all(hidden)))
         if decision is None:
             return None
         held.factor, held.addition = decision.factor, decision.addition
-        return (hidden, decision.indices[0].to(indices.dtype), decision.weights[0].to(weights.dtype)), {}
+        return (hidden, decision.indices.to(indices.dtype), decision.weights.to(weights.dtype)), {}
 
     def after_experts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         factor, addition, held.factor, held.addition = held.factor, held.addition, None, None
         if factor is not None:
-            output = output * factor[0].to(output.dtype)
+            output = output * factor.to(output.dtype)
         if addition is not None:
-            output = output + addition[0].to(output.dtype)
+            output = output + addition.to(output.dtype)
         return output
 
     return [
@@ -127,6 +125,10 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
         layer.experts.register_forward_pre_hook(foreign(before_experts), with_kwargs=True),
         layer.experts.register_forward_hook(foreign(after_experts)),
     ]
+
+
+def _all(hidden: Tensor) -> Tensor:
+    return torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
 
 
 @contextmanager

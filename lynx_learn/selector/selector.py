@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError, SelectorError
 from ..files import staged
-from ..moe.decision import Decision, Routing
+from ..moe.decision import Decision, Routing, each_tensor
 from ..moe.families import Layer
 from ..moe.identity import Identity, differences, identify
 from .config import CARD, CONFIG, METRICS, WEIGHTS, SelectorConfig, by_active
@@ -247,12 +247,22 @@ class ThresholdPolicy:
             exempt: `(G, T)` True for tokens that keep all their experts; they do not count for the threshold either, as
                 if the batch were so much smaller. None: no token does.
         """
-        compiled, ready, pricing = self.compiled.get(layer.index), self.ready[layer.index], self.prices.of(layer)
+        ready, pricing = self.ready[layer.index], self.prices.of(layer)
         if not (pricing is None or isinstance(pricing, Price)):
             return ready.selector.answer(routing, ready.rewrite(routing, exempt, pricing))
-        if compiled is not None and compiled.takes(routing):
-            return compiled.decide(routing, exempt, pricing)
+        if layer.index in self.compiled and len(routing.logits) == 1:
+            rows = None if exempt is None else exempt[0]
+            decision = self.decide_one(layer, each_tensor(lambda part: part[0], routing), rows)
+            if decision is not None:
+                return each_tensor(lambda part: part.unsqueeze(0), decision)
         return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt, pricing))
+
+    def decide_one(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision | None:
+        """As `decide` in one compiled call, for one decode batch without a leading dimension; None where none can."""
+        compiled, price = self.compiled.get(layer.index), self.prices.of(layer)
+        if compiled is None or not (price is None or isinstance(price, Price)) or not compiled.takes(routing):
+            return None
+        return compiled.decide(routing, exempt, price)
 
     def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None, Price | None], Decision]:
         """What computes the decision for a batch, who is exempt of it and prices, but for the surrogates' answers."""

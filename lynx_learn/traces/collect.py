@@ -277,10 +277,10 @@ def record(model: nn.Module, layers: list[MoeLayer], rows: Tensor) -> list[dict[
 
     def on_layer(layer: MoeLayer, routing: Routing) -> None:
         kept[layer.index] = {
-            "hidden": routing.hidden[0].to("cpu", layer.dtype),
-            "logits": routing.logits[0].to("cpu", torch.float32),
-            "indices": routing.indices[0].to("cpu", torch.int16),
-            "weights": routing.weights[0].to("cpu", torch.float32),
+            "hidden": routing.hidden.to("cpu", layer.dtype),
+            "logits": routing.logits.to("cpu", torch.float32),
+            "indices": routing.indices.to("cpu", torch.int16),
+            "weights": routing.weights.to("cpu", torch.float32),
         }
 
     known = inspect.signature(model.forward).parameters

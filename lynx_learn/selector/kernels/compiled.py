@@ -60,12 +60,11 @@ class Compiled:
         )
         self.shape = (folded.experts.shape[0], folded.projection.shape[0])
         self.not_projected = np.empty((0, folded.projection.shape[1]), np.float32)
+        self.answers, self.nothing = len(surrogates.down) > 0, torch.empty(0, 0)
         experts, hidden = self.shape
         self.one_price, self.one_device = np.ones(experts, np.float32), np.empty(0, np.int64)
-        one = torch.zeros(1, 1, 1)
-        self.decide(
-            Routing(torch.zeros(1, 1, hidden), torch.zeros(1, 1, experts), one.long(), one, torch.ones(1, 1).bool())
-        )
+        one = torch.zeros(1, 1)
+        self.decide(Routing(torch.zeros(1, hidden), torch.zeros(1, experts), one.long(), one, torch.ones(1).bool()))
 
     @staticmethod
     def is_for(folded: Folded, surrogates: Surrogates) -> bool:
@@ -76,14 +75,12 @@ class Compiled:
         )
 
     def takes(self, routing: Routing) -> bool:
-        """Whether it can decide for these: one decode batch of plain tensors that want no gradient."""
-        if torch.compiler.is_compiling() or type(routing.hidden) is not Tensor:
-            return False
+        """Whether it can decide for these: plain tensors that want no gradient, and at least one token and two experts."""
         hidden, logits, indices, weights, _ = routing
         return (
-            len(logits) == 1
-            and logits.shape[1] >= 1
-            and logits.shape[2] >= 2
+            type(hidden) is Tensor
+            and not torch.compiler.is_compiling()
+            and 0 < len(logits) != logits.numel()
             and hidden.dtype in FLOATS
             and logits.dtype in FLOATS
             and weights.dtype in FLOATS
@@ -92,23 +89,22 @@ class Compiled:
         )
 
     def decide(self, routing: Routing, exempt: Tensor | None = None, price: Price | None = None) -> Decision:
-        """The whole decision, with what surrogates answer, for what it `takes`; `exempt` as in `ThresholdPolicy`."""
+        """The whole decision, with what surrogates answer, for what it `takes`: one decode batch without a leading dimension.
+
+        `exempt` is `(T,)`, and as in `ThresholdPolicy`.
+        """
         each, devices = price or (None, None)
-        wide = [routing.hidden, routing.logits, routing.weights]
-        hidden, logits, weights = (part.float().contiguous().numpy()[0] for part in wide)
-        indices, standing = (
-            routing.indices.contiguous().numpy()[0],
-            routing.active.contiguous().numpy()[0].view(np.int8),
-        )
+        hidden, logits, weights = _floats(routing.hidden), _floats(routing.logits), _floats(routing.weights)
+        indices, standing = _plain(routing.indices).numpy(), _plain(routing.active).numpy().view(np.int8)
         if exempt is not None:
-            standing = standing + (standing & exempt.numpy()[0])
+            standing = standing + (standing & exempt.numpy())
         projected = self.not_projected
         if hidden.size * self.projection.shape[1] >= _LARGE:
-            projected = (routing.hidden[0].float() @ self.projection).numpy()
-        new_indices, new_weights = np.empty((1, *indices.shape), np.int64), np.empty((1, *indices.shape), np.float32)
-        answered, loads = np.empty((1, *indices.shape), np.bool_), np.empty((2, 1, logits.shape[1]), np.bool_)
-        rank = len(self.own.down)
-        addition = np.empty((1, *hidden.shape) if rank else (1, 0, 0), np.float32)
+            projected = (routing.hidden.float() @ self.projection).numpy()
+        # Those that go on as tensors are made as such; NumPy sees them where they lie.
+        new_indices, new_weights = torch.empty_like(routing.indices), torch.empty(indices.shape)
+        addition = torch.empty(hidden.shape) if self.answers else self.nothing
+        answered, loads = np.empty(indices.shape, np.bool_), np.empty((2, logits.shape[1]), np.bool_)
         left_out = decide(
             hidden,
             logits,
@@ -120,16 +116,25 @@ class Compiled:
             self.keep_top1,
             self.one_price if each is None else each.numpy(),
             self.one_device if devices is None else devices.numpy(),
-            new_indices[0],
-            new_weights[0],
-            answered[0],
-            loads[:, 0],
-            addition[0],
+            new_indices.numpy(),
+            new_weights.numpy(),
+            answered,
+            loads,
+            addition.numpy(),
         )
         return Decision(
-            torch.from_numpy(new_indices),
-            torch.from_numpy(new_weights).to(routing.weights.dtype),
-            torch.from_numpy(addition) if rank and left_out else None,
-            torch.from_numpy(answered) if rank else None,
+            new_indices,
+            new_weights if routing.weights.dtype == torch.float32 else new_weights.to(routing.weights.dtype),
+            addition if self.answers and left_out else None,
+            torch.from_numpy(answered) if self.answers else None,
             (torch.from_numpy(loads[0]), torch.from_numpy(loads[1])),
         )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _floats(tensor: Tensor) -> Any:
+    """In float32: where it lies, if it is that already."""
+    return _plain(tensor if tensor.dtype == torch.float32 else tensor.float()).numpy()

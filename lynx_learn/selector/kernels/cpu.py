@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba.extending import overload
 
-from ...moe.kernels.products import OPTIONS, kept_on_disk
+from ...moe.kernels.arithmetic import OPTIONS, exp, kept_on_disk
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
 from ..scorers import LOWEST_LOG_COST
 
@@ -19,13 +19,6 @@ _SMALLEST_WEIGHT, _LOWEST_LOG_COST = np.float32(SMALLEST_WEIGHT), np.float32(LOW
 # How a token stands: 0 does not run, exempt ones keep all their experts and are not counted.
 _ACTIVE, _EXEMPT = 1, 2
 _ZERO, _ONE, _INF, _SMALLEST_SPREAD = np.float32(0), np.float32(1), np.float32(np.inf), np.float32(1e-6)
-# Of exp: 2^n · e^r with r at most ln(2) / 2 either way, by the polynomial of Cephes' expf (Moshier 1992).
-_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_EXP_LOW, _EXP_HIGH, _HALF = np.float32(-87.0), np.float32(88.0), np.float32(0.5)
-_BIAS, _MANTISSA = np.int32(127), np.int32(23)
-
 
 # Small functions: what Numba takes to compile one grows faster than its length.
 _part = numba.njit(**OPTIONS)
@@ -73,19 +66,6 @@ def _overload_wide(value):
 
 
 @_part
-def _exp(x):
-    """e^x to a few units in the last place; unlike the library's it can be computed for several numbers at once."""
-    low = _EXP_LOW if x < _EXP_LOW else x
-    clamped = _EXP_HIGH if low > _EXP_HIGH else low
-    n = np.float32(np.floor(clamped * _LOG2_E + _HALF))
-    r = clamped - n * _LN2_HIGH - n * _LN2_LOW
-    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    scale = np.int32((np.int32(n) + _BIAS) << _MANTISSA).view(np.float32)
-    value = (p * r * r + r + _ONE) * scale
-    return _INF if x > _EXP_HIGH else value
-
-
-@_part
 def _at_least(value, least):
     """The larger one; what is no number stays so."""
     return least if value < least else value
@@ -115,7 +95,7 @@ def _read_logits(x, highest, powers, parts):
             highest[j] = x[e]
     partition_sum, weighted = _ZERO, _ZERO
     for e in range(len(x)):
-        powers[e] = _exp(x[e] - highest[0])
+        powers[e] = exp(x[e] - highest[0])
     for e in range(len(x)):
         partition_sum += powers[e]
         weighted += powers[e] * x[e]
@@ -182,7 +162,7 @@ def _learned(constant, of_expert, of, outer, a0, a1, a2, a3, a4):
     for c in range(len(outer)):
         inner = constant[c] + of_expert[c] + a0 * of[0, c] + a1 * of[1, c] + a2 * of[2, c]
         inner += a3 * of[3, c] + a4 * of[4, c]
-        learned += inner / (_ONE + _exp(-inner)) * outer[c]
+        learned += inner / (_ONE + exp(-inner)) * outer[c]
     return learned
 
 
