@@ -19,11 +19,12 @@ PART, OF_THE_DISK = ".part", "lost+found"
 
 
 def write_atomically(path: Path, data: bytes, by: str = "") -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file so that it is there whole or not at all; of a link, what it points at.
 
     Args:
         by: what tells this process from others that may be writing the same file.
     """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}{by}{PART}")
     try:
@@ -94,14 +95,15 @@ def check_writable(folder: Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """As `check_writable`, for one file.
+    """As `check_writable`, for one file: new, or in the place of another; never in that of a device or a pipe.
 
     Raises:
         OptionError: with the reason.
     """
-    if path.is_dir():
-        raise OptionError(f"{path} cannot be written (it is a folder): give the name of a file")
-    check_writable(path.parent)
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise OptionError(f"{path} cannot be written (it is {kind}): give the name of a file")
+    check_writable((path.resolve() if path.is_symlink() else path).parent)
 
 
 def is_empty(folder: Path) -> bool:

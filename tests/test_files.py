@@ -30,6 +30,16 @@ def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path: Path) -> No
     assert (tmp_path / "new" / "file").read_bytes() == b"two"
 
 
+def test_a_link_stays_one_and_what_it_points_at_is_written(small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(small_disk / "file")
+    for data in (b"one", b"two"):
+        check_target(tmp_path / "link")
+        write_atomically(tmp_path / "link", data)
+        assert (small_disk / "file").read_bytes() == data
+    assert (tmp_path / "link").is_symlink()
+    assert files(small_disk) == ["file"]
+
+
 @pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_keeps_the_old_file(
@@ -76,6 +86,10 @@ def test_what_cannot_be_written_into_is_refused_and_nothing_is_left(tmp_path: Pa
     with pytest.raises(OptionError, match="it is a folder"):
         check_target(tmp_path)
     assert files(tmp_path) == ["file"]
+    os.mkfifo(tmp_path / "pipe")
+    for special in (Path("/dev/null"), tmp_path / "pipe"):  # which a new file would stand in the place of
+        with pytest.raises(OptionError, match="it is no regular file"):
+            check_target(special)
 
 
 def test_a_fresh_disk_and_remains_of_an_interrupted_run_count_as_empty(tmp_path: Path) -> None:
