@@ -100,22 +100,25 @@ def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
 
 
 LINES = {
-    "no text": '{"content": "x"}',
-    "text is a number": '{"text": 3}',
-    "null": "null",
-    "a list": '["text"]',
-    "cut": '{"text": "x',
-    "a bare word": "hello",
-    "too deep": "[" * 200_000,
+    "no text": ('{"content": "x", "id": 3}', "content, id"),
+    "nothing": ("{}", "no key"),
+    "text is a number": ('{"text": 3}', '"text" is a number'),
+    "text is a list": ('{"text": ["a"]}', '"text" is a list'),
+    "null": ("null", "null"),
+    "a list": ('[{"text": "x"}]', "a list"),
+    "cut": ('{"text": "x', "no JSON"),
+    "a bare word": ("hello", "no JSON"),
+    "too deep": ("[" * 200_000, "no JSON"),
 }
 
 
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES.keys())
-def test_a_line_without_text_is_named(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("line", "found"), LINES.values(), ids=LINES.keys())
+def test_a_line_without_text_is_named(line: str, found: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(CorpusError) as error:
         list(read_documents(str(tmp_path / "a.jsonl")))
     assert "a.jsonl, line 2" in one_line(error)
+    assert f"(found: {found}): write one" in one_line(error)
 
 
 def _files_that_cannot_be_read() -> dict[str, tuple[str, bytes]]:
@@ -128,7 +131,8 @@ def _files_that_cannot_be_read() -> dict[str, tuple[str, bytes]]:
         "no gzip": ("a.jsonl.gz", b'{"text": "plain"}\n'),
         "damaged gzip": ("a.jsonl.gz", packed[:200] + bytes(b ^ 255 for b in packed[200:260]) + packed[260:]),
         "gzip with a wrong checksum": ("a.jsonl.gz", packed[:-8] + bytes(8)),
-        "wrong ending": ("a.csv", b"text\n"),
+        "wrong ending": ("a.pdf", b"text\n"),
+        "no table": ("a.parquet", b"text\n"),
     }
 
 
@@ -149,7 +153,8 @@ def test_a_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pq.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), tmp_path / "good" / "train.parquet")
     pq.write_table(pa.table({"content": ["one"], "id": [1]}), tmp_path / "bad" / "train.parquet")
     good = str(tmp_path / "good")
-    assert list(read_documents(good)) == [Document("one", good), Document("two", good)]
+    assert list(read_documents(good)) == [Document("one", "good"), Document("two", "good")]
+    assert list(read_documents(f"{good}/train.parquet")) == [Document("one", "train"), Document("two", "train")]
     with pytest.raises(CorpusError, match="no text column: its columns are content, id") as error:
         list(read_documents(str(tmp_path / "bad")))
     one_line(error)
@@ -229,6 +234,35 @@ def test_many_files_of_a_folder_are_one_source(tmp_path: Path) -> None:
     assert len(found) == MOST_SOURCES + 2
 
 
+def test_files_of_many_folders_are_few_sources(tmp_path: Path) -> None:
+    """Of a folder for each of many authors, or of two languages with a folder for each author."""
+    texts = [f"text {i}" for i in range(3 * MOST_SOURCES)]
+    for name, place in (("flat", "{}"), ("deep", "en/{}"), ("one", "only/{}/more")):
+        for i, text in enumerate(texts):
+            folder = tmp_path / name / (place.format(i) if i else place.format(i).replace("en/", "de/"))
+            folder.mkdir(parents=True)
+            (folder / "text.txt").write_text(text)
+    for name, sources in (("flat", {"flat"}), ("deep", {"de", "en"}), ("one", {"only"})):
+        found = list(read_documents(str(tmp_path / name)))
+        assert sorted(d.text for d in found) == sorted(texts)
+        assert {d.source for d in found} == sources
+
+
+def test_a_table_is_read_by_its_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": "one", "id": 1}, {"text": None, "id": 2}, {"text": "two, three", "id": 3}]
+    (tmp_path / "a.csv").write_text('text,id\none,1\n,2\n"two, three",3\n')
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.NDJSON").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("a.csv", "a.json", "a.NDJSON"):
+        found = list(read_documents(str(tmp_path / name)))
+        assert found == [Document("one", "a"), Document("two, three", "a")]
+    (tmp_path / "b.csv").write_text("content\none\n")
+    with pytest.raises(CorpusError, match="no text column: its columns are content") as error:
+        list(read_documents(str(tmp_path / "b.csv")))
+    one_line(error)
+
+
 def test_rows_without_text_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = jsonl(tmp_path / "a.jsonl", ["one", None, "three", None])
     for _ in range(2):  # said once, however often the text is read
@@ -243,9 +277,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 def test_what_was_found_instead_is_said(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"content": "x", "id": 3}\n')
-    with pytest.raises(CorpusError, match=r"a string \"text\" \(found: content, id\)"):
-        list(read_documents(str(tmp_path)))
     (tmp_path / "a.jsonl").write_text('{"a\\nb\\u001b[2J": null}\n')
     with pytest.raises(CorpusError, match=r"\(found: a\\nb\\x1b\[2J\)"):
         list(read_documents(str(tmp_path)))
@@ -272,7 +303,7 @@ def test_a_data_set_of_several_configurations(tmp_path: Path, monkeypatch: pytes
     name = save_tables(tmp_path / "several")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for more, texts in ((":small", ["one"]), (":small:dev", ["other"]), (":large:train", ["large"])):
-        assert [(d.text, d.source) for d in read_documents(name + more)] == [(text, name + more) for text in texts]
+        assert [(d.text, d.source) for d in read_documents(name + more)] == [(text, f"several{more}") for text in texts]
     refused = {
         "": rf"several configurations \(it has large, small\): write --corpus {name}:large|\(it has small, large\)",
         ":medium": r"no configuration 'medium' \(it has ",

@@ -94,6 +94,20 @@ def test_too_few_documents_give_several_sequences_in_one_group_and_it_is_said(
     assert "of one document" not in capsys.readouterr().out
 
 
+def test_sources_shorter_than_a_sequence_are_joined_beside_others(tmp_path: Path) -> None:
+    """As the traces have it; alone they would be left out without a word."""
+    (tmp_path / "text").mkdir()
+    for name in ("a", "b", "c"):
+        jsonl(tmp_path / "text" / f"{name}.jsonl", [name * 5])
+    jsonl(tmp_path / "text" / "long.jsonl", [f"{i:03d}".ljust(30, ".") for i in range(20)])
+    units = read_units(str(tmp_path / "text"), Bytes(), ["all"], 8, 6, seed=0)
+    assert {unit.source for unit in units} == {"long", "text"}
+    assert {letter for unit in units if unit.source == "text" for letter in unit.rows[0]} <= {*b"abc", 256}
+    with pytest.raises(CorpusError, match="holds") as error:  # a share of what is too short for it
+        decode_groups(str(tmp_path / "text"), Bytes(), "all", 2, 8, 5, seed=0, mix={"a": 1.0})
+    one_line(error)
+
+
 def test_short_documents_are_joined_and_long_ones_give_few_sequences(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [f"{i:02d}" for i in range(20)])
     jsonl(tmp_path / "b.jsonl", ["b" * 500])

@@ -39,7 +39,8 @@ class CollectOptions(ShareOptions):
     out: str
     """folder for the trace; a run that was broken off goes on there"""
     corpus: str = corpora.BUILT_IN
-    """text: python-stdlib, a .jsonl or .txt file (also .gz), a folder of them, or a data set as name:config:split"""
+    """text: python-stdlib, a .jsonl or .txt file (also .gz), a folder of them, a table (.parquet, .csv, .json), or a data
+    set as name:config:split"""
     split: corpora.Split = "fit"
     """part of the corpus to read, by document; calibrate and evaluate read the other parts"""
     tokens: int = 100_000

@@ -7,15 +7,15 @@ A document's split follows from the hash of its text alone, so the same corpus c
 import gzip
 import hashlib
 import json
+import os
 import re
 import sys
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,13 @@ BUILT_IN = "python-stdlib"
 CHAPTER = 2000
 BLANK = re.compile(r"\n[^\S\n]*\n")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
-# Endings in a folder that the `datasets` library reads.
-TABLES = (".parquet", ".arrow", ".csv", ".json")
+# Endings that the `datasets` library reads, alone or in a folder, and its name for their kind.
+TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".ndjson": "json"}
 # A folder with more files than this holds one document per file: together they are one source.
 MOST_SOURCES = 16
+# What is said of JSON that is no text.
+KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+ONE_A_LINE = 'one {"text": "…"} a line'
 # Share of the documents in each split, as cumulative upper bounds of the hash.
 BOUNDS: dict[str, tuple[float, float]] = {"fit": (0.0, 0.8), "calibrate": (0.8, 0.9), "test": (0.9, 1.0)}
 
@@ -58,8 +61,8 @@ def read_documents(corpus: str, split: Split = "all") -> Iterator[Document]:
 
     Args:
         corpus: `python-stdlib`, a `.jsonl` (field `text`) or `.txt` file, either also with `.gz`, a folder of such
-            files, or a data set of the `datasets` library (column `text`), as `name`, `name:configuration` or
-            `name:configuration:split`; without a split it is `train`.
+            files, a table (column `text`) whose ending is one of TABLES, or a data set of the `datasets` library (column
+            `text`), as `name`, `name:configuration` or `name:configuration:split`; without a split it is `train`.
         split: which documents to yield; `all` for no split.
 
     Raises:
@@ -75,14 +78,14 @@ def open_sources(corpus: str, split: Split = "all") -> list[Iterator[Document]]:
     if corpus == BUILT_IN:
         streams = [_read_interpreter_code(), _read_help_topics()]
     elif path.is_file():
-        streams = [_read_file(path)]
+        streams = [_read_dataset(corpus) if path.suffix.lower() in TABLES else _read_file(path)]
     elif path.is_dir() and (files := _files(path)):
-        streams = list(_read_files(files))
-    elif path.is_dir() and not _endings(path).keys() & set(TABLES):
+        streams = [_read_source(place, own) for place, own in _sources(path, files).items()]
+    elif path.is_dir() and not _endings(path).keys() & TABLES.keys():
         found = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in _endings(path).most_common(5))
         raise CorpusError(
             f"corpus folder {path} holds no {', '.join(SUFFIXES)} file (found: {found or 'nothing'}): put text there, "
-            'one {"text": "…"} a line in a .jsonl, or name another'
+            f"{ONE_A_LINE} in a .jsonl, or name another"
         )
     elif corpus.lower().endswith(SUFFIXES) or (corpus.startswith((".", "/", "~")) and not _named(corpus)[0].is_dir()):
         raise CorpusError(f"corpus {corpus!r} does not exist: give a file ({', '.join(SUFFIXES)}), a folder or a name")
@@ -105,18 +108,33 @@ def _endings(folder: Path) -> Counter[str]:
     return Counter(p.suffix.lower() for p in folder.rglob("*") if p.is_file())
 
 
-def _read_files(files: list[Path]) -> Iterator[Iterator[Document]]:
-    """A stream for each file; one for all files of a folder that has many, under the folder's name.
+def _sources(folder: Path, files: list[Path]) -> dict[Path, list[Path]]:
+    """Which files make a source: each one, or all below a folder; not more than MOST_SOURCES sources.
 
-    Files of such a folder come in an order that mixes them, since a run seldom reads to the end.
+    A source of its own for each of thousands of files would be no source, and all of them are open at once.
     """
-    for folder, group in groupby(files, lambda file: file.parent):
-        own = list(group)
-        if len(own) <= MOST_SOURCES:
-            yield from map(_read_file, own)
-        else:
-            own.sort(key=lambda file: hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).digest())
-            yield (Document(d.text, folder.resolve().name) for file in own for d in _read_file(file))
+    crowded = {place for place, count in Counter(file.parent for file in files).items() if count > MOST_SOURCES}
+    ways: tuple[Callable[[Path], Path], ...] = (
+        lambda file: file.parent if file.parent in crowded else file,
+        lambda file: folder / file.relative_to(folder).parts[0],
+    )
+    for place_of in ways:
+        found: dict[Path, list[Path]] = {}
+        for file in files:
+            found.setdefault(place_of(file), []).append(file)
+        if len(found) <= MOST_SOURCES:
+            return found
+    return {folder: files}
+
+
+def _read_source(place: Path, files: list[Path]) -> Iterator[Document]:
+    """A file, or all files below a folder under its name, in an order that mixes them: a run seldom reads to the end."""
+    if files == [place]:
+        yield from _read_file(place)
+        return
+    mixed = {hashlib.sha256(os.fsencode(file.relative_to(place))).digest(): file for file in files}
+    for _, file in sorted(mixed.items()):
+        yield from (Document(d.text, place.resolve().name) for d in _read_file(file))
 
 
 def _read_file(path: Path) -> Iterator[Document]:
@@ -131,9 +149,17 @@ def _read_file(path: Path) -> Iterator[Document]:
                 texts = (_text_of(str(line), path, at) for at, line in enumerate(lines, 1) if line.strip())
                 yield from _with_text(texts, source, str(path))
         else:
-            raise CorpusError(f"corpus file {path} has an unknown ending: expected one of {', '.join(SUFFIXES)}")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise CorpusError(f"corpus file {path} cannot be read ({error}): expected UTF-8 text") from error
+            raise CorpusError(
+                f"corpus file {path} has an unknown ending: expected one of {', '.join([*SUFFIXES, *TABLES])}; rename plain text "
+                f"to .txt, or write {ONE_A_LINE} into a .jsonl"
+            )
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"corpus file {path} is no UTF-8 text ({error}): convert it, as with iconv -f LATIN1 -t UTF-8"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "a whole file packed with gzip" if opener is gzip.open else "a file that can be read"
+        raise CorpusError(f"corpus file {path} cannot be read ({error}): expected {kind}") from error
 
 
 def _chapters(text: str) -> Iterator[str]:
@@ -188,19 +214,22 @@ def _say(line: str) -> None:
 
 
 def _text_of(line: str, path: Path, number: int) -> str | None:
-    found = ""
+    found = "no JSON"
     try:
         row = json.loads(line)
-        text = row["text"]
-        if text is None:
-            return None
-    except (ValueError, TypeError, RecursionError):
-        text = None
-    except KeyError:
-        text, found = None, f" (found: {', '.join(map(str, row)) or 'no key'})"
-    if not isinstance(text, str):
-        raise CorpusError(f'corpus file {path}, line {number}: expected one JSON object with a string "text"{found}')
-    return text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair, which tokenizers refuse
+        found = KINDS.get(type(row), "a number")
+        if isinstance(row, dict):
+            found = ", ".join(row) or "no key"
+            text = row["text"]
+            if text is None or isinstance(text, str):
+                # JSON may hold half a surrogate pair, which tokenizers refuse.
+                return text and text.encode("utf-8", "replace").decode()
+            found = f'"text" is {KINDS.get(type(text), "a number")}'
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise CorpusError(
+        f'corpus file {path}, line {number}: expected one JSON object with a string "text" (found: {found}): write {ONE_A_LINE}'
+    )
 
 
 def _read_interpreter_code() -> Iterator[Document]:
@@ -232,14 +261,23 @@ def _named(name: str) -> tuple[Path, str | None, str]:
 def _read_dataset(name: str) -> Iterator[Document]:
     folder, configuration, part = _named(name)
     path = str(folder)
+    source = name.replace(path, folder.resolve().name, 1) if folder.exists() else name
+    files: dict[str, Any] = {}
+    if folder.is_file():
+        path, files, source = TABLES[folder.suffix.lower()], {"data_files": path}, folder.stem
     try:
-        from datasets import load_dataset  # heavy, and needed here alone
+        from datasets import load_dataset  # heavy, and needed here only
 
-        rows = load_dataset(path, configuration, split=part, streaming=True)
-        yield from _with_text((_column(row, name) for row in rows), name, f"data set {name!r}")
+        rows = load_dataset(path, configuration, split=part, streaming=True, **files)
+        yield from _with_text((_column(row, name) for row in rows), source, f"data set {name!r}")
     except CorpusError:
         raise
     except Exception as error:  # datasets raises many kinds, all of them meaning the same to the user
+        if files:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CorpusError(
+                f"corpus file {folder} cannot be read ({reason}): expected rows with a text column"
+            ) from error
         raise CorpusError(_why_not(name, path, configuration, part, error)) from error
 
 

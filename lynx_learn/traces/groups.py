@@ -81,10 +81,13 @@ def read_units(
         documents = sorted(drawn[source], key=lambda d: _place(d.text, seed))
         # With equal shares another source may end, so that more is needed of this one.
         pools[source] = list(_units(documents, tokenizer, first, length, count))
-    if not any(pools.values()):  # each source holds less than one sequence: they are joined
-        every = sorted((d for own in drawn.values() for d in own), key=lambda d: _place(d.text, seed))
+    if mix is None and only is None:  # sources that hold less than one sequence each are joined
+        short = [d for source, units in pools.items() if not units for d in drawn[source]]
         name = Path(corpus).name or corpus
-        pools = {name: list(_units([Document(d.text, name) for d in every], tokenizer, first, length, count))}
+        joined = [Document(d.text, name) for d in sorted(short, key=lambda d: _place(d.text, seed))]
+        if more := list(_units(joined, tokenizer, first, length, count)):
+            pools[name] = pools.get(name, []) + more
+        pools = {source: units for source, units in pools.items() if units}
     return _take_turns(pools, count, mix, block)
 
 
