@@ -1,4 +1,4 @@
-"""The command line: a dict of commands; every option is a field of the command's dataclass.
+"""The command line: a dict of commands; every option is a field of the command's dataclass (see `options`).
 
 Exit status: 0 done, 1 a fault of this package (with a traceback), 2 something for the user to put right, 130 interrupted.
 """
@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .errors import LynxError, Unfinished
+from .options import parse
 
 
 class Command(NamedTuple):
@@ -199,7 +200,7 @@ def _run(argv: list[str]) -> int:
             words = [word for word, more in pairwise([*words, "--"]) if word != kind or not more.startswith("--")]
     command = COMMANDS[name]
     module = import_module(f".{command.module}", __package__)
-    options = parse(name, getattr(module, command.options), words)
+    options = parse(name, getattr(module, command.options), words, command.examples)
     if name != "bench --url":  # which needs no model
         _hush_transformers()
     result = getattr(module, command.function)(options)
@@ -257,91 +258,6 @@ def _completion(words: list[str]) -> int:
 
 def _is_literal(hint: object) -> bool:
     return typing.get_origin(hint) is typing.Literal
-
-
-def parser_of(command: str, options: type) -> Any:
-    """The parser of a command; its help has one line for each field of the options class."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    from .show.help import HelpFormatter
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    required = [f for f in dataclasses.fields(options) if f.default is f.default_factory is dataclasses.MISSING]
-    needed = "".join(f" --{f.name.replace('_', '-')} {f.name.upper()}" for f in required)
-    parser = ArgumentParser(
-        prog=f"lynx-learn {command}",
-        usage=f"lynx-learn {command}{needed} [options]",
-        exit_on_error=False,
-        description=(options.__doc__ or "").splitlines()[0],
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in COMMANDS[command].examples),
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with options; --print-config writes one")
-    parser.add_class_arguments(options, as_group=False)
-    return parser
-
-
-def parse(command: str, options: type, argv: list[str]) -> Any:
-    """Options from flags and `--config file.yaml`; `--batch-sizes 8 16` and `--batch_sizes 8 16` are the same.
-
-    Raises:
-        LynxError: with one line, where argparse would print its usage too.
-    """
-    try:
-        config = parser_of(command, options).parse_args(_spread(options, argv))
-    except Exception as error:  # jsonargparse's own, and whatever a file that is no YAML makes it raise
-        raise LynxError(f"{command}: {_first_reason(str(error))}; see lynx-learn {command} --help") from None
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(options)}
-    return options(**values)
-
-
-def _first_reason(message: str) -> str:
-    return " ".join(message.split()).rstrip(".")
-
-
-def _spread(options: type, argv: list[str]) -> list[str]:
-    """Dashes to underscores, a leading word to `--model`, `--list 1 2 3` to `--list [1, 2, 3]`, and `--dict a=1 b=2` to
-    `--dict {"a": 1, "b": 2}`."""
-    hints = typing.get_type_hints(options)
-    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
-    dicts = {
-        name for name, hint in hints.items() if dict in [typing.get_origin(h) for h in (hint, *typing.get_args(hint))]
-    }
-    if argv and not argv[0].startswith("-") and "model" in hints:
-        argv = ["--model", *argv]
-    found: list[str] = []
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if not word.startswith("--"):
-            found.append(word)
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if (name in lists or name in dicts) and not equals:
-            end = position
-            while end < len(argv) and not argv[end].startswith("--"):
-                end += 1
-            values = argv[position:end]
-            if name in dicts and all("=" in v and not v.startswith("{") for v in values):
-                values = [json.dumps({k: _number(v) for k, _, v in (word.partition("=") for word in values)})]
-            elif name in lists and not (len(values) == 1 and values[0].startswith("[")):
-                values = [json.dumps([_number(v) for v in values])]
-            found += [f"--{name}", *values]
-            position = end
-        else:
-            found.append(f"--{name}{equals}{value}")
-    return found
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _hush_transformers() -> None:

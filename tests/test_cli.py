@@ -26,11 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from lynx_learn import __version__
-from lynx_learn.cli import COMMANDS, WAITING, main, parse
+from lynx_learn.cli import COMMANDS, WAITING, main
 from lynx_learn.fit.train import TrainOptions
 from lynx_learn.inspection import InspectOptions
 from lynx_learn.measure.calibrate import CalibrateOptions
 from lynx_learn.measure.evaluate import EvaluateOptions
+from lynx_learn.options import parse
 from lynx_learn.traces.collect import CollectOptions
 from lynx_learn.traces.format import Trace, TraceWriter
 
@@ -294,23 +295,39 @@ def test_a_budget_that_no_threshold_keeps_is_said(selector: Path, run: Run) -> N
     [
         (["sing"], "unknown command 'sing'"),
         (["--sing"], "unknown command"),
-        (["collect"], "required: model, out"),
-        (["collect", "--model", "m"], "required: out"),
-        (["collect", "--model"], "--model"),
-        (["collect", "--model", "m", "--out", "o", "--tokens", "many"], '"tokens"'),
-        (["collect", "--model", "m", "--out", "o", "--tokens", "1.5"], '"tokens"'),
+        (["collect"], "required: --model, --out; as in `lynx-learn collect --model "),
+        (["collect", "--model", "m"], "required: --out; as in `lynx-learn collect "),
+        (["collect", "--model"], "--model has no value: expected a word"),
+        (
+            ["collect", "--model", "m", "--out", "o", "--tokens", "many"],
+            "--tokens many is not usable: expected a whole number",
+        ),
+        (
+            ["collect", "--model", "m", "--out", "o", "--tokens", "1.5"],
+            "--tokens 1.5 is not usable: expected a whole number",
+        ),
         (["collect", "--model", "m", "--out", "o", "--tokens", "0"], "--tokens 0 "),
-        (["collect", "--model", "m", "--out", "o", "--mode", "sing"], '"mode"'),
-        (["collect", "--model", "m", "--out", "o", "--sing", "loud"], "--sing"),
+        (
+            ["collect", "--model", "m", "--out", "o", "--mode", "sing"],
+            "--mode sing is not usable: expected one of teacher, generate",
+        ),
+        (["collect", "--model", "m", "--out", "o", "--sing", "loud"], "unknown option or word --sing;"),
+        (["collect", "--model", "m", "--out", "o", "--toekns", "3"], "--toekns: did you mean --tokens?"),
+        (["calibrate", "--selector", "s", "--mix", "a=b"], "--mix {'a': 'b'} is not usable: expected NAME=VALUE pairs"),
+        (["calibrate", "--selector", "s", "--budgets", "low"], "--budgets low is not usable: expected a number, or"),
+        (["train", "--trace", "t", "--out", "o", "--rank", "x"], "--rank x is not usable: expected a whole number"),
         (["collect", "--model", "m", "--out", "o", "loud"], "loud"),
         (["train", "--trace", "t", "--out", "o", "--rate", "-1"], "--rate -1 "),
-        (["train", "--trace", "t", "--out", "o", "--reference", "perhaps"], '"reference"'),
+        (
+            ["train", "--trace", "t", "--out", "o", "--reference", "perhaps"],
+            "--reference perhaps is not usable: expected true or false",
+        ),
         (["train", "--trace", "no-trace", "--out", "o"], "no-trace holds no trace"),
         (["calibrate", "--selector", "s", "--budgets", "-1"], "--budgets -1 "),
         (["calibrate", "--selector", "s", "--budgets", "nan"], "budgets"),
         (["calibrate", "--selector", "s", "--budgets"], "--budgets is empty"),
         (["calibrate", "--selector", "s", "--batch-sizes"], "--batch-sizes is empty"),
-        (["calibrate", "--selector", "s", "--batch-sizes", "1.5"], '"batch_sizes"'),
+        (["calibrate", "--selector", "s", "--batch-sizes", "1.5"], "--batch-sizes 1.5 is not usable: expected a whole"),
         (["evaluate", "--selector", "s", "--out", "o", "--methods", "magic"], "--methods magic is unknown"),
         (["evaluate", "--selector", "s", "--out", "o", "--methods"], "--methods is empty"),
         (["quickstart", "--budget", "-1", "--out", "o"], "--budget -1 "),
@@ -330,11 +347,12 @@ def test_bad_words(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("tokenz: 3\n", "tokenz"),
-        ("tokens: many\n", '"tokens"'),
+        ("tokenz: 3\n", "--tokenz: did you mean --tokens?"),
+        ("tokens: many\n", "--tokens many is not usable: expected a whole number"),
         ("tokens: [1\n", "parsing config"),
-        ("- tokens\n", "config"),
-        (None, "does not exist"),
+        ("- tokens\n", "--config holds no options"),
+        ("", "--config holds no options"),
+        (None, "--config: File does not exist"),
     ],
 )
 def test_bad_configs(text: str | None, reason: str, refused: Refused, tmp_path: Path) -> None:
@@ -388,7 +406,11 @@ def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("", "less than one sequence"), ("the router\n", "less than one sequence"), (None, "does not exist")],
+    [
+        ("", "less than one sequence"),
+        ("the router\n", "less than one sequence"),
+        (None, "does not exist"),
+    ],
 )
 def test_corpora_without_enough_text(
     text: str | None, reason: str, refused: Refused, selector: Path, tmp_path: Path

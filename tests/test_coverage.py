@@ -18,7 +18,7 @@ from pool_cases import SIZE, doubles, loss_at, made_up, pool_of
 from shared import SHARED
 from torch import Tensor
 
-from lynx_learn.cli import main, parse
+from lynx_learn.cli import main
 from lynx_learn.decode import simulate
 from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.measure import coverage as module
@@ -37,6 +37,7 @@ from lynx_learn.measure.coverage import (
 from lynx_learn.measure.pools import Meter, Pool, grid
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
+from lynx_learn.options import parse
 from lynx_learn.parts import deciding
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector

@@ -24,7 +24,7 @@ FLOW = (
     "decode rules graph",
     "fit offload",
     "measure",
-    "quickstart inspection plan cli __init__",
+    "options quickstart inspection plan cli __init__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOW) for room in rooms.split()}
 # What connects to serving engines needs what serving needs, and nothing of the flow behind it.
@@ -36,7 +36,7 @@ RESERVED = {
     "sklearn": {"fit.scorer"},
     "datasets": {"traces.documents"},
     "rich": {"show.progress", "show.tables"},
-    "jsonargparse": {"cli", "show.help"},
+    "jsonargparse": {"options", "show.help"},
     "jinja2": {"show.card"},
     "joblib": {"measure.sweeps"},
     "shtab": {"cli"},
