@@ -73,6 +73,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
     """Run collect, train, calibrate, evaluate and a paired timing; prints and returns the closing figures."""
     out = Path(options.out)
     check_empty(out)
+    corpora.check_corpus(options.corpus)
     device, dtype = options.device, options.dtype
     trace, selector_folder = str(out / "trace"), str(out / "selector")
     show(f"1/6 collect router traces of {options.model} on {options.corpus}")

@@ -427,6 +427,18 @@ def test_corpora_without_enough_text(
     assert not out.exists()
 
 
+def test_a_missing_corpus_is_told_before_a_model_is_loaded(refused: Refused, selector: Path, tmp_path: Path) -> None:
+    corpus, out, model = tmp_path / "no.jsonl", tmp_path / "out", tmp_path / "no-model"
+    for words in (
+        collect_words(out, model=model, corpus=corpus),
+        [*measuring_words("calibrate", selector), "--corpus", corpus, "--model", model],
+        [*measuring_words("evaluate", selector), "--corpus", corpus, "--model", model, "--out", out],
+        ["quickstart", "--corpus", corpus, "--model", model, "--out", out],
+    ):
+        assert "no.jsonl' does not exist" in refused(*words)
+    assert not out.exists()
+
+
 # Bad selectors and traces.
 
 

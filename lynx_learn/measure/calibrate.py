@@ -31,7 +31,7 @@ from ..selector.prices import read_prices
 from ..selector.saving import is_made_by, read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector, ThresholdPolicy
 from ..show.progress import track
-from ..traces.corpus import BUILT_IN, Split
+from ..traces.corpus import BUILT_IN, Split, check_corpus
 from ..traces.groups import Group
 from .bound import BOUND, Curve, count_bound, last_within, plan, rising, upper_bound
 
@@ -146,6 +146,7 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
     if is_done():
         return LynxSelector.from_pretrained(folder)
     check_writable(folder)
+    check_corpus(options.corpus)
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = loaded or load_base(
         options.model, selector.config.base_model, selector.config.base_revision, options.device, options.dtype

@@ -30,7 +30,7 @@ from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.figures import frontier
 from ..show.progress import track
-from ..traces.corpus import BUILT_IN, Split
+from ..traces.corpus import BUILT_IN, Split, check_corpus
 from ..traces.groups import Batches
 from .report import Cell, Store, make_report
 from .sweeps import Runner, Setup, Subject, Task, measuring, plan
@@ -136,6 +136,7 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     metrics = read_metrics(options.selector) if options.card else {}
     for place in (options.out, *([options.selector] if options.card else [])):
         check_writable(Path(place))
+    check_corpus(options.corpus)
     subject = Subject(options.setup, loaded)
     if options.workers > 1 and subject.loaded.input_device.type != "cpu":
         raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")

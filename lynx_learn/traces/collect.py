@@ -110,6 +110,7 @@ def collect(options: CollectOptions, loaded: LoadedModel | None = None) -> Trace
     """
     out, share = Path(options.out), options.share
     check_writable(out)
+    corpora.check_corpus(options.corpus)
     with closing(start(options, loaded)) as tracer:
         trace_options = describe(options, tracer.model)
         writer = TraceWriter(out, trace_options, share.by)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from ..errors import CorpusError, OptionError
 from .documents import BUILT_IN, Document, Split, open_sources, read_documents
 
-__all__ = ["BUILT_IN", "Bos", "Split", "open_sources", "opening", "read_sequences"]
+__all__ = ["BUILT_IN", "Bos", "Split", "check_corpus", "open_sources", "opening", "read_sequences"]
 
 Bos = Literal["auto", "yes", "no"]
 # Sequences of one document that are used at most.
@@ -44,6 +44,15 @@ def opening(tokenizer: Encoder, bos: Bos) -> list[int]:
             "--bos yes is not usable: the model's tokenizer has no BOS token; leave it out or write --bos no"
         )
     return [tokenizer.bos_token_id]
+
+
+def check_corpus(corpus: str) -> None:
+    """Read as far as its first document, before a model is loaded and run for the sake of the text.
+
+    Raises:
+        CorpusError: it is not there, or cannot be read.
+    """
+    next(read_documents(corpus), None)
 
 
 def read_sequences(
