@@ -8,7 +8,7 @@ from threading import Semaphore
 import pytest
 
 from lynx_learn.show import progress
-from lynx_learn.show.progress import duration, set_quiet, step, track
+from lynx_learn.show.progress import duration, set_quiet, step, step_if_slow, track
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +63,22 @@ def test_a_step_that_fails_claims_nothing(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(ValueError, match="no"), step("load"):
         raise ValueError("no")
     assert capsys.readouterr().err == "load …\n"
+
+
+def test_only_a_slow_step_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with step_if_slow("compiling"):
+        pass
+    assert capsys.readouterr().err == ""
+    said = Semaphore(0)
+    monkeypatch.setattr(progress, "SLOW_S", 0.0)
+    monkeypatch.setattr(progress, "_say", lambda line, say=progress._say: [say(line), said.release()])
+    with pytest.raises(ValueError, match="broken"), step_if_slow("compiling"):
+        assert said.acquire(timeout=60)
+        raise ValueError("broken")
+    assert capsys.readouterr().err == "compiling …\n"
+    with step_if_slow("compiling"):
+        assert said.acquire(timeout=60)
+    assert capsys.readouterr().err == "compiling …\ncompiling: done in 0 s\n"
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

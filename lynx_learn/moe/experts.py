@@ -72,7 +72,10 @@ def _is_plain(tensor: Tensor) -> bool:
 def _compiled() -> Any:
     """The compiled function, or None where numba is not installed."""
     try:
-        from .kernels.gated import run_experts
+        from .kernels.arithmetic import compiling
+
+        with compiling():
+            from .kernels.gated import run_experts
     except ImportError:
         return None
     return run_experts

@@ -292,6 +292,7 @@ def _kernels(on_cuda: bool) -> ModuleType:
 def _compiled(ready: dict[int, Ready], forced: bool) -> "dict[int, Compiled]":
     """What decides on the CPU, for the layers that are there."""
     try:
+        from ..moe.kernels.arithmetic import compiling
         from .kernels.compiled import Compiled
     except ImportError as error:
         if not forced:  # a model must run where only numba does not
@@ -304,7 +305,8 @@ def _compiled(ready: dict[int, Ready], forced: bool) -> "dict[int, Compiled]":
         raise OptionError(
             "kernel 'numba' is not usable: it decides for layers on a CPU, in float32 or bfloat16; take 'auto'"
         )
-    return {
-        index: Compiled(own.folded, own.selector.surrogates, own.thresholds, own.selector.keep_top1)
-        for index, own in able.items()
-    }
+    with compiling():
+        return {
+            index: Compiled(own.folded, own.selector.surrogates, own.thresholds, own.selector.keep_top1)
+            for index, own in able.items()
+        }

@@ -10,6 +10,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 # Seconds between two lines where there is no terminal.
 INTERVAL_S = 30.0
+# Seconds from which on a step that takes none as a rule is named.
+SLOW_S = 1.0
 
 _quiet = False
 
@@ -67,6 +69,27 @@ def step(title: str) -> Iterator[None]:
         _say(f"{title} …")
     yield
     if not _quiet:
+        _say_end(title, "done", time.monotonic() - start)
+
+
+@contextmanager
+def step_if_slow(title: str) -> Iterator[None]:
+    """Name a step that takes no time as a rule, such as loading what is compiled once, only where it takes some."""
+    start, end, said = time.monotonic(), Event(), Event()
+
+    def report() -> None:
+        if not end.wait(SLOW_S) and not _quiet:
+            said.set()
+            _say(f"{title} …")
+
+    thread = Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+    if said.is_set():
         _say_end(title, "done", time.monotonic() - start)
 
 

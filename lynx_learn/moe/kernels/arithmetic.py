@@ -1,9 +1,12 @@
 """What the functions that Numba compiles share. Importing this module needs numba."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numba
 import numpy as np
+
+from ...show.progress import step_if_slow
 
 # Sums may be taken in another order, but what is no number or infinite stays so.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
@@ -13,6 +16,11 @@ _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.flo
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _LOW, _HIGH, _HALF, _ONE, _INF = np.float32(-87), np.float32(88), np.float32(0.5), np.float32(1), np.float32(np.inf)
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
+
+
+def compiling() -> AbstractContextManager[None]:
+    """Around what loads or runs compiled functions first: says so where they have to be compiled."""
+    return step_if_slow("compiling for this CPU, once")
 
 
 def kept_on_disk(function: Any, *signature: str) -> Any:

@@ -44,8 +44,8 @@ class Compiled:
 
     def __init__(self, folded: Folded, surrogates: Surrogates, thresholds: Tensor, keep_top1: bool) -> None:
         """Arguments as in `triton.rewrite`. Loads the compiled function, and compiles it first where nobody has yet."""
+        self.made_of = (folded, surrogates, thresholds, keep_top1)
         width = folded.outer.shape[0]
-        self.keep_top1, self.projection = keep_top1, folded.projection
         self.own = Arrays(
             *_columns(folded.assignment, width),
             *_columns(folded.token, width),
@@ -58,13 +58,16 @@ class Compiled:
             constant=_array(surrogates.constant),
             starts=_array(surrogates.starts),
         )
-        self.shape = (folded.experts.shape[0], folded.projection.shape[0])
-        self.not_projected = np.empty((0, folded.projection.shape[1]), np.float32)
-        self.answers, self.nothing = len(surrogates.down) > 0, torch.empty(0, 0)
-        experts, hidden = self.shape
-        self.one_price, self.one_device = np.ones(experts, np.float32), np.empty(0, np.int64)
+        self.projection, self.answers = folded.projection, len(surrogates.down) > 0
+        own, (experts, hidden) = self.own, (folded.experts.shape[0], folded.projection.shape[0])
+        sizes = [experts, hidden, len(own.outer), len(own.projection), len(own.down), len(own.token)]
+        sizes += [len(own.assignment), len(own.thresholds), keep_top1]
+        self.table = np.array(sizes + [part.ctypes.data for part in own], np.int64)
         one = torch.zeros(1, 1)
         self.decide(Routing(torch.zeros(1, hidden), torch.zeros(1, experts), one.long(), one, torch.ones(1).bool()))
+
+    def __reduce__(self) -> Any:
+        return Compiled, self.made_of  # addresses hold in one process only
 
     @staticmethod
     def is_for(folded: Folded, surrogates: Surrogates) -> bool:
@@ -95,46 +98,41 @@ class Compiled:
         """
         each, devices = price or (None, None)
         hidden, logits, weights = _floats(routing.hidden), _floats(routing.logits), _floats(routing.weights)
-        indices, standing = _plain(routing.indices).numpy(), _plain(routing.active).numpy().view(np.int8)
-        if exempt is not None:
-            standing = standing + (standing & exempt.numpy())
-        projected = self.not_projected
-        if hidden.size * self.projection.shape[1] >= _LARGE:
-            projected = (routing.hidden.float() @ self.projection).numpy()
-        # Those that go on as tensors are made as such; NumPy sees them where they lie.
-        new_indices, new_weights = torch.empty_like(routing.indices), torch.empty(indices.shape)
-        addition = torch.empty(hidden.shape) if self.answers else self.nothing
-        answered, loads = np.empty(indices.shape, np.bool_), np.empty((2, logits.shape[1]), np.bool_)
+        indices, active = _plain(routing.indices), _plain(routing.active)
+        exempt = None if exempt is None else _plain(exempt)
+        tokens, top_k = indices.shape
+        projected = None
+        if hidden.numel() * self.projection.shape[1] >= _LARGE:
+            projected = hidden @ self.projection
+        new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
+        answered = torch.empty(tokens, top_k, dtype=torch.bool)
+        loads = torch.empty(2, logits.shape[1], dtype=torch.bool)
+        addition = torch.empty_like(hidden) if self.answers else None
         left_out = decide(
-            hidden,
-            logits,
-            indices,
-            weights,
-            standing,
-            projected,
-            self.own,
-            self.keep_top1,
-            self.one_price if each is None else each.numpy(),
-            self.one_device if devices is None else devices.numpy(),
-            new_indices.numpy(),
-            new_weights.numpy(),
-            answered,
-            loads,
-            addition.numpy(),
+            self.table,
+            self.own.down,
+            tokens,
+            top_k,
+            *map(_address, (hidden, logits, indices, weights, active, exempt, projected, each, devices)),
+            *map(_address, (new_indices, new_weights, answered, loads, addition)),
         )
         return Decision(
             new_indices,
             new_weights if routing.weights.dtype == torch.float32 else new_weights.to(routing.weights.dtype),
-            addition if self.answers and left_out else None,
-            torch.from_numpy(answered) if self.answers else None,
-            (torch.from_numpy(loads[0]), torch.from_numpy(loads[1])),
+            addition if left_out else None,
+            answered if self.answers else None,
+            (loads[0], loads[1]),
         )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _floats(tensor: Tensor) -> Any:
-    """In float32: where it lies, if it is that already."""
-    return _plain(tensor if tensor.dtype == torch.float32 else tensor.float()).numpy()
+def _floats(tensor: Tensor) -> Tensor:
+    """In float32 and without gaps: itself, if it is that already."""
+    return _plain(tensor if tensor.dtype == torch.float32 else tensor.float())

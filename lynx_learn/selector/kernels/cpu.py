@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba.extending import overload
+from numba import carray  # type: ignore[attr-defined]
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
 from ...moe.kernels.arithmetic import OPTIONS, exp, kept_on_disk
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
@@ -63,6 +65,26 @@ def _overload_wide(value):
     if value == numba.types.float32:
         return lambda value: value
     return lambda value: np.int32(np.int32(value) << np.int32(16)).view(np.float32)
+
+
+@intrinsic
+def _pointer(typing_context, address):
+    """An address as `carray` takes it."""
+
+    def made(context, builder, signature, args):
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return numba.types.voidptr(numba.types.int64), made
+
+
+@_part
+def _vector(address, size, dtype):
+    return carray(_pointer(address), (size,), dtype)  # type: ignore[call-arg]
+
+
+@_part
+def _matrix(address, rows, columns, dtype):
+    return carray(_pointer(address), (rows, columns), dtype)  # type: ignore[call-arg]
 
 
 @_part
@@ -279,8 +301,8 @@ def _answer_one(x, weight, down, up, constant, codes, out):
             out[h] += code * _wide(row[h])
 
 
-@kept_on_disk
-def decide(
+@_part
+def _decide(
     hidden,
     logits,
     indices,
@@ -299,8 +321,8 @@ def decide(
 ):
     """One decode batch; fills what comes after `devices`, and returns how many assignments are left out.
 
-    Arguments as in `Routing`, `Price` and `Decision`, for one batch; `devices` is empty where all experts lie on one; `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden
-    states are projected here.
+    Arguments as in `Routing`, `Price` and `Decision`, for one batch; `devices` is empty where all experts lie on one.
+    `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden states are projected here.
     """
     experts, top_k, rows = logits.shape[1], indices.shape[1], len(own.down)
     total, used, first = np.zeros(experts, np.float32), np.zeros(experts, np.bool_), np.zeros(experts, np.bool_)
@@ -331,3 +353,85 @@ def decide(
         loads[0, e] = used[e]
         loads[1, e] = kept[e] and used[e]
     return left_out
+
+
+@kept_on_disk
+def decide(
+    table,
+    like,
+    tokens,
+    top_k,
+    hidden,
+    logits,
+    indices,
+    weights,
+    active,
+    exempt,
+    projected,
+    prices,
+    devices,
+    new_indices,
+    new_weights,
+    answered,
+    loads,
+    addition,
+):
+    """`_decide` for arrays that lie in memory without gaps, by their addresses; 0 where there is none.
+
+    What Numba takes to look at an array from Python is more than what a small one takes to be read.
+
+    Args:
+        table: int64; experts, hidden size, W, P, rows of surrogates, token parts with P, assignment parts, thresholds,
+            whether each token keeps its first expert; then the addresses of what `Arrays` holds.
+        like: an array of the surrogates' type, to tell it.
+        tokens, top_k: the batch's size.
+        hidden, logits, indices, weights, active: as in `Routing`; float32, int64 and bool.
+        exempt: `(T,)`, bool.
+        projected: `(T, P)`.
+        prices, devices: as in `Price`.
+        new_indices, new_weights, answered, loads, addition: filled; as in `Decision`, loads `(2, experts)`.
+
+    Returns:
+        How many assignments are left out.
+    """
+    experts, size, inner, parts, rows = table[0], table[1], table[2], table[3], table[4]
+    of_token, of_assignment, sizes, at = table[5], table[6], table[7], table[9:]
+    own = Arrays(
+        _matrix(at[0], of_assignment, inner, np.float32),
+        _vector(at[1], of_assignment, np.float32),
+        _matrix(at[2], of_token, inner, np.float32),
+        _vector(at[3], of_token, np.float32),
+        _matrix(at[4], experts, inner, np.float32),
+        _vector(at[5], experts, np.float32),
+        _matrix(at[6], parts, size, np.float32),
+        _vector(at[7], inner, np.float32),
+        _vector(at[8], sizes, np.float32),
+        _matrix(at[9], rows, size, like.dtype),
+        _matrix(at[10], rows, size, like.dtype),
+        _matrix(at[11], experts, size, like.dtype),
+        _vector(at[12], experts + 1, np.int64),
+    )
+    standing = np.empty(tokens, np.int8)
+    runs, keeps = _vector(active, tokens, np.int8), _vector(exempt, tokens, np.int8)
+    for t in range(tokens):
+        standing[t] = runs[t]
+        if exempt and keeps[t]:
+            standing[t] += runs[t]
+    ones = np.ones(0 if prices else experts, np.float32)
+    return _decide(
+        _matrix(hidden, tokens, size, np.float32),
+        _matrix(logits, tokens, experts, np.float32),
+        _matrix(indices, tokens, top_k, np.int64),
+        _matrix(weights, tokens, top_k, np.float32),
+        standing,
+        _matrix(projected, tokens if projected else 0, parts, np.float32),
+        own,
+        table[8] != 0,
+        _vector(prices, experts, np.float32) if prices else ones,
+        _vector(devices, experts if devices else 0, np.int64),
+        _matrix(new_indices, tokens, top_k, np.int64),
+        _matrix(new_weights, tokens, top_k, np.float32),
+        _matrix(answered, tokens, top_k, np.bool_),
+        _matrix(loads, 2, experts, np.bool_),
+        _matrix(addition, tokens if rows else 0, size, np.float32),
+    )
