@@ -1,11 +1,16 @@
-"""Which type a model is loaded in, and what is said of it."""
+"""Which type a model is loaded in, what is said of it, and what is refused: damaged and pickled weights, code beside them."""
 
+import io
+import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from flows import one_line, tiny_flow
+from safetensors.torch import load_file, save_file
 from tiny import decode, random_selector, tiny_model, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,3 +177,106 @@ def test_the_larger_model_is_found_in_a_clone_and_elsewhere_the_error_says_where
         models.load_model("reference-moe-50m")
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "data" / "reference-moe-50m")
     assert models.load_model("reference-moe-50m", tokenizer=False).model.config.model_type == "qwen3_moe"
+
+
+# What is refused.
+
+
+def test_a_damaged_model_is_one_line(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        shutil.copytree(tiny_flow().model, model)
+        data = (model / name).read_bytes()
+        (model / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(ModelError, match="cannot be loaded") as error:
+            models.load_model(str(model), "cpu")
+        one_line(error)
+        shutil.rmtree(model)
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_flow().model, model)
+    weights = models.load_model(str(tiny_flow().model), "cpu").model.state_dict()
+    (model / "model.safetensors").unlink()
+    torch.save(weights, model / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors") as error:
+        models.load_model(str(model), "cpu")
+    one_line(error)
+
+
+def test_wrong_devices_and_dtypes_are_one_line() -> None:
+    for options in ({"device": "gpu"}, {"dtype": "float64"}, {"device": "cpu:x"}):
+        with pytest.raises(ModelError) as error:
+            models.load_model(str(tiny_flow().model), **{"device": "cpu", **options})
+        one_line(error)
+
+
+def test_a_strangers_training_json_is_no_reason_to_stop(tmp_path: Path) -> None:
+    for text, revision in (
+        ('{"epochs": 3}', "local"),
+        ("[]", "local"),
+        ("{", "local"),
+        ('{"tokens_seen": 7}', "7 tokens"),
+    ):
+        model = tmp_path / "model"
+        shutil.copytree(tiny_flow().model, model)
+        (model / "training.json").write_text(text)
+        assert models.load_model(str(model), "cpu").revision == revision
+        shutil.rmtree(model)
+
+
+def with_code(folder: Path, model_type: str) -> Path:
+    """The tiny model with Python code beside it that leaves a mark when it is run; returns the mark."""
+    mark = folder.parent / "code-was-run"
+    shutil.copytree(tiny_flow().model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type}
+    config["auto_map"] = {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom.py").write_text(
+        f"open({str(mark)!r}, 'w').close()\n"
+        "from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM\n"
+        f"class Config(Qwen3MoeConfig):\n    model_type = {model_type!r}\n"
+        "class Model(Qwen3MoeForCausalLM):\n    config_class = Config\n"
+    )
+    return mark
+
+
+def test_a_model_with_its_own_code_is_refused(tmp_path: Path) -> None:
+    mark = with_code(tmp_path / "model", "someones_moe")
+    with pytest.raises(ModelError, match="custom code") as error:
+        models.load_model(str(tmp_path / "model"), "cpu")
+    one_line(error)
+    assert not mark.exists()
+
+
+def test_code_beside_a_model_that_transformers_knows_is_not_run(tmp_path: Path) -> None:
+    mark = with_code(tmp_path / "model", "qwen3_moe")
+    model = models.load_model(str(tmp_path / "model"), "cpu").model
+    assert type(model).__module__.startswith("transformers.models.qwen3_moe")
+    assert not mark.exists()
+
+
+def test_nobody_is_asked_whether_to_run_a_models_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal transformers asks, unless told; a `y` typed ahead must not run a stranger's code."""
+    mark = with_code(tmp_path / "model", "someones_moe")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 4))
+    with pytest.raises(ModelError, match="custom code"):
+        models.load_model(str(tmp_path / "model"), "cpu")
+    assert not mark.exists()
+    assert "Do you wish to run" not in capsys.readouterr().out
+
+
+def test_a_model_with_weights_missing_is_refused(tmp_path: Path) -> None:
+    """Transformers would fill the gap with random weights and a warning."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_flow().model, model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.gate.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights \(model\.layers\.1\.mlp\.gate\.weight") as error:
+        models.load_model(str(model), "cpu")
+    one_line(error)
