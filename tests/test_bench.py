@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from flows import save_texts
 from tiny import small_shape, tiny_model
 
 from lynx_learn.cli import main
@@ -16,6 +17,7 @@ from lynx_learn.decode.timing import Steps
 from lynx_learn.errors import LynxError
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.show.tables import bench_tables
 
 
 def stats(before: float, after: float) -> Stats:
@@ -85,12 +87,24 @@ def test_a_shape_from_the_command_line(
 
 def test_a_model_and_its_calibrated_selector(tmp_path: Path) -> None:
     options = BenchOptions(
-        str(tmp_path), "reference-moe", selector="selectors/reference-moe", budget=0.01, steps=6, prompt=8
+        str(tmp_path / "out"),
+        "reference-moe",
+        selector="selectors/reference-moe",
+        budget=0.01,
+        steps=6,
+        prompt=8,
+        held_out=str(save_texts(tmp_path / "text")),
+        held_out_tokens=1,
     )
-    (case,) = bench(options)["cases"]
+    report = bench(options)
+    (case,) = report["cases"]
+    assert 0 < case["loss"]["kl"] < 1
+    assert case["loss"]["tokens"] == 2 * 16 * 95
+    assert case["loss"]["bytes"] < 0.9
+    assert f"{case['loss']['nll']:+.4f}" in bench_tables(report)[0].markdown
     assert case["batch_size"] == 16
     assert case["experts_on"] < 0.75 * case["experts_off"]
-    assert read(tmp_path)["weights"] == "trained"
+    assert read(tmp_path / "out")["weights"] == "trained"
     assert "generate" not in case
 
 
@@ -120,6 +134,7 @@ def test_graphs_are_skipped_with_the_reason_where_there_is_no_gpu(
     [
         ({}, "one of --model and --shape"),
         ({"model": "reference-moe", "shape": "qwen3-half"}, "one of --model and --shape"),
+        ({"shape": "qwen3-half", "fraction": 0.5, "held_out": "text"}, "--held_out needs a trained --model"),
         ({"shape": "qwen3-half"}, "one of --budget"),
         ({"shape": "qwen3-half", "budget": 0.01}, "--budget needs a calibrated --selector"),
         ({"shape": "qwen3-half", "fraction": 1.5}, "--fraction 1.5"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..files import check_writable, write_json
 from ..moe.decision import Decision, Policy, Routing, used_experts
-from ..moe.families import Layer, MoeLayer
+from ..moe.families import Layer, MoeLayer, find_moe_layers
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
 from ..selector.prices import Price
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
@@ -27,6 +27,7 @@ from ..show.progress import track
 from ..traces import corpus as corpora
 from ..traces.groups import decode_groups
 from .shapes import SHAPES, random_selector, shaped_model
+from .simulate import METRICS, compare
 from .timing import Called, Graphed, Steps, clock, paired_ratio, take_turns, take_turns_generating, with_threads
 
 # Shares of a layer's experts that the line is measured at.
@@ -35,6 +36,8 @@ OFF, ON, DECIDING = "off", "on", "deciding"
 # Below every total that a scorer can give: with it all is decided and nothing left out.
 NOTHING = 1e-37
 WARM_UP = 4
+# Tokens of each sequence whose loss is measured.
+SCORED = 96
 # Steps that a threshold is tried on when a share of the experts is asked for, how often at most, and how close is enough.
 TRIAL_STEPS, TRIALS, CLOSE = 6, 24, 0.005
 
@@ -73,6 +76,11 @@ class BenchOptions:
     """text that a --model decodes; a --shape decodes random tokens"""
     bos: corpora.Bos = "auto"
     """begin every sequence with the BOS token: auto as the tokenizer begins a text, yes, or no"""
+    held_out: str | None = None
+    """text, all of it used for nothing else, on which the loss of the same policy is measured by simulated decode; without
+    one no loss is measured"""
+    held_out_tokens: int = 20_000
+    """tokens whose loss is measured, about"""
     prompt: int = 32
     """tokens of prefill"""
     steps: int = 40
@@ -99,7 +107,9 @@ class BenchOptions:
             raise OptionError(f"--kernel {self.kernel!r} is not usable: expected one of {', '.join(KERNELS)}")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise OptionError(f"--fraction {self.fraction:g} is not usable: expected above 0, at most 1")
-        for name in ("layers", "prompt", "steps", "threads"):
+        if self.held_out is not None and self.model is None:
+            raise OptionError("--held_out needs a trained --model: random weights have no loss")
+        for name in ("layers", "prompt", "steps", "threads", "held_out_tokens"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
         if not 0 <= self.surrogate_share < 1:
@@ -218,8 +228,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
                 loaded = dtype
             _set_implementation(model, implementation)
             subject = _subject(options, model, tokenizer, device, size)
+            loss = {} if options.held_out is None else {"loss": _loss(options, subject, tokenizer)}
             case = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "batch_size": size}
-            case |= {"implementation": implementation, **_measure(options, subject)}
+            case |= {"implementation": implementation, **_measure(options, subject), **loss}
             report["cases"].append(case)
     write_json(out / "bench.json", report)
     step_times(report, out)
@@ -303,6 +314,20 @@ def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
         prompt = subject.tokens[:, : options.prompt]
         result["generate"] = take_turns_generating(subject.model, subject.policy, prompt, options.generate)
     return result
+
+
+def _loss(options: BenchOptions, subject: Subject, tokenizer: Any) -> dict[str, Any]:
+    """Mean losses and bytes of the same policy on text that nothing else has used."""
+    size = len(subject.tokens)
+    most = max(round(options.held_out_tokens / (size * SCORED)), 2)
+    assert options.held_out is not None
+    groups = decode_groups(
+        options.held_out, tokenizer, "all", size, options.prompt + SCORED, most, options.seed, bos=options.bos
+    )
+    groups = [(tokens.to(subject.tokens.device), sources) for tokens, sources in groups]
+    (found,) = compare(subject.model, find_moe_layers(subject.model), groups, [subject.policy], options.prompt)
+    means = {metric: found.mean(metric) for metric in METRICS}
+    return {"corpus": options.held_out, "tokens": found.tokens, **means, **found.mean_stats()}
 
 
 def summary(steps: dict[str, Steps], line: list[str]) -> dict[str, Any]:

@@ -317,6 +317,14 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
                 "–" if case["realised"] is None else f"{case['realised']:.0%}",
             ]
         )
+        if "loss" in case:
+            loss = case["loss"]
+            timed[-1] += [
+                f"{loss['kl']:.4f}",
+                f"{loss['nll']:+.4f}",
+                f"{loss['agreement']:.1%}",
+                f"{loss['bytes']:.0%}",
+            ]
         micro = case["microseconds_per_layer"]
         shown = " / ".join(f"{micro[part]:.0f}" for part in micro if part != "all")
         names = [part for part in micro if part != "all"]
@@ -328,6 +336,9 @@ def bench_tables(report: dict[str, Any]) -> list[Table | str]:
             whole.append([name, *speeds, f"{end['ratio']:.2f}", f"{end['same_tokens']:.0%}"])
     machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
     head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
+    if options["held_out"]:
+        head += ["KL, nats", "ΔNLL, nats", "other tokens", "bytes there"]
+        machine += f"; loss on {options['held_out']}"
     tables: list[Table | str] = [Table(f"Decode step: {what}; {machine}", head, timed)]
     head = ["", "extra, ms", "of a step", "µs per layer", "µs per layer while skipping"]
     tables.append(Table("Deciding everything, skipping nothing", head, parts))
