@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from evaluate_cases import CELLS, LEVELS, METHODS_HERE, points, tiny_report
 
 from lynx_learn.decode.tally import Stats
+from lynx_learn.measure.equal_loss import interpolate
 from lynx_learn.measure.report import Cell, Measured, Store, make_report, make_sweep
 from lynx_learn.measure.sweeps import Row
+from lynx_learn.rules.grids import METHODS
 
 # Two groups of two sequences of two sources; ten scored tokens each, but the last sequence ended after five.
 CELL = Cell(2, "mixed", [(torch.zeros(2, 12, dtype=torch.int64), names) for names in (["a", "b"], ["b", "a"])], (1,))
@@ -134,3 +137,46 @@ def test_a_task_carries_all_that_another_process_needs() -> None:
     assert (task.cell, task.index, task.plan, task.ends) == ("2-mixed", 1, [("rule", 0, "M=2")], (1,))
     assert task.tokens == [[0] * 12] * 2
     assert CELL.place == {"batch_size": 2, "batches": "mixed"}
+
+
+# At equal loss.
+
+
+def test_matched_is_read_off_the_points() -> None:
+    report = tiny_report()
+    keys = [(*cell, metric, level) for cell in CELLS for metric in ("kl", "nll") for level in LEVELS]
+    rows = [[row[k] for k in ("batch_size", "batches", "metric", "level", "method")] for row in report["matched"]]
+    assert rows == [[*key, method] for key in keys for method in METHODS if method in METHODS_HERE]
+    assert [tuple(row[k] for k in ("batch_size", "batches", "metric", "level")) for row in report["ratios"]] == keys
+    for row in report["matched"]:
+        own = points(report, **{key: row[key] for key in ("batch_size", "batches", "method")})
+        readings = []
+        for curve in {p["curve"] for p in own}:
+            line = [(p[row["metric"]], p["experts"], p["bytes"]) for p in own if p["curve"] == curve]
+            readings.append(interpolate(line, row["level"]))
+        reached = [reading for reading in readings if reading is not None]
+        if reached:
+            best = min(reached, key=lambda reading: reading[1])
+            assert (row["experts"], row["bytes"]) == (pytest.approx(best[0]), pytest.approx(best[1]))
+        else:
+            assert (row["experts"], row["bytes"]) == (None, None)
+    kl = [row["bytes"] for row in report["matched"] if row["metric"] == "kl"]
+    assert None in kl
+    assert sum(size is not None for size in kl) > len(kl) / 2
+
+
+def test_ratios_are_those_of_the_matched_bytes() -> None:
+    report = tiny_report()
+    found = 0
+    for row in report["ratios"]:
+        place = {key: row[key] for key in ("batch_size", "batches", "metric", "level")}
+        here = {r["method"]: r["bytes"] for r in report["matched"] if all(r[k] == v for k, v in place.items())}
+        rules = {method: size for method, size in here.items() if method != "learned" and size is not None}
+        assert row["best_rule"] == min(rules, key=rules.__getitem__, default=None)
+        assert row["bytes_to_formula"] is row["experts_to_oracle"] is None  # not among the methods
+        if rules and here["learned"] is not None:
+            ratio = row["bytes_to_best_rule"]
+            assert ratio["ratio"] == pytest.approx(here["learned"] / min(rules.values()))
+            assert ratio["low"] is None or ratio["low"] <= ratio["ratio"] <= ratio["high"]
+            found += ratio["low"] is not None
+    assert found

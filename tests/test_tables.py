@@ -1,11 +1,13 @@
 """Tables fit a page of 80 columns, and none of their figures is lost."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluate_cases import tiny_report
 
 from lynx_learn.show import tables
 
@@ -54,3 +56,34 @@ def test_lines_of_text_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
     line = "lynx-learn calibrate --selector " + "a/long/folder/" * 8
     tables.show(line)
     assert capsys.readouterr().out == line + "\n"
+
+
+def test_tables_show_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure, in 80 columns; a cell that is folded goes on in the lines below."""
+    report = tiny_report()
+
+    def printed(part: object) -> tuple[str, list[str]]:
+        capsys.readouterr()
+        tables.show(part)
+        lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert not [line for line in lines if len(line) > 80]
+        return "\n".join(lines), " ".join(lines).split()
+
+    page, words = printed(tables.evaluation_table(report))
+    for point in report["points"]:
+        row = f"{point['method']}.* {point['batch_size']}( single)? +{point['experts']:.1f} +{point['bytes']:.0%} +{point['kl']:.4f}"
+        assert re.search(rf"^{row}", page, re.MULTILINE), row
+        assert set(point["setting"].split()) <= set(words)
+        assert {f"±{point['kl_margin']:.4f}", f"{point['nll']:+.4f}", f"±{point['nll_margin']:.4f}"} <= set(words)
+    page, _ = printed(tables.matched_table(report))
+    for method, batch in {(row["method"], f"{row['batch_size']}") for row in report["matched"]}:
+        of_it = [row for row in report["matched"] if (row["method"], f"{row['batch_size']}") == (method, batch)]
+        for row in (row for row in of_it if row["bytes"] is not None):
+            cell = f"{row['bytes']:.0%}/{row['experts']:.1f}"
+            assert re.search(rf"^{method} +{batch}.* {cell}( |$)", page, re.MULTILINE), cell
+    _, words = printed(tables.ratios_table(report))
+    for row in report["ratios"]:
+        ratio = row["bytes_to_best_rule"]
+        if ratio and ratio["low"]:
+            assert f"{ratio['ratio']:.3f}" in words
+            assert f"({ratio['low']:.3f}–{ratio['high']:.3f})" in words
