@@ -21,11 +21,21 @@ from graph_cases import (
     runner_of,
     selector_of,
 )
+from torch import Tensor
 
+from lynx_learn.decode.simulate import compare
 from lynx_learn.errors import LynxError, OptionError, SelectorError
+from lynx_learn.graph.graph import to_bytes
 from lynx_learn.graph.onnx_runtime import CONFIG_KEY, NAMES, VERSION_KEY, OnnxSelector
+from lynx_learn.moe.decision import Decision, Policy, Routing
+from lynx_learn.moe.families import MoeLayer, find_moe_layers
+from lynx_learn.moe.loading import REFERENCE, load_model
 from lynx_learn.selector.config import by_active
-from lynx_learn.selector.selector import ThresholdPolicy
+from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
+from lynx_learn.traces.corpus import BUILT_IN
+from lynx_learn.traces.groups import decode_groups
+
+SELECTOR = Path(__file__).parents[1] / "selectors" / "reference-moe"
 
 # The file.
 
@@ -161,3 +171,49 @@ def test_cuda_is_refused_where_it_is_listed_but_not_in_use(monkeypatch: pytest.M
 def test_threads_are_those_asked_for() -> None:
     assert runner_of(MLP).session.get_session_options().intra_op_num_threads == 1
     assert OnnxSelector(content(MLP), threads=2).session.get_session_options().intra_op_num_threads == 2
+
+
+class Exported:
+    """What a graph decides, as a policy."""
+
+    name = "exported"
+
+    def __init__(self, runner: OnnxSelector, budget: float) -> None:
+        self.runner, self.budget, self.setting = runner, budget, f"budget={budget:g}"
+
+    def bind(self, layers: list[MoeLayer]) -> None: ...
+
+    def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
+        done = [self._decide(layer, Routing(*parts)) for parts in zip(*routing, strict=True)]
+        indices, weights, addition = (torch.stack(parts) for parts in zip(*done, strict=True))
+        return Decision(indices, weights, addition)
+
+    def _decide(self, layer: MoeLayer, one: Routing) -> tuple[Tensor, Tensor, Tensor]:
+        tau = self.runner.threshold(int(one.active.sum()), self.budget)
+        batch = (one.logits, one.indices, one.weights, tau, one.hidden, one.active)
+        found = self.runner.run(layer.index, *batch)
+        return (
+            torch.from_numpy(found.run_indices),
+            torch.from_numpy(found.run_weights),
+            torch.from_numpy(found.addition),
+        )
+
+    def own_bytes(self, layer: MoeLayer, skipped: Tensor, batches: int) -> float:
+        return 0.0
+
+
+def test_the_exported_decision_loses_what_pytorchs_does_at_the_calibrated_budgets() -> None:
+    """On the shipped model and selector: the graph holds the surrogates, so that it is what was calibrated."""
+    selector = LynxSelector.from_pretrained(SELECTOR)
+    loaded = load_model(REFERENCE, "cpu", "float32")
+    groups = decode_groups(BUILT_IN, loaded.tokenizer, "test", 16, 64, 2, 1)
+    runner = OnnxSelector(to_bytes(selector))
+    budgets = sorted(map(float, selector.config.thresholds["kl"]))
+    policies: list[Policy] = [selector.policy(budget) for budget in budgets]
+    policies += [Exported(runner, budget) for budget in budgets]
+    found = compare(loaded.model, find_moe_layers(loaded.model), groups, policies, 32)
+    for own, exported in zip(found[: len(budgets)], found[len(budgets) :], strict=True):
+        assert own.mean("kl") > 0
+        for metric in ("kl", "nll", "agreement"):
+            assert exported.mean(metric) == pytest.approx(own.mean(metric), rel=1e-3, abs=1e-6)
+        assert exported.mean_stats()["experts"] == pytest.approx(own.mean_stats()["experts"], rel=1e-3)
