@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checkpoint.blocks import without_weights
 from .errors import ModelError, OptionError
-from .fit.checkpoint import without_weights
 from .fit.layer import BYTES_OF_A_NUMBER, MOST_TOKENS, ROWS_BYTES
 from .fit.low_rank import MORE, PENALTIES
 from .fit.train import TrainOptions

@@ -20,7 +20,7 @@ HEAVY = ("lightning", "datasets", "sklearn", "onnx", "onnxscript", "onnxruntime"
 FLOW = (
     "errors files parts show",
     "moe",
-    "traces selector",
+    "checkpoint traces selector",
     "decode rules graph",
     "fit offload",
     "measure",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..checkpoint.blocks import Layers, LoadedLayers, open_layers
 from ..errors import OptionError, TraceError
 from ..files import check_empty, digest
 from ..moe.families import MoeLayer, find_moe_layers
@@ -27,7 +28,6 @@ from ..selector.selector import LynxSelector
 from ..selector.surrogates import rank_for
 from ..show.progress import track
 from ..traces.format import Trace
-from .checkpoint import Layers, LoadedLayers, open_checkpoint
 from .fitted import FOLDER, FittedLayers
 from .layer import HELD_OUT, fit_layer
 from .scorer import ScorerOptions
@@ -111,7 +111,7 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
     check_empty(out)
     trace = trace or Trace.open(options.trace, verify=False)
     place = (options.model, trace.options.model, trace.options.revision, options.device, options.dtype)
-    layers: Layers = LoadedLayers(loaded) if loaded else open_checkpoint(*place)
+    layers: Layers = LoadedLayers(loaded) if loaded else open_layers(*place)
     if layers.names != trace.options.layers:
         raise TraceError(
             f"{trace.folder} was collected from {trace.options.model}, whose MoE layers are others: give that one with --model"

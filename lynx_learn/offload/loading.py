@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..checkpoint.stored import Checkpoint
 from ..errors import ModelError
 from ..moe.loading import LoadedModel, folder_revision, hub_commit, load_tokenizer, model_path, pick_device, pick_dtype
-from .checkpoint import Checkpoint
 
 # Names of experts' weights, in checkpoints and in models. What matches and is none after all is not missed.
 EXPERTS = re.compile(r"\.experts\.(\d+\.|[a-z_]+$)")

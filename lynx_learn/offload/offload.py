@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.stored import Checkpoint
 from ..decode.runtime import unwrapped
 from ..errors import ModelError, OptionError
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.hooks import foreign, left_out_of_copies
 from ..moe.loading import LoadedModel
 from ..selector.prices import RESIDENT, Price, Uniform
-from .checkpoint import Checkpoint, Part, expert_parts
 from .disk import Disk
 from .loading import load_without_experts
 from .slots import Eviction, LeastRecent, Slots
+from .spans import Part, expert_parts
 
 NAME = "lynx_offload"
 # Of what lies in a slot, so that products are computed as on weights that torch has placed.

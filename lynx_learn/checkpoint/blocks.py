@@ -5,7 +5,6 @@ names that transformers gives them, and they go through the conversions that tra
 model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ModelError
 from ..moe.families import MoeLayer, check_structure, find_moe_layers, moe_blocks, read_block
 from ..moe.loading import COMMIT, LoadedModel, hub_commit, model_path, pick_device, pick_dtype
-
-ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from .stored import Checkpoint, sources
 
 
 class Layers(Protocol):
@@ -48,18 +46,18 @@ class LoadedLayers:
         yield self.layers[index]
 
 
-def open_checkpoint(asked: str | None, base: str, revision: str, device: str, dtype: str) -> "Checkpoint":
+def open_layers(asked: str | None, base: str, revision: str, device: str, dtype: str) -> "StoredLayers":
     """The layers of the model that is asked for, or else of the one that a trace names; arguments as of `load_base`.
 
     Raises:
-        ModelError: as `Checkpoint`.
+        ModelError: as `StoredLayers`.
     """
     if asked:
-        return Checkpoint(asked, device, dtype)
-    return Checkpoint(base, device, dtype, revision if COMMIT.fullmatch(revision) else None)
+        return StoredLayers(asked, device, dtype)
+    return StoredLayers(base, device, dtype, revision if COMMIT.fullmatch(revision) else None)
 
 
-class Checkpoint:
+class StoredLayers:
     """Those of a model in a folder or on the Hub, read one by one.
 
     Raises:
@@ -72,10 +70,10 @@ class Checkpoint:
 
         self.name, self.device = name, pick_device(device)
         commit = hub_commit(model_path(name), revision)
-        self.folder = _folder(model_path(name), commit)
+        checkpoint = Checkpoint.open(name, commit)
         kind = pick_dtype(name, dtype, self.device, commit)
         try:
-            config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
             if getattr(config, "quantization_config", None) is not None:
                 raise ModelError(f"{name} is quantized: its layers cannot be read one by one; load it dequantized")
             self.dtype = (config.dtype or torch.float32) if kind == "auto" else getattr(torch, kind)
@@ -89,7 +87,7 @@ class Checkpoint:
         self.blocks = list(moe_blocks(self.model))
         self.names = tuple(name for name, _, _ in self.blocks)
         self.conversions = lambda: get_model_conversion_mapping(self.model)
-        self.keys = self._keys()
+        self.keys = self._keys(checkpoint)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[MoeLayer]:
@@ -108,22 +106,14 @@ class Checkpoint:
         finally:
             block.to("meta")
 
-    def _keys(self) -> dict[str, dict[str, Path]]:
+    def _keys(self, checkpoint: Checkpoint) -> dict[str, dict[str, Path]]:
         """For each block the checkpoint's names of its tensors, and the files that hold them."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        steps = self.conversions()  # type: ignore[no-untyped-call]
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        known, prefix = self.model.state_dict(), self.model.base_model_prefix
         owner = {key: name for name, block, _ in self.blocks for key in (f"{name}.{own}" for own in block.state_dict())}
         found: dict[str, dict[str, Path]] = {name: {} for name in self.names}
-        for key, file in _files(self.folder).items():
-            renamed, _ = rename_source_key(key, renamings, converters, prefix, known)
-            if renamed not in known and key in known:
-                renamed = key
-            if renamed in owner:
-                found[owner[renamed]][key] = file
+        for parameter, places in sources(self.model, checkpoint).items():
+            if parameter in owner:
+                keys = [key for part in places.values() for key in part]
+                found[owner[parameter]] |= {key: checkpoint.files[checkpoint.tensors[key].span.file] for key in keys}
         return found
 
     def _load(self, keys: dict[str, Path]) -> None:
@@ -160,28 +150,3 @@ def without_weights(config: Any, dtype: torch.dtype) -> Any:
 
     with no_init_weights(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-
-
-def _folder(path: str, commit: str | None) -> Path:
-    """Where the files of a model are; those on the Hub are fetched, weights too."""
-    if commit is None:
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, revision=commit, allow_patterns=["*.safetensors", "*.json"]))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint, by its name.
-
-    Raises:
-        ModelError: there are no safetensors, or they cannot be read.
-    """
-    try:
-        if (folder / INDEX).is_file():
-            found = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {key: folder / file for key, file in found.items()}
-        with safe_open(folder / ONE_FILE, "pt") as file:
-            return dict.fromkeys(file.keys(), folder / ONE_FILE)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder} holds no safetensors that can be read ({error})") from None

@@ -1,4 +1,4 @@
-"""Checkpoint: a block read alone is the block of the model that transformers loads, for every family."""
+"""Blocks: one read alone is the block of the model that transformers loads, for every family."""
 
 import shutil
 from pathlib import Path
@@ -10,8 +10,8 @@ import transformers
 from flows import one_line, tiny_flow
 from zoo import ZOO, WithHead, build
 
+from lynx_learn.checkpoint.blocks import LoadedLayers, StoredLayers
 from lynx_learn.errors import ModelError
-from lynx_learn.fit.checkpoint import Checkpoint, LoadedLayers
 from lynx_learn.moe.identity import identify
 from lynx_learn.moe.loading import LoadedModel
 
@@ -34,7 +34,7 @@ def saved(name: str, folder: Path) -> Any:
 def test_blocks_are_those_of_the_loaded_model(name: str, tmp_path: Path) -> None:
     model = saved(name, tmp_path)
     whole = LoadedLayers(LoadedModel(model, None, "local"))
-    found = Checkpoint(str(tmp_path), "cpu", "float32")
+    found = StoredLayers(str(tmp_path), "cpu", "float32")
     assert found.names == whole.names
     assert found.dtype == whole.dtype
     for index, expected in enumerate(whole.layers):
@@ -70,9 +70,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         shutil.copytree(flow.model, tmp_path / name)
         damage(tmp_path / name)
         with pytest.raises(ModelError) as error:
-            Checkpoint(str(tmp_path / name), "cpu", "float32")
+            StoredLayers(str(tmp_path / name), "cpu", "float32")
         assert name != "quantized" or "is quantized" in str(error.value)
         one_line(error)
     with pytest.raises(ModelError) as error:
-        Checkpoint(str(tmp_path / "nowhere"), "cpu", "float32")
+        StoredLayers(str(tmp_path / "nowhere"), "cpu", "float32")
     one_line(error)
