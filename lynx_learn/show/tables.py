@@ -297,52 +297,56 @@ def replay_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def bench_tables(report: dict[str, Any]) -> list[Table | str]:
-    """Times of decode steps with skipping on and off, and where the time of deciding goes."""
+    """Times of decode steps and whole calls with skipping on and off, the loss, and where the time of deciding goes."""
     if "skipped" in report:
         return [f"skipped: {report['skipped']}"]
-    options, where = report["options"], report["environment"]
+    options, where, cases = report["options"], report["environment"], report["cases"]
     what = options["model"] or f"shape {options['shape']}, {options['layers']} layers, random weights"
-    timed, parts, whole = [], [], []
-    for case in report["cases"]:
-        name = f"{case['dtype']} {case['implementation']}, batch {case['batch_size']}"
-        timed.append(
-            [
-                name,
-                f"{case['off_ms']:.2f}",
-                f"{case['on_ms']:.2f}",
-                f"{case['ratio']:.2f} ({case['ratio_low']:.2f} to {case['ratio_high']:.2f})",
-                f"{case['experts_off']:.1f} → {case['experts_on']:.1f}",
-                f"{case['bytes']:.0%}",
-                f"{case['line']['a_ms']:.2f} + {case['line']['b_ms']:.3f} T",
-                "–" if case["realised"] is None else f"{case['realised']:.0%}",
-            ]
-        )
-        if "loss" in case:
-            loss = case["loss"]
-            timed[-1] += [
-                f"{loss['kl']:.4f}",
-                f"{loss['nll']:+.4f}",
-                f"{loss['agreement']:.1%}",
-                f"{loss['bytes']:.0%}",
-            ]
-        micro = case["microseconds_per_layer"]
-        shown = " / ".join(f"{micro[part]:.0f}" for part in micro if part != "all")
-        names = [part for part in micro if part != "all"]
-        overhead = [f"{case['deciding_ms']:.2f}", f"{case['overhead']:.1%}", f"{micro['all']:.0f}"]
-        parts.append([name, *overhead, f"{shown} ({', '.join(names)})"])
-        if "generate" in case:
-            end = case["generate"]
-            speeds = (f"{end[key]:.0f}" for key in ("tokens_per_s_off", "tokens_per_s_on"))
-            whole.append([name, *speeds, f"{end['ratio']:.2f}", f"{end['same_tokens']:.0%}"])
     machine = f"{where['machine']}, {where['device']}, {where['threads']} thread(s), torch {where['torch']}"
-    head = ["", "off, ms", "on, ms", "off / on (95%)", "experts per layer", "bytes", "line, ms", "of its saving"]
+    several = len({case["implementation"] for case in cases}) > 1
+    head = [
+        f"{case['dtype']}{' ' + case['implementation'] if several else ''}, batch {case['batch_size']}"
+        for case in cases
+    ]
+    rows = {
+        "decode step off, ms": [f"{case['off_ms']:.2f}" for case in cases],
+        "on, ms": [f"{case['on_ms']:.2f}" for case in cases],
+        "off / on": [f"{case['ratio']:.2f}" for case in cases],
+        "its 95% interval": [f"{case['ratio_low']:.2f} to {case['ratio_high']:.2f}" for case in cases],
+        "experts per layer off": [f"{case['experts_off']:.1f}" for case in cases],
+        "on": [f"{case['experts_on']:.1f}" for case in cases],
+        "bytes": [f"{case['bytes']:.0%}" for case in cases],
+        "line a + b T: a, ms": [f"{case['line']['a_ms']:.2f}" for case in cases],
+        "b, ms per expert": [f"{case['line']['b_ms']:.3f}" for case in cases],
+        "of the line's saving": ["–" if case["realised"] is None else f"{case['realised']:.0%}" for case in cases],
+    }
+    if options["generate"]:
+        rows |= {
+            "generate off, tokens/s": [f"{case['generate']['tokens_per_s_off']:.0f}" for case in cases],
+            "generate on, tokens/s": [f"{case['generate']['tokens_per_s_on']:.0f}" for case in cases],
+            "generate on / off": [f"{case['generate']['ratio']:.2f}" for case in cases],
+            "same tokens": [f"{case['generate']['same_tokens']:.0%}" for case in cases],
+        }
     if options["held_out"]:
-        head += ["KL, nats", "ΔNLL, nats", "other tokens", "bytes there"]
+        rows |= {
+            "held-out KL, nats": [f"{case['loss']['kl']:.4f}" for case in cases],
+            "held-out ΔNLL, nats": [f"{case['loss']['nll']:+.4f}" for case in cases],
+            "held-out tokens that differ": [f"{case['loss']['agreement']:.1%}" for case in cases],
+            "held-out bytes": [f"{case['loss']['bytes']:.0%}" for case in cases],
+        }
         machine += f"; loss on {options['held_out']}"
-    tables: list[Table | str] = [Table(f"Decode step: {what}; {machine}", head, timed)]
-    head = ["", "extra, ms", "of a step", "µs per layer", "µs per layer while skipping"]
-    tables.append(Table("Deciding everything, skipping nothing", head, parts))
-    if whole:
-        head = ["", "tokens/s off", "tokens/s on", "off / on", "same tokens"]
-        tables.append(Table("Whole calls of generate", head, whole))
-    return tables
+    rows |= {
+        "deciding without skipping, ms": [f"{case['deciding_ms']:.2f}" for case in cases],
+        "of a step": [f"{case['overhead']:.1%}" for case in cases],
+        "µs per layer": [f"{case['microseconds_per_layer']['all']:.0f}" for case in cases],
+    }
+    parts = dict.fromkeys(part for case in cases for part in case["microseconds_per_layer"] if part != "all")
+    rows |= {
+        f"while skipping, µs: {part}": [
+            f"{case['microseconds_per_layer'][part]:.0f}" if part in case["microseconds_per_layer"] else "–"
+            for case in cases
+        ]
+        for part in parts
+    }
+    title = f"Decode step: {what}; {machine}"
+    return [Table(title, ["", *head], [[label, *values] for label, values in rows.items()])]
