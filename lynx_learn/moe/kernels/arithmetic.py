@@ -23,6 +23,9 @@ def compiling() -> AbstractContextManager[None]:
     return step_if_slow("compiling for this CPU, once")
 
 
+# Loops are written out: of NumPy's functions and operators on arrays each takes tenths of seconds to be compiled.
+
+
 def kept_on_disk(function: Any, *signature: str) -> Any:
     """Compile, and keep the result beside the function's file or where Numba may write.
 

@@ -82,7 +82,9 @@ def _by_expert(indices, weights, experts):
                 starts[indices[t, k] + 1] += 1
     for e in range(experts):
         starts[e + 1] += starts[e]
-    order, ends = np.empty(starts[experts], np.int64), starts.copy()
+    order, ends = np.empty(starts[experts], np.int64), np.empty(experts, np.int64)
+    for e in range(experts):
+        ends[e] = starts[e]
     for t in range(len(indices)):
         for k in range(indices.shape[1]):
             if weights[t, k] != _ZERO:
@@ -103,19 +105,24 @@ def _run(hidden, indices, weights, gate_up, down, out):
     starts, order = _by_expert(indices, weights, len(down))
     most, used = 0, 0
     for e in range(len(down)):
-        most = max(most, starts[e + 1] - starts[e])
-        used += starts[e + 1] > starts[e]
+        rows = starts[e + 1] - starts[e]
+        most = rows if rows > most else most
+        used += rows > 0
     if len(order) > _FEW_ROWS * used:
         return False
     x, both = np.empty((most, size), np.float32), np.empty((most, 2 * inner), np.float32)
     between, y = np.empty((most, inner), np.float32), np.empty((most, size), np.float32)
-    out[:] = _ZERO
+    for t in range(len(out)):
+        for h in range(size):
+            out[t, h] = _ZERO
     for e in range(len(down)):
         begin, rows = starts[e], starts[e + 1] - starts[e]
         if not rows:
             continue
         for i in range(rows):
-            x[i] = hidden[order[begin + i] // top_k]
+            row, into = hidden[order[begin + i] // top_k], x[i]
+            for h in range(size):
+                into[h] = row[h]
         _multiply(x, rows, gate_up[e], both)
         _gate(rows, both, between)
         _multiply(between, rows, down[e], y)

@@ -231,7 +231,10 @@ def _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_
 @_part
 def _by_level(total, devices, prices):
     """As `prices.level_prices`, multiplied with `prices`."""
-    experts, count = len(total), np.float32(devices.max() + 1)
+    experts, last = len(total), 0
+    for e in range(experts):
+        last = devices[e] if devices[e] > last else last
+    count = np.float32(last + 1)
     level, together = np.zeros(experts, np.int64), np.zeros(experts, np.float32)
     for e in range(experts):
         for other in range(experts):
@@ -332,12 +335,19 @@ def _decide(
         prices = _by_level(total, devices, prices)
     anchor = _choose(total, own.thresholds[min(count, len(own.thresholds) - 1)], prices, first, kept)
     # Each surrogate is read once for all that it answers.
-    head, after = np.full(experts, -1), np.empty(indices.size, np.int64)
+    head, after = np.empty(experts, np.int64), np.empty(indices.shape[0] * top_k, np.int64)
     # Tokens that are not active run on what the others load; where none is active, all run.
-    usable = kept & (used | (not used.any()))
+    nobody = True
+    for e in range(experts):
+        nobody = nobody and not used[e]
+    usable = np.empty(experts, np.bool_)
+    for e in range(experts):
+        head[e], usable[e] = -1, kept[e] and (used[e] or nobody)
     left_out = _rewrite(indices, weights, usable, anchor, new_indices, new_weights, answered, head, after)
     if left_out and rows:
-        addition[:] = _ZERO
+        for t in range(len(addition)):
+            for h in range(addition.shape[1]):
+                addition[t, h] = _ZERO
         codes = np.empty(rows, np.float32)
         for e in range(experts):
             place = head[e]
