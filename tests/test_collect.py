@@ -32,6 +32,7 @@ from torch import Tensor
 from lynx_learn.errors import CorpusError, ModelError, OptionError, TraceError
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.loading import load_model
+from lynx_learn.show import progress
 from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.format import Trace
 
@@ -210,12 +211,13 @@ def test_no_room_is_said_before_anything_is_written(
 ) -> None:
     needed = 40 * LENGTH * (LAYERS * (32 * 4 + EXPERTS * 4 + TOP_K * 6) + 15)
     options = choices(tmp_path / "deep" / "t", tokens=40 * LENGTH - 5)  # whole sequences are written
+    monkeypatch.setattr(progress, "_quiet", False)  # as other tests may have left it
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, needed - 1))
     with pytest.raises(TraceError, match="free") as error:
         collect(options)
     assert str(tmp_path) in one_line(error)
     assert list(tmp_path.iterdir()) == []
-    assert f"{needed / 1e6:,.1f} MB" in capsys.readouterr().out
+    assert f"{needed / 1e6:,.1f} MB" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, needed))
     assert collect(options).collected_tokens == 40 * LENGTH
 

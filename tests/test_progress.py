@@ -79,9 +79,13 @@ def test_only_a_slow_step_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     set_quiet(True)
+    progress.say("3 tokens into a file")
     with step("load"):
         assert list(track(range(3), "train", 3)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+    set_quiet(False)
+    progress.say("3 tokens into a file")
+    assert capsys.readouterr().err == "3 tokens into a file\n"
 
 
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,12 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def say(line: str) -> None:
+    """A line of what is about to be done, unless nothing is to be said of progress."""
+    if not _quiet:
+        _say(line)
+
+
 def track(items: Iterable[Item], title: str, total: int, weight: int = 1, unit: str = "steps") -> Iterator[Item]:
     """Yield the items, showing how many of `total` are done; each counts for `weight` of the unit named."""
     if _quiet:

@@ -21,7 +21,7 @@ from ..moe.hooks import intercept
 from ..moe.identity import identify
 from ..moe.loading import LoadedModel, load_model
 from ..parts import Share, ShareOptions
-from ..show.progress import track
+from ..show.progress import say, track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
 from .sampling import Sampling, continue_rows
@@ -195,7 +195,7 @@ def check_room(out: Path, options: TraceOptions) -> None:
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
     free = shutil.disk_usage(existing).free
-    print(
+    say(
         f"{tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)"
     )
     if needed - there > free:
