@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a fault of this package (with a traceback), 2 something f
 
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
@@ -145,6 +146,9 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # what a terminal or a log cannot show stops nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         return _run(argv)
     except Unfinished as rest:

@@ -127,6 +127,15 @@ def test_the_console_script_knows_its_version() -> None:
     assert done.stdout == f"{__version__}\n"
 
 
+def test_output_without_unicode_stops_nothing() -> None:
+    """As in a job or a container whose locale knows ASCII only."""
+    script = Path(sys.executable).with_name("lynx-learn")
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([script, "collect", "--help"], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lynx-learn collect --model reference-moe" in done.stdout
+
+
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
 def test_every_command_is_named(words: list[str], run: Run) -> None:
     done = run(*words)
