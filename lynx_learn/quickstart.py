@@ -231,9 +231,9 @@ def closing_table(parts: list[Part]) -> Table:
                     f"{step['on_ms']:.1f} ({step['ratio']:.2f}×)",
                     f"{generate['tokens_per_s_on']:.0f} ({generate['ratio']:.2f}×)",
                 ]
-                row = [f"{p['experts']:.1f}", f"{p['bytes']:.0%}", f"{p['kl']:.4f} ± {p['kl_margin']:.4f}"]
+                row = [f"{p['experts']:.1f}", f"{p['bytes']:.0%}", f"{p['kl']:z.4f} ± {p['kl_margin']:.4f}"]
                 timed = times if budget == f"{part.budget:g}" else ["", ""]
-                rows.append([f"budget {budget}", *row, f"{p['nll']:+.4f}", *timed])
+                rows.append([f"budget {budget}", *row, f"{p['nll']:+z.4f}", *timed])
     head = [
         f"batch of {BATCH}, test text",
         "experts per layer",

@@ -35,6 +35,13 @@ def test_tables_of_the_shipped_selector_fit(name: str, capsys: pytest.CaptureFix
     assert not lost
 
 
+def test_what_rounds_to_nothing_has_no_sign() -> None:
+    point = {**METRICS["evaluate"]["points"][-1], "kl": -1e-7, "nll": -1e-7}
+    (row,) = tables.evaluation_table({**METRICS["evaluate"], "points": [point]}).rows
+    assert row[4].startswith("0.0000 ")
+    assert row[5].startswith("+0.0000 ")
+
+
 def test_widths_wrap_between_words_before_they_break_one() -> None:
     assert tables.fit([["a", "12"], ["head", "1 2"]]) == [2, 4]
     words = [["x" * 20], ["y" * 10 + " " + "y" * 10], ["h", "w" * 20 + " " + "w" * 20]]

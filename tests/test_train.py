@@ -1,5 +1,6 @@
 """Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.fit.layer import shard_routing
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.train import train
+from lynx_learn.moe import loading
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import load_model
@@ -221,6 +223,19 @@ def test_options_that_cannot_be_used(change: dict[str, Any], tmp_path: Path) -> 
     ((name, value),) = change.items()
     assert f"--{name} {value:g} " in one_line(error)
     assert not (tmp_path / "s").exists()
+
+
+def test_what_auto_means_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the checkpoint is read twice, layer by layer and as a whole."""
+    flow, model = collected(tiny_flow(), tmp_path / "t", 10), tmp_path / "model"
+    shutil.copytree(flow.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr(loading, "has_native_bfloat16", lambda: False)
+    train(train_options(flow, tmp_path / "s", model=str(model)))
+    assert capsys.readouterr().err.count(" runs in float32: ") == 1
 
 
 @pytest.mark.parametrize("sequences", [1, 9])

@@ -134,7 +134,8 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         return LynxSelector.from_pretrained(out)
     share.check_all_there(missing, len(layers.names), "layers", fitted.folder)
     with share.alone(fitted.folder):
-        loaded = loaded or load_base(*place, tokenizer=False)
+        # By its name, so that what auto means is said once.
+        loaded = loaded or load_base(*place[:-1], str(layers.dtype).removeprefix("torch."), tokenizer=False)
         found = find_moe_layers(loaded.model)
         identity = identify(found, loaded.model)
         _check_identity(trace, trace.options.identity, identity)

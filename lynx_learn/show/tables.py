@@ -76,10 +76,10 @@ def evaluation_table(report: dict[str, Any]) -> Table:
             place(p),
             f"{p['experts']:.1f}",
             f"{p['bytes']:.0%}",
-            f"{p['kl']:.4f} ±{p['kl_margin']:.4f}",
-            f"{p['nll']:+.4f} ±{p['nll_margin']:.4f}",
+            f"{p['kl']:z.4f} ±{p['kl_margin']:.4f}",
+            f"{p['nll']:+z.4f} ±{p['nll_margin']:.4f}",
             f"{1 - p['agreement']:.1%}",
-            f"{p['by_source']['kl'][p['worst_source']]:.4f} {p['worst_source']}" if "worst_source" in p else "",
+            f"{p['by_source']['kl'][p['worst_source']]:z.4f} {p['worst_source']}" if "worst_source" in p else "",
         ]
         for p in report["points"]
     ]
@@ -267,7 +267,7 @@ def offload_table(report: dict[str, Any]) -> Table:
                 f"{row['bytes_per_token'] / 1e6:.3f}",
                 f"{row['hits']:.0%}",
                 "–" if row["wait_ms_per_layer"] is None else f"{row['wait_ms_per_layer']:.2f}",
-                f"{row['kl']:.4f}",
+                f"{row['kl']:z.4f}",
                 f"{row['tokens_per_s']:.1f}",
             ]
         )
