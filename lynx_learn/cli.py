@@ -221,7 +221,7 @@ Learn which experts of a Mixture-of-Experts model a batch can skip at decode.
 
 commands:
 {names}
-  {"completion":<16}print a completion script for bash, zsh or tcsh
+  {"completion":<16}print a completion script: bash, zsh, fish, tcsh, powershell
 
 options:
   {"--help, -h":<16}show this, or after a command its options and examples
@@ -266,8 +266,11 @@ def _is_literal(hint: object) -> bool:
 
 def _hush_transformers() -> None:
     """Only our own lines and bars; transformers' loading bars and advice say nothing of the command's work."""
+    import logging
+
     import transformers
 
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
