@@ -280,3 +280,12 @@ def test_a_model_with_weights_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"lacks 1 weights \(model\.layers\.1\.mlp\.gate\.weight") as error:
         models.load_model(str(model), "cpu")
     one_line(error)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c"])
+def test_a_path_that_is_not_there_is_told_as_one(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no such folder") as caught:
+        models.load_model(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SelectorError, match=r"no such folder.*`lynx-learn train`"):
+        LynxSelector.from_pretrained(name)

@@ -218,9 +218,15 @@ def hub_commit(path: str, revision: str | None = None) -> str | None:
     if Path(path).exists():
         return None
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         file = Path(hf_hub_download(path, "config.json", revision=revision))
+    except HFValidationError:
+        raise ModelError(
+            f"model {path!r} is not there: there is no such folder, and the Hub has no such names; give a folder or Hub id "
+            "of a causal language model"
+        ) from None
     except Exception as error:
         raise _not_loaded(path, error) from error
     return file.parent.name

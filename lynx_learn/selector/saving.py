@@ -25,7 +25,8 @@ def read_metrics(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(folder).is_dir():
         raise SelectorError(
-            f"{folder} is no folder here: figures and thresholds are written into a selector's folder; download it first"
+            f"{folder} is no folder here: figures and thresholds are written into a selector's folder; make one with "
+            "`lynx-learn train`, or download it first"
         )
     path = Path(folder) / METRICS
     try:

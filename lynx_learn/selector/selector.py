@@ -179,9 +179,15 @@ def check_header(path: Path, config: SelectorConfig) -> None:
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS, METRICS, CARD]))
+    except HFValidationError:
+        raise SelectorError(
+            f"selector {name!r} is not there: there is no such folder, and the Hub has no such names; `lynx-learn train` "
+            "makes one"
+        ) from None
     except Exception as error:  # the hub raises many kinds; to the user they are one
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SelectorError(
