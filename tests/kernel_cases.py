@@ -79,11 +79,11 @@ def routing_of(
     return Routing(states.to(dtypes[0]), logits, indices, weights.to(dtypes[2]), live)
 
 
-def decide_one(compiled: Any, routing: Routing, exempt: Tensor | None = None, price: Price | None = None) -> Decision:
+def decide_one(compiled: Any, routing: Routing, scale: Tensor | None = None, price: Price | None = None) -> Decision:
     """What a compiled decision gives for G = 1 batches."""
     one = each_tensor(lambda part: part[0], routing)
     assert compiled.takes(one)
-    decision: Decision = compiled.decide(one, None if exempt is None else exempt[0], price)
+    decision: Decision = compiled.decide(one, None if scale is None else scale[0], price)
     return each_tensor(lambda part: part.unsqueeze(0), decision)
 
 

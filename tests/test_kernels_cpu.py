@@ -87,10 +87,21 @@ def test_exempt_tokens_keep_their_experts_and_are_not_counted(keep_top1: bool) -
     ready = replace(ready, thresholds=torch.tensor([0.0, 0.0, math.inf, 0.0]))
     exempt = torch.tensor([[True, False, False, True, True, True]])
     assert (routing.active & ~exempt).sum() == 2
-    done = decide_one(compiled(ready), routing, exempt)
-    check_rewritten(done, ready.rewrite(routing, exempt))
+    scale = torch.where(exempt, math.inf, 1.0)
+    done = decide_one(compiled(ready), routing, scale)
+    check_rewritten(done, ready.rewrite(routing, scale))
     assert done.answered.any()
     assert not done.answered[exempt].any()
+
+
+def test_costs_count_as_many_times_as_their_token_says() -> None:
+    routing, ready = routing_of(6, 12, 3, 8, active=0.9), ready_for(12, 3, 8)
+    put_between(ready, routing)
+    scale = torch.tensor([[0.1, 1.0, 10.0, math.inf, 0.1, 3.0]])
+    done = decide_one(compiled(ready), routing, scale)
+    check_rewritten(done, ready.rewrite(routing, scale))
+    plain = decide_one(compiled(ready), routing)
+    assert not torch.equal(done.weights, plain.weights)
 
 
 @pytest.mark.parametrize("case", LARGE)

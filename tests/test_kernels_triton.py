@@ -107,10 +107,11 @@ def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, .
     routing = routing._replace(active=torch.tensor([[True, True, False, True, True, True]]))
     kept = torch.zeros(1, 6, dtype=torch.bool)
     kept[0, list(exempt)] = True
+    scale = torch.where(kept, math.inf, 1.0)
     counted = int((routing.active & ~kept).sum())
     ready = ready_for(12, 3, 8, keep_top1=keep_top1, table={max(counted, 1): math.inf, counted + 1: 0.0})
-    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1, kept)
-    check_rewritten(done, ready.rewrite(routing, kept))
+    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1, scale)
+    check_rewritten(done, ready.rewrite(routing, scale))
     live = (routing.active & kept)[0]
     assert torch.equal(done.weights[0, live], routing.weights[0, live])
     assert torch.equal(done.indices[0, live], routing.indices[0, live])
@@ -118,6 +119,15 @@ def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, .
         assert (done.weights == 0)[routing.active].any()
     else:
         assert torch.equal(done.weights[routing.active], routing.weights[routing.active])
+
+
+def test_costs_count_as_many_times_as_their_token_says(interpreter: Run) -> None:
+    routing, ready = routing_of(6, 12, 3, 8, active=1), ready_for(12, 3, 8)
+    put_between(ready, routing)
+    scale = torch.tensor([[0.1, 1.0, 10.0, math.inf, 0.1, 3.0]])
+    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, False, scale)
+    check_rewritten(done, ready.rewrite(routing, scale))
+    assert not torch.equal(done.weights, ready.rewrite(routing).weights)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_exempt_tokens_keep_their_experts_and_do_not_count(rank: int) -> None:
         assert torch.equal(
             whole.weights[routing.active], routing.weights[routing.active]
         )  # seven count: none is left out
-        done = policy.decide(layer, routing, exempt)
+        done = policy.decide(layer, routing, torch.where(exempt, torch.inf, 1.0))
         alone = policy.decide(layer, Routing(*(part[:, ~exempt[0]] for part in routing)))
     kept = exempt & routing.active
     assert torch.equal(done.weights[kept], routing.weights[kept])

@@ -59,7 +59,7 @@ class Server:
 
     def __post_init__(self) -> None:
         # One for all threads: making one takes so long that requests would not be side by side.
-        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=600)
 
     def complete(self, prompts: list[list[int]], tokens: int = NEW, **own: Any) -> list[Any]:
         extra = {"return_token_ids": True, "return_tokens_as_token_ids": True, **own.pop("extra_body", {})}
@@ -83,7 +83,7 @@ class Server:
 def serving(
     folder: Path,
     name: str,
-    extra: tuple[str, ...] = ("--enforce-eager",),
+    extra: tuple[str, ...] = (),
     engine: dict[str, Any] = SETTINGS,
     **settings: str,
 ) -> Iterator[Server]:
@@ -112,7 +112,7 @@ def started(folder: Path, name: str, port: int, words: list[str], **settings: st
             words, stdout=log, stderr=log, env=environment(**settings), cwd=folder, start_new_session=True
         )
     try:
-        for _ in range(600):
+        for _ in range(1800):
             time.sleep(0.5)
             assert process.poll() is None, server.log.read_text()[-4000:]
             try:
@@ -121,7 +121,7 @@ def started(folder: Path, name: str, port: int, words: list[str], **settings: st
                 continue
             break
         else:
-            pytest.fail(f"no server after five minutes: {server.log.read_text()[-4000:]}")
+            pytest.fail(f"no server after fifteen minutes: {server.log.read_text()[-4000:]}")
         yield server
     finally:
         os.killpg(process.pid, signal.SIGTERM)
@@ -138,7 +138,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET)}
     # As if started by a process that has an engine itself.
     inherited = {"LYNX_WORKER_DIR": str(folder / "other")}
-    planned = [serving(folder, "untouched"), serving(folder, "skipping", **settings, **inherited)]
+    # Graphs that Dynamo has traced, but run as they are: compiling them would take a minute each.
+    plain = {"VLLM_CPU_CI_ENV": "1"}
+    planned = [serving(folder, "untouched", **plain), serving(folder, "skipping", **plain, **settings, **inherited)]
     with ExitStack() as stack, ThreadPoolExecutor(len(planned)) as pool:
         yield list(pool.map(stack.enter_context, planned))
 
@@ -291,7 +293,7 @@ def test_a_request_that_opted_out_is_as_untouched(
     assert counted["lynx_experts_loaded_total"] < counted["lynx_experts_routed_total"]
 
 
-@pytest.mark.parametrize("value", ["of", 0.003, -1])
+@pytest.mark.parametrize("value", ["of", 0.004, -1])
 def test_what_is_neither_on_nor_off_is_a_bad_request(
     untouched: Server, skipping: Server, prompts: list[list[int]], value: Any
 ) -> None:
@@ -362,7 +364,7 @@ def test_readme_serves_and_compares(tmp_path: Path) -> None:
             [sys.executable, "-m", "lynx_learn.cli", "bench", "--url", server.address, *words[4:], "--turns", "1"],
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=900,
             env=environment(),
         )
     assert done.returncode == 0, done.stderr
@@ -377,13 +379,13 @@ def refused(folder: Path, words: list[str], **own: str) -> str:
     """What a server that does not start says on standard error."""
     settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": str(BUDGET), **own}
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=300, cwd=folder, env=environment(**settings), check=False
+        words, capture_output=True, text=True, timeout=900, cwd=folder, env=environment(**settings), check=False
     )
     assert done.returncode != 0
     return done.stdout + done.stderr
 
 
-def test_five_reasons_at_once_and_the_command_that_works(tmp_path: Path, prompts: list[list[int]]) -> None:
+def test_all_reasons_at_once_and_the_command_that_works(tmp_path: Path, prompts: list[list[int]]) -> None:
     """One start, before any weight is read; the command to the letter."""
     port = free_port()
     wrong = ["--enable-lora", "--max_lora_rank=8", "--model-impl=transformers", "-sc.num_speculative_tokens", "2"]
@@ -391,14 +393,14 @@ def test_five_reasons_at_once_and_the_command_that_works(tmp_path: Path, prompts
     right = ["--max-model-len", "256", "--kv-cache-memory-bytes", "100000000", "--max-num-seqs", str(STREAMS)]
     said = refused(tmp_path, [*command(port), *wrong, *right], LYNX_BUDGET="0.02")
     told = said[said.index("skipping cannot act here") :].strip().splitlines()
-    assert told[0] == "skipping cannot act here, for 5 reasons:"
-    for number, part in enumerate(["calibrated", "speculative", "LoRA", "--model-impl", "--enforce-eager"], 1):
+    assert told[0] == "skipping cannot act here, for 4 reasons:"
+    for number, part in enumerate(["calibrated", "speculative", "LoRA", "--model-impl"], 1):
         assert re.match(rf"{number}\. .*{part}", told[number])
-    assert told[6:] == ["this works:", f"LYNX_BUDGET=0.01 {shlex.join([*command(port), *right, '--enforce-eager'])}"]
+    assert told[5:] == ["this works:", f"LYNX_BUDGET=0.01 {shlex.join([*command(port), *right])}"]
     assert "Starting to load model" not in said
     assert "Initializing a V1 LLM engine" not in said
-    settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": "0.02"}
-    with started(tmp_path, "mended", port, ["bash", "-c", f"exec env {told[7]}"], **settings) as server:
+    settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": "0.02", "VLLM_CPU_CI_ENV": "1"}
+    with started(tmp_path, "mended", port, ["bash", "-c", f"exec env {told[6]}"], **settings) as server:
         assert "Starting to load model" in server.log.read_text()
         _, counted = server.counted(lambda: server.complete(prompts, 8))
     assert counted['lynx_steps_total{outcome="acted"}'] > 0
@@ -424,7 +426,7 @@ def test_settings_of_the_environment_are_in_the_configuration(monkeypatch: pytes
 
 def test_the_last_line_of_a_server_says_why(tmp_path: Path) -> None:
     """Also of what only a worker can know."""
-    words = [*command(free_port(), other_routers(tmp_path / "other")), "--max-model-len", "256", "--enforce-eager"]
+    words = [*command(free_port(), other_routers(tmp_path / "other")), "--max-model-len", "256"]
     said = refused(tmp_path, [*words, "--kv-cache-memory-bytes", "100000000"])
     assert "this model differs in its routers" in said.strip().splitlines()[-1]
 
@@ -449,7 +451,6 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("other experts", asked, {**engine, "model": str(other_experts(folder / "experts"))}),
         ("other weights", asked, engine),
         ("other model, warn", {**asked, "LYNX_ON_UNSUPPORTED": "warn"}, other),
-        ("compiled", asked, {**engine, "enforce_eager": False}),
         ("LoRA", asked, {**engine, "enable_lora": True}),
         ("dense model", asked, {**engine, "model": str(dense_model(folder / "dense"))}),
         ("other shape", asked, {**engine, "model": str(other_shape(folder / "shape"))}),
@@ -463,7 +464,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         [sys.executable, str(script), json.dumps(listed)],
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
         cwd=folder,
         env=environment(),
     )

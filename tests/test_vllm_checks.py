@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +24,11 @@ COMPILED = {"mode": 3, "cudagraph_mode": 2}
 @pytest.mark.parametrize(
     ("changes", "line", "options"),
     [
-        ({"mode": 3}, "add --enforce-eager", {"enforce_eager": True}),
-        ({"cudagraph_mode": 2}, "add --enforce-eager", {"enforce_eager": True}),
+        (
+            {"cudagraph_mode": 2},
+            "CUDA graphs was never tried on a GPU",
+            {"compilation_config.cudagraph_mode": "NONE"},
+        ),
         ({"speculative_config": object()}, "speculative decoding", {"speculative_config": None}),
         ({"lora_config": object()}, "LoRA", {"enable_lora": False}),
         (
@@ -41,20 +44,13 @@ COMPILED = {"mode": 3, "cudagraph_mode": 2}
         ),
         ({"use_ubatching": True}, "micro-batches", {"enable_dbo": False}),
         ({"enable_eplb": True}, "load balancing", {"enable_eplb": False}),
-        ({"watermark_config": object()}, "watermarking needs", {"watermark_config": None}),
-        ({"hisparse_config": object()}, "HiSparse needs", {}),
     ],
 )
 def test_engines_refused(changes: dict[str, Any], line: str, options: dict[str, Any]) -> None:
-    assert engine_reasons(engine_config()) == []
+    assert engine_reasons(engine_config(mode=3)) == []
     (reason,) = engine_reasons(engine_config(**changes))
     assert line in reason.text
     assert reason.options == options
-
-
-def test_the_second_model_runner_is_refused() -> None:
-    (reason,) = engine_reasons(engine_config(use_v2_model_runner=True))
-    assert reason.environment == {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 @pytest.mark.parametrize(
@@ -86,9 +82,18 @@ def test_a_checkpoint_that_is_quantized_itself_may_be_the_selectors() -> None:
 
 
 @dataclass
-class Arguments:
-    """As much of vLLM's arguments as these tests change; LoRA keeps it from compiling, as in vLLM on a CPU."""
+class Compilation:
+    """As much of the part of vLLM's arguments that speaks of graphs."""
 
+    cudagraph_mode: str = "FULL"
+    backend: str = "inductor"
+
+
+@dataclass
+class Arguments:
+    """As much of vLLM's arguments as these tests change; LoRA keeps it from using graphs."""
+
+    compilation_config: Compilation = field(default_factory=lambda: Compilation(backend="own"))
     additional_config: Mapping[str, Any] | None = None
     enforce_eager: bool = False
     enable_lora: bool = False
@@ -97,14 +102,15 @@ class Arguments:
     tensor_parallel_size: int = 1
 
     def make(self) -> Any:
-        compiled = not self.enforce_eager and not self.enable_lora
+        assert self.compilation_config.backend == "own"
+        graphs = self.compilation_config.cudagraph_mode != "NONE" and not self.enforce_eager
         return engine_config(
             additional_config=self.additional_config or {},
             lora_config=self.max_lora_rank if self.enable_lora else None,
             pipeline_parallel_size=self.pipeline_parallel_size,
             tensor_parallel_size=self.tensor_parallel_size,
             model_config=model_config(),
-            **(COMPILED if compiled else {}),
+            **(COMPILED if graphs and not self.enable_lora else {}),
         )
 
 
@@ -153,19 +159,21 @@ def test_all_reasons_at_once(selector: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert lines[0] == "skipping cannot act here, for 4 reasons:"
     assert [line.split(" ")[0] for line in lines[1:5]] == ["1.", "2.", "3.", "4."]
     told = "\n".join(lines)
-    for part in ("not calibrated for a budget of 0.02", "LoRA", "pipeline parallelism", "--enforce-eager"):
+    for part in ("not calibrated for a budget of 0.02", "LoRA", "pipeline parallelism", "CUDA graphs"):
         assert part in told
     assert lines[5:] == [
         "this works:",
-        "LYNX_BUDGET=0.01 LLM(…, enable_lora=False, pipeline_parallel_size=1, tensor_parallel_size=4, enforce_eager=True)",
+        "LYNX_BUDGET=0.01 LLM(…, enable_lora=False, pipeline_parallel_size=1, tensor_parallel_size=4, compilation_config={'cudagraph_mode': 'NONE'})",
     ]
 
 
 def test_what_traces_cannot_be_collected_from() -> None:
     asked = {"lynx": {"record": ["model.layers.0.mlp"]}}
     prepare(engine_config(additional_config=asked, model_config=model_config()), lambda *_: None)
-    other = engine_config(additional_config=asked, model_config=model_config(quantization="fp8"), mode=3)
-    with pytest.raises(UnsupportedError, match=r"compiled graphs .+; vLLM runs this model quantized \(fp8\)"):
+    plain = {"mode": 3, "use_v2_model_runner": True}
+    other = engine_config(additional_config=asked, model_config=model_config(quantization="fp8"), **plain)
+    line = r"compiled graphs .+; .+ model runner V2.+; vLLM runs this model quantized \(fp8\)"
+    with pytest.raises(UnsupportedError, match=line):
         prepare(other, lambda *_: None)
 
 
@@ -192,7 +200,8 @@ def test_warned_and_served_untouched(selector: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checks, "warn", warned.append)
     monkeypatch.setenv("LYNX_ON_UNSUPPORTED", "warn")
     assert prepared(Arguments()).additional_config["lynx"]["budget"] == 0
-    assert warned == ["compiled graphs run past the routing that skipping acts on: add --enforce-eager"]
+    assert len(warned) == 1
+    assert "CUDA graphs" in warned[0]
     monkeypatch.setenv("LYNX_BUDGET", "many")
     with pytest.raises(UnsupportedError, match="LYNX_BUDGET=many"):
         prepared(Arguments())
@@ -214,7 +223,7 @@ def test_the_command_is_the_users_own(
     monkeypatch.setattr(sys, "orig_argv", words)
     with pytest.raises(UnsupportedError) as raised:
         prepared(Arguments(enable_lora=True))
-    assert str(raised.value).splitlines()[-1] == "vllm serve --model 'a b' --enforce-eager"
+    assert str(raised.value).splitlines()[-1] == "vllm serve --model 'a b' --compilation-config.cudagraph_mode NONE"
     monkeypatch.setattr(sys, "orig_argv", ["python", "vllm", "serve", "--config", "x.yaml"])
     with pytest.raises(UnsupportedError) as raised:  # what a file says, no option takes back
         prepared(Arguments(enable_lora=True))

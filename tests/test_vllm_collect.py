@@ -40,7 +40,7 @@ for options in json.loads(sys.argv[1]):
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, env=environment())
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=900, env=environment())
 
 
 @pytest.fixture(scope="module")

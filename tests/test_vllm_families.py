@@ -1,4 +1,4 @@
-"""The plugin in a real vLLM on the CPU with tiny random models of several families, against transformers.
+"""The plugin in a real vLLM on the CPU with tiny random models of several families, against transformers; in traced graphs.
 
 What the engine serves has to be what the same selector gives on the transformers model, number by number: the fingerprint,
 the routing rule, the scale of what experts return and of what surrogates add all go into that.
@@ -41,7 +41,6 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = words(STREAMS, PROMPT)
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
-    "enforce_eager": True,
     "skip_tokenizer_init": True,
     "max_model_len": 64,
     "max_num_seqs": STREAMS,
@@ -214,7 +213,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "environment": {"LYNX_SELECTOR": str(ROOT / "selectors" / "reference-moe"), "LYNX_BUDGET": "0.01"},
         "sampling": {"temperature": 0, "max_tokens": NEW, "logprobs": 20, "ignore_eos": True},
     }
-    engine = {"model": reference_moe(), "dtype": "float32", "enforce_eager": True, "max_model_len": 64}
+    engine = {"model": reference_moe(), "dtype": "float32", "max_model_len": 64}
     engine |= {"kv_cache_memory_bytes": 50_000_000}
     cases.append({**reference, "name": "reference", "engine": engine})
     cases.append({**reference, "name": "reference split", "engine": {**engine, "tensor_parallel_size": 2}})
@@ -224,9 +223,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), str(listed)],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
         cwd=folder,
-        env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),  # otherwise two workers want a memory node each
+        # Graphs that Dynamo has traced, run as they are; and two workers on one memory node.
+        env=environment(VLLM_CPU_CI_ENV="1", VLLM_CPU_OMP_THREADS_BIND="nobind"),
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
@@ -247,7 +247,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_skips_as_transformers_does(results: dict[str, Any], family: str) -> None:
     ran = subject(results, family)
-    assert "self-check passed" in ran.found["said"][-1]
+    assert any("self-check passed" in line for line in ran.found["said"])
     served, counted = ran.served, ran.found["counted"]
     wanted, stats = ran.simulated(ran.selector)
     untouched, _ = ran.simulated(None)
@@ -270,7 +270,7 @@ def test_a_family_skips_as_transformers_does(results: dict[str, Any], family: st
 def test_gates_in_float32_among_bfloat16(results: dict[str, Any]) -> None:
     """vLLM keeps these gates in another precision than the model, and the fingerprint is the same."""
     ran = subject(results, HALF)
-    assert "self-check passed" in ran.found["said"][-1]
+    assert any("self-check passed" in line for line in ran.found["said"])
     assert ran.found["counted"]["experts_loaded"] < 0.75 * ran.found["counted"]["experts_routed"]
 
 

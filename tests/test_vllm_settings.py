@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lynx_learn.errors import OptionError
-from lynx_learn.integrations.vllm.settings import Settings, check_request, opted_out, read_settings
+from lynx_learn.integrations.vllm.settings import Settings, asked_budget, check_request, read_settings
 
 
 def test_settings() -> None:
@@ -48,17 +48,27 @@ def test_settings_refused(environment: dict[str, str], additional: Any, line: st
     [(False, True), (0, True), (0.0, True), ("false", True), ("Off", True), (True, False), (1, False), ("on", False)],
 )
 def test_opting_out(value: Any, out: bool) -> None:
-    assert opted_out({"lynx": value}) is out
-    check_request({"lynx": value})
-    assert not opted_out({"other": value})
-    assert not opted_out(None)
+    assert asked_budget({"lynx": value}, 0.01) == (0 if out else 0.01)
+    check_request({"lynx": value}, lambda: pytest.fail("is not asked for"))
+    assert asked_budget({"other": value}, 0.01) == asked_budget(None, 0.01) == 0.01
 
 
-@pytest.mark.parametrize("value", ["of", "none", "", 0.003, -1, 2, None, [0]])
-def test_what_is_neither_on_nor_off_is_refused(value: Any) -> None:
-    with pytest.raises(OptionError, match="expected false, which keeps all experts, or true"):
-        check_request({"lynx": value})
-    assert opted_out({"lynx": value})  # where it was not looked at when it came
+@pytest.mark.parametrize("value", [0.003, "0.003", "3e-3"])
+def test_a_level(value: Any) -> None:
+    check_request({"lynx": value}, lambda: (0.003, 0.01))
+    assert asked_budget({"lynx": value}, 0.01) == 0.003
+
+
+@pytest.mark.parametrize("value", ["of", "none", "", 0.004, -1, 2, None, [0], "nan", "inf"])
+def test_what_nobody_understands_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"expected false, .+, true, or a budget .+ calibrated for \(0.003, 0.01\)"):
+        check_request({"lynx": value}, lambda: (0.003, 0.01))
+
+
+@pytest.mark.parametrize("value", ["of", -1, None, [0], "nan"])
+def test_what_nobody_understands_keeps_all_experts(value: Any) -> None:
+    """Where it was not looked at when it came."""
+    assert asked_budget({"lynx": value}, 0.01) == 0
 
 
 def test_settings_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

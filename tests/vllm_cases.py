@@ -2,14 +2,21 @@
 
 A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
 file that holds it. A case may also have `prompts` (text or tokens), `sampling`, `architecture`, the class of the
-model, and `reload`, a model whose weights take the place of the loaded ones at the end.
+model, `reload`, a model whose weights take the place of the loaded ones at the end, and `passes`: the prompts are then run
+again and again, each time with other `extra_args` for the requests, given to them in turns; and `cuda_graphs`, to have them
+although they are refused.
+
+With TRITON_INTERPRET=1 the kernels that vLLM's second model runner needs are interpreted, so that it runs on a CPU.
 """
 
 import json
 import logging
 import os
 import sys
+import time
+from copy import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 LOGGER = "vllm.plugins.lynx_learn"
@@ -23,11 +30,14 @@ def environment(**own: str) -> dict[str, str]:
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
     from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from lynx_learn.integrations.vllm import checks
     from lynx_learn.integrations.vllm import metrics as vllm_metrics
 
+    checks.CUDA_GRAPHS_REFUSED = not case.get("cuda_graphs")
     own: dict[str, str] = case["environment"]
     os.environ.update(own)
     prompts = [part if isinstance(part, str) else {"prompt_token_ids": part} for part in case.get("prompts", PROMPTS)]
@@ -41,18 +51,32 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     try:
         engine = LLM(**case["engine"])
         logging.getLogger(LOGGER).addHandler(said)  # only now: starting vLLM takes handlers off
-        outputs = [output.outputs[0] for output in engine.generate(prompts, sampling, use_tqdm=False)]
-        after = vllm_metrics.read_totals(Path(os.environ[vllm_metrics.FOLDER]))
-        result: dict[str, Any] = {
-            "tokens": [list(output.token_ids) for output in outputs],
-            "counted": {name: count - before.get(name, 0) for name, count in after.items()},
-            "said": said.lines,
-        }
-        if sampling.logprobs:
-            result["logprobs"] = [
-                [{token: part.logprob for token, part in sorted(table.items())} for table in output.logprobs]
-                for output in outputs
-            ]
+        runs = []
+        for extra in case.get("passes", [[None]]):
+            each = [copy(sampling) for _ in prompts]
+            for place, own_sampling in enumerate(each):
+                own_sampling.extra_args = extra[place % len(extra)]
+            start = time.perf_counter()
+            outputs = [output.outputs[0] for output in engine.generate(prompts, each, use_tqdm=False)]
+            after = vllm_metrics.read_totals(Path(os.environ[vllm_metrics.FOLDER]))
+            one: dict[str, Any] = {
+                "tokens": [list(output.token_ids) for output in outputs],
+                "counted": {
+                    name: count - before.get(name, 0)
+                    for name, count in after.items()
+                    if name != vllm_metrics.LAYERS  # a gauge
+                },
+                "graphs": dict(counters["stats"]),
+                "seconds": time.perf_counter() - start,
+            }
+            if sampling.logprobs:
+                one["logprobs"] = [
+                    [{token: part.logprob for token, part in sorted(table.items())} for table in output.logprobs]
+                    for output in outputs
+                ]
+            runs.append(one)
+            before = after
+        result: dict[str, Any] = {**(runs[0] if "passes" not in case else {"passes": runs}), "said": said.lines}
         if "reload" in case:
             engine.collective_rpc("reload_weights", kwargs={"weights_path": case["reload"]})
         return result
@@ -78,7 +102,16 @@ class Said(logging.Handler):
             self.lines.append(text)
 
 
+def interpret() -> None:
+    """Have vLLM take Triton's interpreter for a device of Triton's."""
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
+
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpret()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process
     listed = sys.argv[1] if sys.argv[1].startswith("[") else Path(sys.argv[1]).read_text(encoding="utf-8")
     for case in json.loads(listed):

@@ -20,17 +20,17 @@ def engine_config(**changes: Any) -> Any:
         "use_ubatching": False,
         "enable_eplb": False,
     }
-    compilation = {"mode": 0, "cudagraph_mode": 0}
-    attention = {"hisparse_config": None}
-    config = {"speculative_config": None, "lora_config": None, "watermark_config": None, "use_v2_model_runner": False}
+    compilation = {"mode": 0, "cudagraph_mode": 0, "max_cudagraph_capture_size": 512}
+    scheduler = {"max_num_batched_tokens": 64}
+    config = {"speculative_config": None, "lora_config": None, "use_v2_model_runner": False}
     config |= {"model_config": None, "additional_config": {}}
-    for part in (parallel, compilation, attention, config):
+    for part in (parallel, compilation, scheduler, config):
         part.update({key: changes.pop(key) for key in part if key in changes})
     assert not changes
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel),
         compilation_config=SimpleNamespace(**compilation),
-        attention_config=SimpleNamespace(**attention),
+        scheduler_config=SimpleNamespace(**scheduler),
         **config,
     )
 
@@ -89,6 +89,7 @@ def engine_runner(**changes: Any) -> Any:
     moe_config = {"is_sequence_parallel": False, "use_deferred_moe_finalize": False, "in_dtype": torch.float32}
     moe_config |= {key: changes.pop(key) for key in list(changes) if key in moe_config}
     plain = {
+        "layer_name": "model.layers.0.mlp.experts",
         "router": CPURouter(),
         "routed_experts": Experts(),
         "is_monolithic": False,

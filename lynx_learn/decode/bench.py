@@ -152,9 +152,9 @@ class Watched(ThresholdPolicy):
         self.__dict__.update(policy.__dict__)
         self.microseconds: dict[str, list[float]] = {}
 
-    def decide_one(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision | None:
+    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision | None:
         start = clock(layer.device)
-        decision = super().decide_one(layer, routing, exempt)
+        decision = super().decide_one(layer, routing, scale)
         if decision is not None:
             self._keep("scorer, rewrite and surrogates", start, clock(layer.device))
         return decision
@@ -162,7 +162,7 @@ class Watched(ThresholdPolicy):
     def _keep(self, part: str, start: float, end: float) -> None:
         self.microseconds.setdefault(part, []).append(1e6 * (end - start))
 
-    def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
+    def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         ready, price = self.ready[layer.index], self.prices.of(layer)
         assert price is None or isinstance(price, Price)
         marks = [clock(layer.device)]
@@ -175,10 +175,10 @@ class Watched(ThresholdPolicy):
         if form == ready.rewrite:
             costs = ready.costs(routing)
             passed("scorer")
-            decision = ready.rewrite(routing, exempt, price, costs)
+            decision = ready.rewrite(routing, scale, price, costs)
             passed("rewrite")
         else:
-            decision = form(routing, exempt, price)
+            decision = form(routing, scale, price)
             passed("scorer and rewrite")
         decision = ready.selector.answer(routing, decision)
         passed("surrogates")

@@ -28,13 +28,13 @@ _SPLIT = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
 def act(
-    policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally, exempt: Tensor | None = None
+    policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally, scale: Tensor | None = None
 ) -> Decision:
-    """Let the policy rewrite one layer's routing, and count; `exempt` as in `ThresholdPolicy.decide`."""
+    """Let the policy rewrite one layer's routing, and count; `scale` as in `ThresholdPolicy.decide`."""
     decision = Decision(routing.indices, routing.weights)
     if policy is not None:
-        if exempt is not None and isinstance(policy, ThresholdPolicy):
-            decision = policy.decide(layer, routing, exempt)
+        if scale is not None and isinstance(policy, ThresholdPolicy):
+            decision = policy.decide(layer, routing, scale)
         else:
             decision = policy.decide(layer, routing)
         if decision.loads is None:
@@ -44,12 +44,12 @@ def act(
 
 
 def act_on_one(
-    policy: Policy, layer: MoeLayer, routing: Routing, tally: Tally, exempt: Tensor | None = None
+    policy: Policy, layer: MoeLayer, routing: Routing, tally: Tally, scale: Tensor | None = None
 ) -> Decision:
     """As `act` for one decode batch, without a leading dimension."""
-    decision = policy.decide_one(layer, routing, exempt) if isinstance(policy, ThresholdPolicy) else None
+    decision = policy.decide_one(layer, routing, scale) if isinstance(policy, ThresholdPolicy) else None
     if decision is None:
-        batches, rows = each_tensor(_unsqueezed, routing), None if exempt is None else exempt.unsqueeze(0)
+        batches, rows = each_tensor(_unsqueezed, routing), None if scale is None else scale.unsqueeze(0)
         return each_tensor(_squeezed, act(policy, layer, batches, tally, rows))
     tally.add(layer, routing, decision)
     return decision
@@ -199,8 +199,9 @@ class Skipping:
             return None
         if call.active is not None:
             routing = routing._replace(active=call.active.to(device))
-        exempt = None if call.prompts is None else call.prompts.to(device)
-        return act_on_one(self.policy, layer, routing, self.tally, exempt)
+        # Tokens of prompts keep all their experts.
+        scale = None if call.prompts is None else torch.where(call.prompts.to(device), torch.inf, 1.0)
+        return act_on_one(self.policy, layer, routing, self.tally, scale)
 
 
 def skip_experts(

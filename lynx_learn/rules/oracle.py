@@ -20,11 +20,11 @@ class Oracle(ThresholdPolicy):
     def __init__(self, selector: LynxSelector, threshold: float) -> None:
         super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
 
-    def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
+    def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         assert isinstance(layer, MoeLayer)  # no other one can run its experts for this
         ready = self.ready[layer.index]
         costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
-        return ready.selector.answer(routing, ready.rewrite(routing, exempt, costs=costs))
+        return ready.selector.answer(routing, ready.rewrite(routing, scale, costs=costs))
 
     def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         """Of surrogates alone: it has no scorer."""

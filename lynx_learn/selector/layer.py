@@ -173,20 +173,20 @@ class Ready:
     def rewrite(
         self,
         routing: Routing,
-        exempt: Tensor | None = None,
+        scale: Tensor | None = None,
         pricing: Pricing | None = None,
         costs: Tensor | None = None,
     ) -> Decision:
-        """As `LayerSelector.rewrite`, by these or its own costs; `exempt` as in `ThresholdPolicy.decide`."""
+        """As `LayerSelector.rewrite`, by these or its own costs; `scale` as in `ThresholdPolicy.decide`."""
         costs, counted = self.costs(routing) if costs is None else costs, routing.active
-        if exempt is not None:
-            costs, counted = costs.masked_fill(exempt.unsqueeze(-1), torch.inf), counted & ~exempt
+        if scale is not None:
+            costs, counted = costs * scale.unsqueeze(-1), counted & scale.isfinite()
         return self.selector.rewrite(routing, self.threshold(counted), costs, pricing)
 
     def rewrite_in_kernels(
-        self, kernels: ModuleType, routing: Routing, exempt: Tensor | None = None, price: Price | None = None
+        self, kernels: ModuleType, routing: Routing, scale: Tensor | None = None, price: Price | None = None
     ) -> Decision:
         """As `rewrite`, in Triton kernels."""
         own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, exempt, price)
+        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, scale, price)
         return decision if own.surrogates.rank else decision._replace(answered=None)

@@ -244,34 +244,35 @@ class ThresholdPolicy:
         if self.kernel == "numba" or (self.kernel == "auto" and find_spec("numba")):
             self.compiled = _compiled(self.ready, forced=self.kernel == "numba")
 
-    def decide(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision:
+    def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         """Rewrite one layer's assignments.
 
         Args:
             layer: one of those it is bound to.
             routing: what the layer is about to do.
-            exempt: `(G, T)` True for tokens that keep all their experts; they do not count for the threshold either, as
-                if the batch were so much smaller. None: no token does.
+            scale: `(G, T)`, float32, above 0: how many times each token's costs count. Infinite for tokens that keep all
+                their experts; these do not count for the threshold either, as if the batch were so much smaller. None:
+                1 for all.
         """
         ready, pricing = self.ready[layer.index], self.prices.of(layer)
         if not (pricing is None or isinstance(pricing, Price)):
-            return ready.selector.answer(routing, ready.rewrite(routing, exempt, pricing))
+            return ready.selector.answer(routing, ready.rewrite(routing, scale, pricing))
         if layer.index in self.compiled and len(routing.logits) == 1:
-            rows = None if exempt is None else exempt[0]
+            rows = None if scale is None else scale[0]
             decision = self.decide_one(layer, each_tensor(lambda part: part[0], routing), rows)
             if decision is not None:
                 return each_tensor(lambda part: part.unsqueeze(0), decision)
-        return ready.selector.answer(routing, self.form(ready, routing)(routing, exempt, pricing))
+        return ready.selector.answer(routing, self.form(ready, routing)(routing, scale, pricing))
 
-    def decide_one(self, layer: Layer, routing: Routing, exempt: Tensor | None = None) -> Decision | None:
+    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision | None:
         """As `decide` in one compiled call, for one decode batch without a leading dimension; None where none can."""
         compiled, price = self.compiled.get(layer.index), self.prices.of(layer)
         if compiled is None or not (price is None or isinstance(price, Price)) or not compiled.takes(routing):
             return None
-        return compiled.decide(routing, exempt, price)
+        return compiled.decide(routing, scale, price)
 
     def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None, Price | None], Decision]:
-        """What computes the decision for a batch, who is exempt of it and prices, but for the surrogates' answers."""
+        """What computes the decision for a batch, its tokens' scale and prices, but for the surrogates' answers."""
         if self.kernels is None or not self.kernels.supported(ready.folded, routing):
             return ready.rewrite
         fused = partial(ready.rewrite_in_kernels, self.kernels)

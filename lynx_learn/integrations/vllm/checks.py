@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,9 @@ BELONGS = {
     "enable_eplb": ("eplb_*", "num_redundant_experts"),
     "enable_dbo": ("dbo_*", "ubatch_size"),
 }
+
+# Until tests/test_vllm_gpu.py has passed on a GPU.
+CUDA_GRAPHS_REFUSED = True
 
 
 class Reason(NamedTuple):
@@ -66,7 +69,7 @@ def prepare(config: Any, again: Again) -> None:
     """
     given = config.additional_config
     if recorded(given) is not None:
-        told = [reason.text for reason in engine_reasons(config)]
+        told = [reason.text for reason in recording_reasons(config)]
         if config.model_config.quantization:
             told.append(
                 f"vLLM runs this model quantized ({config.model_config.quantization}), and `train` reads experts that are "
@@ -131,8 +134,9 @@ def make_again(own: Callable[..., Any], args: Any, *more: Any, **kwargs: Any) ->
                     made = part.default if part.default_factory is MISSING else part.default_factory()
                     setattr(other, part.name, made)
         for name, value in options.items():
+            outer, _, inner = name.partition(".")
             if not _left_out(value):
-                setattr(other, name, value)
+                setattr(other, outer, replace(getattr(other, outer), **{inner: value}) if inner else value)
         saved = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         try:
@@ -186,10 +190,10 @@ def _other_budget(given: object, selector: SelectorConfig, budget: float) -> Rea
 def engine_reasons(config: Any) -> list[Reason]:
     """Engines in which the wrapped places would not be called, or not with the rows that they expect."""
     parallel, compilation = config.parallel_config, config.compilation_config
-    found = _runner_reasons(config)
-    if compilation.mode or compilation.cudagraph_mode:
-        text = "compiled graphs run past the routing that skipping acts on: add --enforce-eager"
-        found.append(Reason(text, {"enforce_eager": True}))
+    found: list[Reason] = []
+    if compilation.cudagraph_mode and CUDA_GRAPHS_REFUSED:
+        text = "skipping in CUDA graphs was never tried on a GPU: add --compilation-config.cudagraph_mode NONE"
+        found.append(Reason(text, {"compilation_config.cudagraph_mode": "NONE"}))
     if config.speculative_config is not None:
         text = "speculative decoding has no steps of one token per request: turn it off"
         found.append(Reason(text, {"speculative_config": None}))
@@ -215,27 +219,17 @@ def engine_reasons(config: Any) -> list[Reason]:
     return found
 
 
-def check_engine(worker: Any) -> None:
-    """Refuse again, in a worker, what the first process refuses: a configuration may have been made without it.
-
-    Raises:
-        UnsupportedError: with all reasons.
-    """
-    if found := engine_reasons(worker.vllm_config):
-        raise UnsupportedError("; ".join(reason.text for reason in found))
-
-
-def _runner_reasons(config: Any) -> list[Reason]:
-    """Of the two model runners, the second one is not supported, and what cannot do without it."""
-    if config.attention_config.hisparse_config is not None:
-        return [Reason("HiSparse needs vLLM's model runner V2, which is not supported: leave it out")]
-    if getattr(config, "watermark_config", None) is not None:
-        text = "watermarking needs vLLM's model runner V2, which is not supported: leave --watermark-config out"
-        return [Reason(text, {"watermark_config": None})]
-    if not config.use_v2_model_runner:
-        return []
-    name = "VLLM_USE_V2_MODEL_RUNNER"
-    return [Reason(f"vLLM's model runner V2 is not supported: set {name}=0", environment={name: "0"})]
+def recording_reasons(config: Any) -> list[Reason]:
+    """Engines that traces cannot be collected from."""
+    found = engine_reasons(config)
+    if config.compilation_config.mode:
+        text = "compiled graphs run past what records traces: add --enforce-eager"
+        found.append(Reason(text, {"enforce_eager": True}))
+    if config.use_v2_model_runner:
+        name = "VLLM_USE_V2_MODEL_RUNNER"
+        text = f"traces are not recorded in vLLM's model runner V2: set {name}=0"
+        found.append(Reason(text, environment={name: "0"}))
+    return found
 
 
 def model_reasons(model: Any, selector: SelectorConfig) -> list[Reason]:
@@ -292,7 +286,7 @@ def mended(found: Sequence[Reason]) -> str:
     prefix = "".join(f"{name}={shlex.quote(value)} " for name, value in environment.items())
     words = server_command()
     if words is None:
-        call = ", ".join(["LLM(…", *(f"{name}={value!r}" for name, value in options.items())]) + ")"
+        call = ", ".join(["LLM(…", *(_argument(name, value) for name, value in options.items())]) + ")"
         return prefix + call if options else f"{prefix}python …"
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -302,10 +296,16 @@ def mended(found: Sequence[Reason]) -> str:
         kept = without(words, [action for action in actions if _belongs(action.dest, name)])
         if len(kept) == len(words) and "--config" in words and _left_out(value):
             return ""
-        option = f"--{name.replace('_', '-')}"
+        outer, dot, inner = name.partition(".")
+        option = f"--{outer.replace('_', '-')}{dot}{inner}"
         more = [] if value is True else [json.dumps(value) if isinstance(value, Mapping) else str(value)]
         words = kept if _left_out(value) else [*kept, option, *more]
     return prefix + shlex.join(words)
+
+
+def _argument(name: str, value: Any) -> str:
+    outer, _, inner = name.partition(".")
+    return f"{outer}={ {inner: value} }" if inner else f"{name}={value!r}"
 
 
 def _left_out(value: Any) -> bool:

@@ -41,6 +41,11 @@ class Wrapping:
         setattr(owner, name, call)
         self.undo.append(undo)
 
+    def give(self, owner: Any, name: str, value: object) -> None:
+        """Set an attribute that the instance does not have."""
+        setattr(owner, name, value)
+        self.undo.append(partial(delattr, owner, name))
+
     def detach(self) -> None:
         """Take everything off again."""
         for undo in reversed(self.undo):

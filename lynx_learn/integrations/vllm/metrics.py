@@ -26,7 +26,7 @@ SUMS = ("experts_routed", "experts_loaded", "assignments", "assignments_answered
 LAYERS = "moe_layers"
 SLOTS = (*SUMS, ACTED, *SKIPPED, LAYERS)
 HELP = {
-    "experts_routed": "Distinct experts that decode steps acted on are routed to, summed over steps and MoE layers.",
+    "experts_routed": "Distinct experts that steps acted on are routed to, summed over steps and MoE layers.",
     "experts_loaded": "Distinct experts that those steps load, summed over steps and MoE layers.",
     "assignments": "Assignments of tokens to experts in those steps, summed over MoE layers.",
     "assignments_answered": "Assignments that a surrogate answers instead of the expert.",

@@ -3,14 +3,14 @@
 vLLM calls `register` in every process it starts. Nothing is imported from vLLM before that, because vLLM only logs a
 plugin that cannot be imported and then serves without it. Of vLLM's classes these methods are wrapped: the one that
 makes an engine's configuration, where settings are read and checked against it; a worker's `load_model`, after which
-`engine.Acting` is attached to what was loaded; what checks a request when it comes; and what names blocks of the prefix
+`acting.Acting` is attached to what was loaded; what checks a request when it comes; and what names blocks of the prefix
 cache.
 """
 
 import logging
 import os
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 
 from ...errors import LynxError, OptionError
@@ -18,9 +18,9 @@ from .settings import (
     KEY,
     Settings,
     UnsupportedError,
+    asked_budget,
     check_request,
     engine_version,
-    opted_out,
     read_settings,
     recorded,
     refuse,
@@ -92,11 +92,12 @@ def _create_engine_config(own: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
 def _load_model(own: Callable[..., Any], wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     from . import engine as vllm_engine
+    from .acting.acting import say
 
     try:
         return vllm_engine.load_model(partial(own, wrapper, *args, **kwargs), wrapper.worker)
     except LynxError as error:
-        vllm_engine.say(error)
+        say(error)
         raise
 
 
@@ -104,9 +105,10 @@ def _validate_params(own: Callable[..., Any], processor: Any, params: Any, *args
     """Admission, in the process that a client talks to: the OpenAI server answers this error with status 400."""
     from vllm.exceptions import VLLMValidationError
 
-    if _settings(processor.vllm_config) is not None:
+    settings = _settings(processor.vllm_config)
+    if settings is not None:
         try:
-            check_request(getattr(params, "extra_args", None))
+            check_request(getattr(params, "extra_args", None), partial(_budgets, settings.selector))
         except OptionError as error:
             raise VLLMValidationError(str(error), parameter=f"vllm_xargs.{KEY}") from None
     return own(processor, params, *args, **kwargs)
@@ -130,7 +132,7 @@ def _hash_blocks(own: Callable[[Any], Any], reuse: bool, request: Any) -> Any:
     that skip find them, and requests that opted out share a cache of their own.
     """
     if not hasattr(request, "lynx_blocks"):
-        out = opted_out(getattr(request.sampling_params, "extra_args", None))
+        out = not asked_budget(getattr(request.sampling_params, "extra_args", None), 1.0)
         # The first prompt's end: a session that is continued counts what it has generated as prompt.
         first = 0 if reuse else request.num_prompt_tokens
         request.lynx_blocks = ("untouched" if out else "generated", first) if out is reuse else None
@@ -141,6 +143,14 @@ def _block_keys(own: Callable[..., list[Any]], request: Any, start: int, end: in
     """What goes into the hash of a block beside its tokens."""
     mark = getattr(request, "lynx_blocks", None)
     return own(request, start, end) + ([(KEY, mark[0])] if mark is not None and end > mark[1] else [])
+
+
+@cache
+def _budgets(selector: str) -> tuple[float, ...]:
+    """Those that a selector is calibrated for."""
+    from ...selector.selector import LynxSelector
+
+    return tuple(sorted(map(float, LynxSelector.from_pretrained(selector).config.thresholds.get("kl", {}))))
 
 
 def _settings(config: Any) -> Settings | None:

@@ -1,7 +1,7 @@
 """What was asked for, and what is refused."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -119,21 +119,39 @@ def switched(value: object) -> bool | None:
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
 
-def opted_out(extra_args: object) -> bool:
-    """Whether a request's `extra_args` say that it keeps all its experts; so does one that says what is neither on nor off."""
-    return isinstance(extra_args, Mapping) and KEY in extra_args and not switched(extra_args[KEY])
+def asked_budget(extra_args: object, server: float) -> float:
+    """The budget that a request's `extra_args` ask for, the server's where they ask for none; 0 keeps all experts.
+
+    So does one that says what nobody understands.
+    """
+    if not isinstance(extra_args, Mapping) or KEY not in extra_args:
+        return server
+    on = switched(extra_args[KEY])
+    return max(_number(extra_args[KEY]), 0.0) if on is None else server if on else 0.0
 
 
-def check_request(extra_args: object) -> None:
-    """Refuse a request that says something else than on or off.
+def check_request(extra_args: object, budgets: Callable[[], Collection[float]]) -> None:
+    """Refuse a request that says something else than on, off or one of the calibrated `budgets`, which are asked for when needed.
 
     Raises:
         OptionError: with what it says.
     """
-    if isinstance(extra_args, Mapping) and KEY in extra_args and switched(extra_args[KEY]) is None:
+    if not isinstance(extra_args, Mapping) or KEY not in extra_args or switched(extra_args[KEY]) is not None:
+        return
+    if _number(extra_args[KEY]) not in (known := budgets()):
         raise OptionError(
-            f"{KEY}={extra_args[KEY]!r} in vllm_xargs is not usable: expected false, which keeps all experts, or true"
+            f"{KEY}={extra_args[KEY]!r} in vllm_xargs is not usable: expected false, which keeps all experts, true, or a budget "
+            f"that the selector is calibrated for ({', '.join(f'{budget:g}' for budget in known)})"
         )
+
+
+def _number(value: object) -> float:
+    """0 for what is none."""
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 def refuse(settings: Settings, reason: LynxError) -> None:
@@ -149,7 +167,11 @@ def refuse(settings: Settings, reason: LynxError) -> None:
 
 def warn(reason: str) -> None:
     """Say once in this process's log that everything is served untouched."""
+    logger().warning_once("lynx-learn serves untouched: %s", reason)
+
+
+def logger() -> Any:
     from vllm.logger import init_logger
 
     # Only loggers below vLLM's own are shown by default.
-    init_logger("vllm.plugins.lynx_learn").warning_once("lynx-learn serves untouched: %s", reason)
+    return init_logger("vllm.plugins.lynx_learn")

@@ -91,15 +91,15 @@ class Compiled:
             and not (hidden.requires_grad or logits.requires_grad or weights.requires_grad)
         )
 
-    def decide(self, routing: Routing, exempt: Tensor | None = None, price: Price | None = None) -> Decision:
+    def decide(self, routing: Routing, scale: Tensor | None = None, price: Price | None = None) -> Decision:
         """The whole decision, with what surrogates answer, for what it `takes`: one decode batch without a leading dimension.
 
-        `exempt` is `(T,)`, and as in `ThresholdPolicy`.
+        `scale` is `(T,)`, and as in `ThresholdPolicy`.
         """
         each, devices = price or (None, None)
         hidden, logits, weights = _floats(routing.hidden), _floats(routing.logits), _floats(routing.weights)
         indices, active = _plain(routing.indices), _plain(routing.active)
-        exempt = None if exempt is None else _plain(exempt)
+        scale = None if scale is None else _floats(scale)
         tokens, top_k = indices.shape
         projected = None
         if hidden.numel() * self.projection.shape[1] >= _LARGE:
@@ -113,7 +113,7 @@ class Compiled:
             self.own.down,
             tokens,
             top_k,
-            *map(_address, (hidden, logits, indices, weights, active, exempt, projected, each, devices)),
+            *map(_address, (hidden, logits, indices, weights, active, scale, projected, each, devices)),
             *map(_address, (new_indices, new_weights, answered, loads, addition)),
         )
         return Decision(

@@ -18,8 +18,6 @@ from ..scorers import LOWEST_LOG_COST
 
 _TOKEN_PARTS = len(TOKEN_PARTS)
 _SMALLEST_WEIGHT, _LOWEST_LOG_COST = np.float32(SMALLEST_WEIGHT), np.float32(LOWEST_LOG_COST)
-# How a token stands: 0 does not run, exempt ones keep all their experts and are not counted.
-_ACTIVE, _EXEMPT = 1, 2
 _ZERO, _ONE, _INF, _SMALLEST_SPREAD = np.float32(0), np.float32(1), np.float32(np.inf), np.float32(1e-6)
 
 # Small functions: what Numba takes to compile one grows faster than its length.
@@ -197,11 +195,11 @@ def _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_
     share, highest = np.empty(top_k, np.float32), np.empty(min(top_k + 1, experts), np.float32)
     to, count = own.direct_assignment, 0
     for t in range(len(logits)):
-        if standing[t] == _EXEMPT:
+        if standing[t] == _INF:
             for k in range(top_k):
                 total[indices[t, k]] = _INF
                 used[indices[t, k]] = True
-        if standing[t] != _ACTIVE:
+        if standing[t] == _ZERO or standing[t] == _INF:
             continue
         count += 1
         x, w, chosen = logits[t], weights[t], indices[t]
@@ -221,7 +219,7 @@ def _add_costs(hidden, logits, indices, weights, standing, projected, own, keep_
             cost = straight + own.direct_experts[e] + a0 * to[0] + a1 * to[1] + a2 * to[2] + a3 * to[3] + a4 * to[4]
             cost += _learned(constant, own.experts[e], own.assignment, own.outer, a0, a1, a2, a3, a4)
             # A cost that is no number must stay one: it keeps its expert.
-            total[e] += np.exp(_at_least(cost, _LOWEST_LOG_COST))
+            total[e] += standing[t] * np.exp(_at_least(cost, _LOWEST_LOG_COST))
             used[e] = True
             if keep_top1 and w[k] == largest:
                 first[e] = True
@@ -325,7 +323,8 @@ def _decide(
     """One decode batch; fills what comes after `devices`, and returns how many assignments are left out.
 
     Arguments as in `Routing`, `Price` and `Decision`, for one batch; `devices` is empty where all experts lie on one.
-    `standing` is `(T,)`, int8. `projected` is `(T, P)`, or has no rows: then the hidden states are projected here.
+    `standing` is `(T,)`, float32: how many times a token's costs count, 0 where it does not run, infinite where it keeps
+    all its experts and is not counted. `projected` is `(T, P)`, or has no rows: then the hidden states are projected here.
     """
     experts, top_k, rows = logits.shape[1], indices.shape[1], len(own.down)
     total, used, first = np.zeros(experts, np.float32), np.zeros(experts, np.bool_), np.zeros(experts, np.bool_)
@@ -376,7 +375,7 @@ def decide(
     indices,
     weights,
     active,
-    exempt,
+    scale,
     projected,
     prices,
     devices,
@@ -396,7 +395,7 @@ def decide(
         like: an array of the surrogates' type, to tell it.
         tokens, top_k: the batch's size.
         hidden, logits, indices, weights, active: as in `Routing`; float32, int64 and bool.
-        exempt: `(T,)`, bool.
+        scale: `(T,)`, float32; as in `ThresholdPolicy.decide`.
         projected: `(T, P)`.
         prices, devices: as in `Price`.
         new_indices, new_weights, answered, loads, addition: filled; as in `Decision`, loads `(2, experts)`.
@@ -421,12 +420,10 @@ def decide(
         _matrix(at[11], experts, size, like.dtype),
         _vector(at[12], experts + 1, np.int64),
     )
-    standing = np.empty(tokens, np.int8)
-    runs, keeps = _vector(active, tokens, np.int8), _vector(exempt, tokens, np.int8)
+    standing = np.empty(tokens, np.float32)
+    runs, counts = _vector(active, tokens, np.int8), _vector(scale, tokens, np.float32)
     for t in range(tokens):
-        standing[t] = runs[t]
-        if exempt and keeps[t]:
-            standing[t] += runs[t]
+        standing[t] = _ZERO if not runs[t] else counts[t] if scale else _ONE
     ones = np.ones(0 if prices else experts, np.float32)
     return _decide(
         _matrix(hidden, tokens, size, np.float32),

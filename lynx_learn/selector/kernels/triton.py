@@ -133,9 +133,8 @@ def _costs_by_expert(
         silu = inner / (1.0 + tl.exp(-inner))
         log_cost += tl.sum(tl.where((column < WIDTH)[None, :], silu * out[None, :], 0.0), 1)
     # A cost that is no number must stay one: it keeps its expert.
-    cost = tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
-    stands = tl.load(standing + token).to(tl.int32)
-    cost = tl.where(stands == 2, float("inf"), cost)
+    stands = tl.load(standing + token).to(tl.float32)
+    cost = stands * tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
 
     hit = (own[:, None] == expert[None, :]) & taken[:, None]
     row = tl.sum(tl.where(hit, cost[:, None], 0.0), 0)
@@ -183,8 +182,8 @@ def _rewrite(
     total = tl.sum(sums, 0)
 
     place = tl.arange(0, TOKENS_PADDED)
-    stands = tl.load(standing + place, mask=place < tokens, other=0).to(tl.int32)
-    count = tl.sum((stands == 1).to(tl.int32), 0)
+    stands = tl.load(standing + place, mask=place < tokens, other=0).to(tl.float32)
+    count = tl.sum(((stands > 0.0) & (stands < float("inf"))).to(tl.int32), 0)
     threshold = tl.load(thresholds + tl.minimum(count, last))
 
     # The first of the largest totals, where what is no number is larger than any.
@@ -238,15 +237,15 @@ def supported(folded: Folded, routing: Routing) -> bool:
     )
 
 
-def _standing(active: Tensor, exempt: Tensor | None) -> Tensor:
-    """0 for tokens that are not active, 1 for those that vote, 2 for those that keep their experts: `(1, T)`."""
-    return active.contiguous() if exempt is None else active.to(torch.int8) + (active & exempt)
+def _standing(active: Tensor, scale: Tensor | None) -> Tensor:
+    """How many times each token's costs count `(1, T)`; 0 for those that are not active."""
+    return active.contiguous() if scale is None else torch.where(active, scale, 0.0)
 
 
-def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, exempt: Tensor | None = None) -> Tensor:
+def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, scale: Tensor | None = None) -> Tensor:
     """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`.
 
-    Those of exempt tokens are infinite.
+    Each times the token's scale.
     """
     _, tokens, experts = routing.logits.shape
     top_k, hidden = routing.indices.shape[-1], routing.hidden.shape[-1]
@@ -256,7 +255,7 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, exempt: T
     experts_padded, top_k_padded = _padded(experts), _padded(top_k)
     _costs_by_expert[(tokens,)](
         *(part.contiguous() for part in (routing.hidden, routing.logits, routing.indices, routing.weights)),
-        _standing(routing.active, exempt),
+        _standing(routing.active, scale),
         *(part.contiguous() for part in folded),
         rows,
         EXPERTS=experts,
@@ -281,7 +280,7 @@ def rewrite_by(
     routing: Routing,
     thresholds: Tensor,
     keep_top1: bool,
-    exempt: Tensor | None = None,
+    scale: Tensor | None = None,
     price: Price | None = None,
 ) -> Decision:
     """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
@@ -300,7 +299,7 @@ def rewrite_by(
         rows,
         indices,
         weights,
-        _standing(routing.active, exempt),
+        _standing(routing.active, scale),
         thresholds,
         rows if prices is None else prices,
         new_indices,
@@ -327,7 +326,7 @@ def rewrite(
     routing: Routing,
     thresholds: Tensor,
     keep_top1: bool,
-    exempt: Tensor | None = None,
+    scale: Tensor | None = None,
     price: Price | None = None,
 ) -> Decision:
     """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
@@ -337,14 +336,14 @@ def rewrite(
         routing: one decode batch.
         thresholds: by the number of active tokens, the last for any number beyond.
         keep_top1: whether each token's first expert stays.
-        exempt: as in `ThresholdPolicy.decide`.
+        scale: as in `ThresholdPolicy.decide`.
         price: of each expert; None: 1.
     """
     device = routing.logits.device
     # Triton launches on the current device, which need not be the layer's.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        rows = costs_by_expert(folded, routing, keep_top1, exempt)
-        return rewrite_by(rows, routing, thresholds, keep_top1, exempt, price)
+        rows = costs_by_expert(folded, routing, keep_top1, scale)
+        return rewrite_by(rows, routing, thresholds, keep_top1, scale, price)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}

@@ -1,0 +1,150 @@
+"""One MoE layer's routing, where the decision is made, and its experts, where the surrogates' answer is added.
+
+Nothing here depends on the step but for what `Rows` holds. Where the engine traces the model itself (on the CPU), both are
+operations that the graph does not look into; elsewhere vLLM's own operation of the layer is one, and they are called there.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....moe.decision import Routing
+from ....selector.selector import ThresholdPolicy
+from ..layers import EngineLayer, Wrapping
+from .rows import Rows
+
+NAME = "lynx_learn"
+"""Under which a runner has its `LayerHook`."""
+
+ROUTED, LOADED, ASSIGNMENTS, ANSWERED, CHECK = range(5)
+"""What a layer sums over the steps acted on; CHECK is the sum of what was decided less that of what was run: 0."""
+
+
+class LayerHook:
+    """Wraps a layer's router and experts."""
+
+    def __init__(
+        self, wrapping: Wrapping, layer: EngineLayer, policy: ThresholdPolicy, rows: Rows, sums: Tensor, rank: int
+    ) -> None:
+        """`sums` `(CHECK + 1,)` is where it counts, `rank` the worker's among those that share the layer's experts."""
+        self.layer, self.policy, self.rows, self.sums = layer, policy, rows, sums
+        runner = layer.runner
+        self.name = str(runner.layer_name)
+        # The runner may scale what the experts return, instead of the router its weights.
+        self.scale = float(runner.routed_scaling_factor)
+        # Until a reduction sums the workers' outputs, one of them adds for all.
+        self.adds = runner._fused_output_is_reduced or rank == 0
+        # On the CPU the kernel multiplies rows of weight 0 like any other, and which rows stay is known without waiting.
+        self.gathers = layer.device.type == "cpu"
+        self.addition: Tensor | None = None
+        self.experts: Callable[..., Tensor] = runner.routed_experts.forward_modular
+        wrapping.give(runner, NAME, self)
+        wrapping.replace(runner.router, "_compute_routing", self._compute_routing)
+        wrapping.replace(runner.routed_experts, "forward_modular", self._forward_modular)
+
+    def _compute_routing(
+        self,
+        own: Callable[..., tuple[Tensor, Tensor]],
+        hidden_states: Tensor,
+        router_logits: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        weights, ids = own(hidden_states, router_logits, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            torch.ops.lynx_learn.decide(hidden_states, router_logits, weights, ids, self.name)
+        else:
+            self.decide(hidden_states, router_logits, weights, ids)
+        return weights, ids
+
+    def _forward_modular(
+        self, own: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any
+    ) -> Tensor:
+        if torch.compiler.is_compiling():
+            # Without shared experts: on the CPU, where this is traced, the runner has run them before.
+            return torch.ops.lynx_learn.run_experts(x, topk_weights, topk_ids, self.name)
+        return self.run_experts(x, topk_weights, topk_ids, **kwargs)
+
+    @torch.no_grad()
+    def decide(self, hidden_states: Tensor, router_logits: Tensor, weights: Tensor, ids: Tensor) -> None:
+        """Rewrite what the router has chosen, `weights` and `ids` `(rows, top_k)`, in place."""
+        self.addition = None
+        if not self.rows.decide(len(ids)):
+            return
+        scale = self.rows.scale[: len(ids)].unsqueeze(0)
+        active = scale > 0
+        routing = Routing(
+            hidden_states[:, : self.layer.hidden_size].unsqueeze(0),
+            router_logits.unsqueeze(0),
+            ids.long().clamp_min(0).unsqueeze(0),  # rows of padding may name no expert
+            (weights * self.scale).unsqueeze(0),
+            active,
+        )
+        decision = self.policy.decide(self.layer, routing, scale)
+        assert decision.loads is not None
+        before, after = (part.sum() for part in decision.loads)
+        answered = torch.zeros_like(before) if decision.answered is None else decision.answered.sum()
+        if decision.addition is not None and self.adds:
+            self.addition = decision.addition[0] / self.scale
+        # The router's own weights, not those that were scaled and back: what stays is as it was to the last bit.
+        weights.masked_fill_(decision.weights[0] == 0, 0)
+        ids.copy_(torch.where(ids < 0, ids, decision.indices[0].to(ids.dtype)))
+        # What a graph runs while nothing may be skipped is not counted.
+        counted = torch.stack([before, after, active.sum() * self.layer.top_k, answered])
+        self.sums[:CHECK] += counted * (active & scale.isfinite()).any()
+        self.sums[CHECK] += ids.sum()
+
+    @torch.no_grad()
+    def run_experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
+        """What the experts that stay return, with what surrogates answer `(rows, hidden)`."""
+        if not self.rows.decide(len(topk_ids)):
+            return self.experts(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
+        run = partial(run_kept, self.experts) if self.gathers else self.experts
+        output = run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
+        self.sums[CHECK] -= topk_ids.sum()
+        if self.addition is not None:
+            output[:, : self.layer.hidden_size] += self.addition.to(output.dtype)
+        self.addition = None
+        return output
+
+
+def run_kept(own: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
+    """As `own`, a layer's `forward_modular`, but only for assignments that stay, each as a token with one expert."""
+    token, place = topk_weights.nonzero(as_tuple=True)
+    if len(token) in (0, topk_weights.numel()):
+        return own(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
+    weights, ids = (part[token, place].unsqueeze(-1) for part in (topk_weights, topk_ids))
+    rows = own(x=x[token], topk_weights=weights, topk_ids=ids, **kwargs)
+    total = torch.zeros(len(x), rows.shape[-1], dtype=torch.float32).index_add_(0, token, rows.float())
+    return total.to(rows.dtype)
+
+
+def _runner(layer: str) -> Any:
+    """The MoE runner of that name in the model that is being run."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().no_compile_layers[layer]
+
+
+@torch.library.custom_op("lynx_learn::decide", mutates_args=("weights", "ids"))
+def _decide(hidden_states: Tensor, router_logits: Tensor, weights: Tensor, ids: Tensor, layer: str) -> None:
+    hook = getattr(_runner(layer), NAME, None)
+    if hook is not None:
+        hook.decide(hidden_states, router_logits, weights, ids)
+
+
+@torch.library.custom_op("lynx_learn::run_experts", mutates_args=())
+def _run_experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
+    runner = _runner(layer)
+    # A graph that was kept by an engine that skips may be taken by one that does not.
+    run = getattr(runner, NAME, None)
+    run = runner.routed_experts.forward_modular if run is None else run.run_experts
+    return run(x=x, topk_weights=topk_weights, topk_ids=topk_ids)
+
+
+@_run_experts.register_fake
+def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
+    return x.new_empty(x.shape)

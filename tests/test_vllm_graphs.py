@@ -1,0 +1,134 @@
+"""Skipping in the graphs that vLLM compiles, on both of its model runners, against engines without graphs and without skipping."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_cases import environment
+
+from lynx_learn.moe.loading import reference_moe
+
+pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[1]
+NEW = 12
+OFF, ON, MIXED = [{"lynx": False}], [None], [None, {"lynx": 0.003}, {"lynx": 0.03}, {"lynx": False}]
+KEPT = 3  # of MIXED, the one that keeps everything
+ENGINE: dict[str, Any] = {
+    "model": reference_moe(),
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 50_000_000,
+    "enable_prefix_caching": False,
+}
+SKIPPING: dict[str, Any] = {
+    **ENGINE,
+    "additional_config": {"lynx": {"selector": str(ROOT / "selectors" / "reference-moe"), "budget": 0.01}},
+}
+# Kernels are interpreted there, and Dynamo's graph is run as it is.
+SECOND = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CPU_CI_ENV": "1"}
+
+
+def run(
+    folder: Path, cases: list[tuple[str, dict[str, Any], list[Any]]], cuda_graphs: bool = False, **own: str
+) -> dict[str, list[Any]]:
+    """What each pass of each case gave."""
+    sampling = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True, "logprobs": 20}
+    planned = [
+        {
+            "name": name,
+            "environment": {},
+            "engine": engine,
+            "passes": passes,
+            "sampling": sampling,
+            "cuda_graphs": cuda_graphs,
+        }
+        for name, engine, passes in cases
+    ]
+    caches = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), json.dumps(planned)],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        cwd=folder,
+        env=environment(**caches, **own),
+    )
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.startswith('{"name"'):
+            result = json.loads(line)
+            assert "error" not in result, result["error"]
+            found[result["name"]] = result["passes"]
+    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    cases = [
+        ("eager", {**SKIPPING, "enforce_eager": True}, [ON, MIXED]),
+        ("untouched", ENGINE, [ON]),
+        ("skipping", SKIPPING, [OFF, ON, MIXED, OFF]),
+    ]
+    return run(tmp_path_factory.mktemp("first"), cases)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    cases = [("untouched", ENGINE, [ON]), ("skipping", SKIPPING, [OFF, ON, MIXED, OFF])]
+    return run(tmp_path_factory.mktemp("second"), cases, **SECOND)
+
+
+@pytest.fixture(params=["first", "second"])
+def runner(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    return request.getfixturevalue(request.param)
+
+
+def distance(a: Any, b: Any, rows: range) -> float:
+    """The largest difference of two log-probabilities."""
+    pairs = [(x, y) for row in rows for x, y in zip(a["logprobs"][row], b["logprobs"][row], strict=True)]
+    return max(abs(x[token] - y[token]) for x, y in pairs for token in x.keys() & y.keys())
+
+
+def test_switched_off_is_the_untouched_graph_to_the_last_bit(runner: dict[str, list[Any]]) -> None:
+    """Also after requests that skipped."""
+    (wanted,) = runner["untouched"]
+    before, on, _, after = runner["skipping"]
+    for part in ("tokens", "logprobs"):
+        assert before[part] == after[part] == wanted[part]
+    assert on["logprobs"] != wanted["logprobs"]
+    assert before["counted"]["acted"] == 0
+
+
+def test_counts_what_is_counted_without_graphs(first: dict[str, list[Any]], runner: dict[str, list[Any]]) -> None:
+    """Also of requests that ask for other budgets, side by side in one graph."""
+    (on, mixed), (_, compiled_on, compiled_mixed, _) = first["eager"], runner["skipping"]
+    for wanted, found in ((on, compiled_on), (mixed, compiled_mixed)):
+        rows = range(len(wanted["tokens"]))
+        print(f"{distance(wanted, found, rows):.2g} off, {found['counted']}")
+        assert found["counted"] == wanted["counted"]
+        assert found["tokens"] == wanted["tokens"]
+        assert distance(wanted, found, rows) < 1e-4
+        assert found["counted"]["experts_loaded"] < found["counted"]["experts_routed"]
+    assert mixed["counted"]["experts_loaded"] > on["counted"]["experts_loaded"]
+
+
+def test_who_keeps_everything_is_as_untouched_among_levels(runner: dict[str, list[Any]]) -> None:
+    (wanted,), mixed = runner["untouched"], runner["skipping"][2]
+    kept = range(KEPT, len(wanted["tokens"]), len(MIXED))
+    assert all(mixed["tokens"][row] == wanted["tokens"][row] for row in kept)
+    assert distance(wanted, mixed, kept) < 1e-4
+    assert distance(wanted, mixed, range(1)) > 1e-2
+
+
+def test_nothing_is_compiled_again(runner: dict[str, list[Any]]) -> None:
+    """Whatever requests ask for."""
+    graphs = [one["graphs"] for one in runner["skipping"]]
+    assert graphs[0]["unique_graphs"] > 0
+    assert all(found == graphs[0] for found in graphs)
