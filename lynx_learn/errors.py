@@ -6,6 +6,11 @@ import re
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
+def printable(text: str) -> str:
+    """A text whose control characters are written as Python writes them."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 class LynxError(Exception):
     """Base of every error this package raises on purpose; the CLI prints it as one line and exits with 2."""
 
@@ -14,7 +19,7 @@ class LynxError(Exception):
 
     def __init__(self, message: str) -> None:
         lines = message.split("\n") if self.has_lines else [message]
-        super().__init__("\n".join(CONTROL.sub(lambda found: repr(found[0])[1:-1], line) for line in lines))
+        super().__init__("\n".join(map(printable, lines)))
 
 
 class CorpusError(LynxError):

@@ -20,6 +20,7 @@ from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.card import render
 from lynx_learn.show.floor import floor_lines
+from lynx_learn.show.tables import Table
 
 SIZE, BUDGET = 2, 0.1
 TEXT: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "batch_sizes": [SIZE]}
@@ -299,3 +300,18 @@ def test_a_name_with_a_bar_breaks_no_table() -> None:
     metrics["train"]["layers"][0]["name"] = "a|b"
     row = next(line for line in render(asdict(selector.config), metrics).splitlines() if "a\\|b" in line)
     assert row.startswith("| a\\|b |")
+
+
+def test_names_with_line_breaks_or_backticks_stay_in_their_line() -> None:
+    """A file's name may hold anything; a heading of somebody else's in a card, or a colour in a terminal, is no part of it."""
+    selector, metrics = parts()
+    name = "a\n\n# Certified by nobody `b`\x1b[31m"
+    metrics["evaluate"]["sources"] = [name]
+    metrics["evaluate"]["options"]["corpus"] = name
+    metrics["train"]["layers"][0]["name"] = name
+    card = render(asdict(selector.config), metrics)
+    assert "\n# Certified" not in card
+    assert "\x1b" not in card
+    assert "`a\\n\\n# Certified by nobody 'b'\\x1b[31m`" in card
+    assert "\x1b" not in str(Table("\x1b[1m", ["name"], [[name]]).markdown)
+    assert Table("\x1b[1m", ["name"], [[name]]).title == "\\x1b[1m"

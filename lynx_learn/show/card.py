@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..errors import printable
 from .floor import floor_lines
 from .tables import Table, calibration_table, coverage_table, evaluation_table, training_table
 
@@ -23,6 +24,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
     made.filters |= {"form": format, "percents": percents}
     tags = ["mixture-of-experts", "inference"]
     data = ModelCardData(library_name="lynx-learn", base_model=config["base_model"], tags=tags)
+    config, metrics = in_text(config), in_text(metrics)  # the front matter has a writer that knows what to quote
     calibration, figures = config["calibration"], metrics.get("calibrate") or {}
     coverage, test, train = (metrics.get(name) for name in ("coverage", "evaluate", "train"))
     shifted = [row for row in coverage["rows"] if row["shift"]] if coverage else []
@@ -43,6 +45,15 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         promises=[promise(metric, how, figures.get(metric, {})) for metric, how in calibration.items()],
     )
     return text.rstrip() + "\n"
+
+
+def in_text(value: Any) -> Any:
+    """JSON whose texts and names can stand in the middle of a line, and between backticks."""
+    if isinstance(value, dict):
+        return {in_text(key): in_text(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [in_text(part) for part in value]
+    return printable(value).replace("`", "'") if isinstance(value, str) else value
 
 
 def percents(interval: list[float]) -> str:

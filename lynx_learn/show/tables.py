@@ -7,6 +7,7 @@ import rich.table
 from rich import box
 from rich.console import Console
 
+from ..errors import printable
 from .floor import floor_lines
 
 # Columns of a page, and those between two columns of a table.
@@ -15,11 +16,15 @@ WIDTH, GAP = 80, 2
 
 @dataclass(frozen=True)
 class Table:
-    """Heads and rows, which a terminal shows and a page holds as Markdown."""
+    """Heads and rows, which a terminal shows and a page holds as Markdown. Names in them may come from anybody's files."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", printable(self.title))
+        object.__setattr__(self, "rows", [[printable(" ".join(cell.split())) for cell in row] for row in self.rows])
 
     def without(self, *names: str) -> "Table":
         """The same without these columns."""
@@ -29,7 +34,7 @@ class Table:
     @property
     def markdown(self) -> str:
         """Without the title; a cell may hold whatever means something there."""
-        rows = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in self.rows]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.rows]
         lines = [self.head, ["---"] * len(self.head), *rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
