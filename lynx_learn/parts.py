@@ -62,7 +62,7 @@ def launched() -> tuple[int, int]:
         OptionError: its variables are no numbers.
     """
     for rank, size, told_by in LAUNCHERS:
-        if rank in os.environ and size in os.environ and told_by in os.environ:
+        if all(map(os.environ.get, (rank, size, told_by))):  # an empty one counts as none, as it does to a shell
             try:
                 return int(os.environ[rank]), int(os.environ[size])
             except ValueError:

@@ -57,9 +57,10 @@ def test_every_part_has_one_owner(size: int, count: int) -> None:
         ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
         # A batch script: it has the variables of its first task, and is none.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
         ({"RANK": "1"}, (0, 1)),
     ],
-    ids=["none", "torchrun", "srun", "sbatch", "half"],
+    ids=["none", "torchrun", "srun", "sbatch", "empty", "half"],
 )
 def test_launchers_are_understood(
     variables: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,8 @@
 """The scorer's figures against other libraries, and what learning gains."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,11 @@ def test_a_scorer_is_trained_alike_whatever_surrounds_it(
     assert found[0] == found[1]
     assert rank_zero_only.rank == rank
     assert all(os.environ[variable] == value for variable, value in variables.items())
+
+
+def test_variables_of_a_launcher_that_hold_no_number_stop_no_import() -> None:
+    """As compose files and scripts leave them; Lightning would fail while it is imported."""
+    program = "import os\nfrom lynx_learn.fit.scorer import rank_zero_only\nprint(rank_zero_only.rank, repr(os.environ['RANK']))"
+    environment = {**os.environ, "RANK": "", "LOCAL_RANK": "x"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, "0 ''\n"), done.stderr

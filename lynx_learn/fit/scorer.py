@@ -10,17 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from ..selector.features import NAMES
 from ..selector.scorers import SCORERS, Scorer
+
+# Lightning reads these while it is imported, and fails where one is no number, such as an empty one.
+_ranks = {
+    name: os.environ.pop(name)
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    if name in os.environ
+}
+try:
+    import lightning as L
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities import rank_zero_only
+finally:
+    os.environ |= _ranks
 
 # Costs are divided by the layer's mean; below this share of it they count as this, so that a logarithm stays finite.
 SMALLEST_COST = 1e-6
