@@ -11,23 +11,26 @@ from typing import Any
 
 import pytest
 from tiny import HIDDEN, random_selector, tiny_model
-from vllm_stand_ins import engine_config, model_config
+from vllm_stand_ins import CUDAGraphMode, engine_config, model_config
 
-from lynx_learn.integrations.vllm import checks
-from lynx_learn.integrations.vllm.checks import engine_reasons, make_again, model_reasons, prepare, without
+from lynx_learn.integrations.vllm.checks import prepare as vllm_prepare
+from lynx_learn.integrations.vllm.checks import reasons as vllm_reasons
+from lynx_learn.integrations.vllm.checks.mending import make_again, without
+from lynx_learn.integrations.vllm.checks.prepare import prepare
+from lynx_learn.integrations.vllm.checks.reasons import engine_reasons, model_reasons
 from lynx_learn.integrations.vllm.settings import UnsupportedError
 
 QUANTIZED = SimpleNamespace(quantization_config={})
-COMPILED = {"mode": 3, "cudagraph_mode": 2}
+COMPILED = {"mode": 3, "cudagraph_mode": CUDAGraphMode.FULL}
 
 
 @pytest.mark.parametrize(
     ("changes", "line", "options"),
     [
         (
-            {"cudagraph_mode": 2},
+            {"cudagraph_mode": CUDAGraphMode.FULL},
             "CUDA graphs was never tried on a GPU",
-            {"compilation_config.cudagraph_mode": "NONE"},
+            {"compilation_config.cudagraph_mode": CUDAGraphMode.NONE},
         ),
         ({"speculative_config": object()}, "speculative decoding", {"speculative_config": None}),
         ({"lora_config": object()}, "LoRA", {"enable_lora": False}),
@@ -85,7 +88,7 @@ def test_a_checkpoint_that_is_quantized_itself_may_be_the_selectors() -> None:
 class Compilation:
     """As much of the part of vLLM's arguments that speaks of graphs."""
 
-    cudagraph_mode: str = "FULL"
+    cudagraph_mode: CUDAGraphMode = CUDAGraphMode.FULL
     backend: str = "inductor"
 
 
@@ -103,7 +106,7 @@ class Arguments:
 
     def make(self) -> Any:
         assert self.compilation_config.backend == "own"
-        graphs = self.compilation_config.cudagraph_mode != "NONE" and not self.enforce_eager
+        graphs = bool(self.compilation_config.cudagraph_mode) and not self.enforce_eager
         return engine_config(
             additional_config=self.additional_config or {},
             lora_config=self.max_lora_rank if self.enable_lora else None,
@@ -124,7 +127,7 @@ def selector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name)
     monkeypatch.setenv("LYNX_SELECTOR", str(tmp_path / "selector"))
     monkeypatch.setenv("LYNX_BUDGET", "0.01")
-    monkeypatch.setattr(checks, "engine_version", lambda: "0.32.0")
+    monkeypatch.setattr(vllm_reasons, "engine_version", lambda: "0.32.0")
     return tmp_path / "selector"
 
 
@@ -182,7 +185,7 @@ def test_what_no_option_mends_is_not_said_to_work(selector: Path, monkeypatch: p
     with pytest.raises(UnsupportedError, match=r"(?s)'nowhere' is neither.+with what an option can mend:\nLLM"):
         prepared(Arguments())
     monkeypatch.setenv("LYNX_SELECTOR", str(selector))
-    monkeypatch.setattr(checks, "engine_version", lambda: "0.33.0")
+    monkeypatch.setattr(vllm_reasons, "engine_version", lambda: "0.33.0")
     with pytest.raises(UnsupportedError) as raised:
         prepared(Arguments())
     line = "vLLM 0.33.0 is not supported: install 0.32.x (or set LYNX_ON_UNSUPPORTED=warn to serve untouched)"
@@ -197,7 +200,7 @@ def test_a_budget_in_the_additional_config_is_mended_there(selector: Path) -> No
 def test_warned_and_served_untouched(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are told so, but a mistake in the settings is refused all the same."""
     warned: list[str] = []
-    monkeypatch.setattr(checks, "warn", warned.append)
+    monkeypatch.setattr(vllm_prepare, "warn", warned.append)
     monkeypatch.setenv("LYNX_ON_UNSUPPORTED", "warn")
     assert prepared(Arguments()).additional_config["lynx"]["budget"] == 0
     assert len(warned) == 1
@@ -224,6 +227,10 @@ def test_the_command_is_the_users_own(
     with pytest.raises(UnsupportedError) as raised:
         prepared(Arguments(enable_lora=True))
     assert str(raised.value).splitlines()[-1] == "vllm serve --model 'a b' --compilation-config.cudagraph_mode NONE"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "vllm", "serve", "-cc.backend=own"])
+    with pytest.raises(UnsupportedError) as raised:
+        prepared(Arguments())
+    assert str(raised.value).splitlines()[-1] == "vllm serve -cc.backend=own -cc.cudagraph_mode NONE"
     monkeypatch.setattr(sys, "orig_argv", ["python", "vllm", "serve", "--config", "x.yaml"])
     with pytest.raises(UnsupportedError) as raised:  # what a file says, no option takes back
         prepared(Arguments(enable_lora=True))

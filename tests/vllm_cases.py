@@ -34,10 +34,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, ModelRegistry, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from lynx_learn.integrations.vllm import checks
     from lynx_learn.integrations.vllm import metrics as vllm_metrics
+    from lynx_learn.integrations.vllm.checks import reasons
 
-    checks.CUDA_GRAPHS_REFUSED = not case.get("cuda_graphs")
+    reasons.CUDA_GRAPHS_REFUSED = not case.get("cuda_graphs")
     own: dict[str, str] = case["environment"]
     os.environ.update(own)
     prompts = [part if isinstance(part, str) else {"prompt_token_ids": part} for part in case.get("prompts", PROMPTS)]

@@ -1,12 +1,23 @@
 """As much of vLLM's workers, routers and experts as is looked at or wrapped, without vLLM."""
 
 from collections.abc import Callable
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tiny import EXPERTS, HIDDEN, TOP_K
 from torch import Tensor
+
+
+class CUDAGraphMode(Enum):
+    """As vLLM's, which is false where there are no graphs."""
+
+    NONE = 0
+    FULL = 2
+
+    def __bool__(self) -> bool:
+        return self is not CUDAGraphMode.NONE
 
 
 def engine_config(**changes: Any) -> Any:
@@ -20,7 +31,7 @@ def engine_config(**changes: Any) -> Any:
         "use_ubatching": False,
         "enable_eplb": False,
     }
-    compilation = {"mode": 0, "cudagraph_mode": 0, "max_cudagraph_capture_size": 512}
+    compilation = {"mode": 0, "cudagraph_mode": CUDAGraphMode.NONE, "max_cudagraph_capture_size": 512}
     scheduler = {"max_num_batched_tokens": 64}
     config = {"speculative_config": None, "lora_config": None, "use_v2_model_runner": False}
     config |= {"model_config": None, "additional_config": {}}

@@ -4,7 +4,7 @@ All that is wrapped is wrapped on the instances of that one model, and before it
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ...errors import LynxError
 from ...moe.identity import Passing
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from .acting.acting import Acting
-from .checks import Reason, engine_reasons, recording_reasons
+from .checks.reasons import check, engine_reasons, recording_reasons
 from .layers import find_layers, looking
 from .record import Recording
 from .settings import Settings, UnsupportedError, logger, read_settings, recorded, refuse
@@ -38,7 +38,7 @@ def load_model(load: Callable[[], Any], worker: Any) -> Any:
     """
     config = worker.vllm_config
     if (names := recorded(config.additional_config)) is not None:
-        _check(recording_reasons(config))
+        check(recording_reasons(config))
         result = load()
         Recording.on(worker, find_layers(worker.model_runner.get_model(), names, 0))
         return result
@@ -65,7 +65,8 @@ def attach(worker: Any, settings: Settings, policy: ThresholdPolicy, passing: Pa
     """
     own, seen = policy.selector.config, passing.identity()
     try:
-        _check(engine_reasons(worker.vllm_config))
+        # Again: a configuration may have been made without the plugin's first process.
+        check(engine_reasons(worker.vllm_config))
         layers = find_layers(worker.model_runner.get_model(), own.layers, own.expert_bytes)
         acting = Acting(worker.model_runner, layers, policy, settings)
         policy.selector.compare(seen)
@@ -92,13 +93,3 @@ def _tensor_rank() -> int:
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
-
-
-def _check(found: Sequence[Reason]) -> None:
-    """Refuse again, in a worker, what the first process refuses: a configuration may have been made without it.
-
-    Raises:
-        UnsupportedError: with all reasons.
-    """
-    if found:
-        raise UnsupportedError("; ".join(reason.text for reason in found))

@@ -82,7 +82,8 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _create_engine_config(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from .checks import make_again, prepare
+    from .checks.mending import make_again
+    from .checks.prepare import prepare
 
     again = make_again(own, *args, **kwargs)
     config = own(*args, **kwargs)
