@@ -231,3 +231,35 @@ def test_ways_to_generate_that_are_not_acted_on_say_so_and_write_untouched_text(
         assert skipping.stats.steps == 0
         model.generate(text, max_new_tokens=4, min_new_tokens=4, do_sample=False)  # type: ignore[operator]
         assert skipping.stats.steps == 3
+
+
+def test_a_model_that_is_running_in_another_thread_can_be_attached_to() -> None:
+    """A server's first request for skipping, while others are under way: these go on as they began."""
+    model = tiny_model("qwen3_moe")
+    layers = find_moe_layers(model)
+    prompt = words(2, LENGTH)
+    with torch.no_grad():
+        plain = model(input_ids=prompt).logits
+    inside, attached, found = threading.Event(), threading.Event(), []
+
+    def wait(module: nn.Module, args: object, output: object) -> None:
+        if threading.current_thread() is other and not inside.is_set():
+            inside.set()
+            attached.wait(60)
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(model(input_ids=prompt).logits)
+
+    handle = layers[0].router.register_forward_hook(wait)  # between a router and its experts
+    other = threading.Thread(target=run)
+    other.start()
+    assert inside.wait(60)
+    with skip_experts(model, random_selector(model).at_threshold(EVERYTHING)) as skipping:
+        attached.set()
+        other.join()
+        assert torch.equal(found[0], plain)
+        assert skipping.stats.steps == 0
+        decode(model, prompt, PROMPT)
+        assert skipping.stats.steps > 0
+    handle.remove()

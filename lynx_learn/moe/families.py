@@ -6,6 +6,7 @@ reproduces that from the router's logits, and a model that does not fit is refus
 """
 
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -281,11 +282,15 @@ def _read_router(block: nn.Module, router: nn.Module, experts: nn.Module, num_ex
 def _run(block: nn.Module, router: nn.Module, experts: nn.Module, hidden: Tensor) -> _Seen:
     output: list[Any] = []
     call: list[Any] = []
+    own = threading.get_ident()  # other threads may be running the model meanwhile
 
     def after_router(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        output.append(result)
+        if threading.get_ident() == own:
+            output.append(result)
 
     def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != own:
+            return
         call.extend([*args, *kwargs.values()])
         raise _Reached
 

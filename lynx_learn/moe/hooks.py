@@ -33,6 +33,12 @@ class _Held(threading.local):
         self.addition: Tensor | None = None
 
 
+class _UnderWay(threading.local):
+    """Whether this thread's call of the model began when the hooks were on."""
+
+    seen = False
+
+
 @contextmanager
 def intercept(
     model: nn.Module, layers: list[MoeLayer], on_layer: OnLayer, on_call: OnCall | None = None
@@ -41,15 +47,17 @@ def intercept(
 
     `on_call` is given the arguments by name, and None when the call has ended, also by an exception. The tokens of a
     call, of whatever sequences and positions, come to `on_layer` as one batch, without a leading dimension, in which all
-    are active; it may rewrite the routing. Several threads may call the model at once; what is called runs in the thread of its call.
+    are active; it may rewrite the routing. Several threads may call the model at once; what is called runs in the thread of
+    its call. A call that another thread is in the middle of when the context opens goes on as it began.
     Every hook is removed when the context ends, also by an exception.
     """
     handles: list[Any] = []
+    under_way = None if on_call is None else _UnderWay()
     try:
-        if on_call is not None:
-            handles += _hook_calls(owner_of(model, layers), on_call)
+        if on_call is not None and under_way is not None:
+            handles += _hook_calls(owner_of(model, layers), on_call, under_way)
         for layer in layers:
-            handles += _hook_layer(layer, on_layer)
+            handles += _hook_layer(layer, on_layer, under_way)
         yield
     finally:
         for handle in handles:
@@ -74,14 +82,16 @@ def _takes_cache(module: nn.Module) -> bool:
     return "past_key_values" in inspect.signature(module.forward).parameters
 
 
-def _hook_calls(owner: nn.Module, on_call: OnCall) -> list[Any]:
+def _hook_calls(owner: nn.Module, on_call: OnCall, under_way: _UnderWay) -> list[Any]:
     names = list(inspect.signature(owner.forward).parameters)
 
     def before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        under_way.seen = True
         on_call({**dict(zip(names, args, strict=False)), **kwargs})
 
     def after_call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         on_call(None)
+        under_way.seen = False
 
     return [
         owner.register_forward_pre_hook(foreign(before_call), with_kwargs=True),
@@ -89,7 +99,7 @@ def _hook_calls(owner: nn.Module, on_call: OnCall) -> list[Any]:
     ]
 
 
-def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
+def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None) -> list[Any]:
     held = _Held()
 
     def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -101,6 +111,8 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer) -> list[Any]:
         values = list(args) + list(kwargs.values())
         hidden, indices, weights = values[:3]
         logits, held.logits, held.factor, held.addition = held.logits, None, None, None
+        if logits is None and under_way is not None and not under_way.seen:
+            return None
         if logits is None:  # compiled code that is left in the middle of a block does not keep what its router said
             raise ModelError(
                 "an MoE block's experts ran without its router: a model that was compiled before attaching needs experts that "
