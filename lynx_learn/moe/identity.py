@@ -22,11 +22,15 @@ if TYPE_CHECKING:  # an exported graph is served without torch, and reads identi
 
     from .families import Layer, MoeLayer
 
+# Numbers of modules that matter in training only.
+FOR_TRAINING = re.compile("dropout|jitter|noise|coef|norm_type")
 PROJECTIONS = 8
 # Values looked at of one tensor.
 SAMPLE = 2**14
 # Relative distance (root of the mean square) up to which weights count as the same.
 SAME = 0.003
+# Ends the name of what a configuration sets, beside the weights.
+SET = " (as configured)"
 Sketch = list[float]
 """Root mean square of the values, then the projections."""
 Identity = dict[str, Any]
@@ -79,23 +83,46 @@ def describe(layer: MoeLayer) -> str:
 
 
 def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, Sketch]]:
-    """Sketches of all other floating-point weights, those of one name in all layers together."""
+    """Sketches of all other floating-point weights, and of what a configuration sets beside them: the frequencies of
+    rotary embeddings, scales, what norms add. Those of one name in all layers are taken together."""
+    import torch
+
     from .loading import in_memory
 
     taken = {id(p) for layer in layers for part in (layer.router, layer.experts) for p in part.parameters()}
+    taken |= set(_of_adapters(model))
     alike: dict[str, list[Tensor]] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
+        alike.setdefault(re.sub(r"\b\d+\b", "*", plain), []).append(_sample(value))
+
     for path, module in model.named_modules():
+        for name, number in vars(module).items():
+            if isinstance(number, float) and math.isfinite(number) and not FOR_TRAINING.search(name):
+                add(f"{path}.{name}{SET}", torch.tensor([number]))
+        for name, value in module.named_buffers(path, recurse=False):
+            # Others than the original frequencies may change as texts grow.
+            if name.endswith("original_inv_freq") and not value.is_meta:
+                add(f"{name}{SET}", value)
         own = [name for name, p in module.named_parameters(path, recurse=False) if id(p) not in taken]
         if not own:
             continue
         taken |= {id(p) for p in module.parameters(recurse=False)}  # embeddings that are the head too
         with in_memory(module, recurse=False):
             for name, value in module.named_parameters(path, recurse=False):
-                if name in own and value.is_floating_point() and value.itemsize > 1 and ".lora_" not in name:
-                    plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
-                    alike.setdefault(re.sub(r"\b\d+\b", "*", plain), []).append(_sample(value))
+                if name in own and value.is_floating_point() and value.itemsize > 1:
+                    add(name, value)
     for name, parts in sorted(alike.items()):
         yield name, sketch(parts)
+
+
+def _of_adapters(model: nn.Module) -> Iterator[int]:
+    """Ids of weights that adapters have put beside a layer's own; active ones are refused elsewhere."""
+    for module in model.modules():
+        if (base := getattr(module, "base_layer", None)) is not None:
+            plain = {id(p) for p in base.parameters()}
+            yield from (id(p) for p in module.parameters() if id(p) not in plain)
 
 
 # One expert's weights in a checkpoint, and where they are in the tensor of all experts: its name, its part, of how many.
@@ -210,7 +237,8 @@ def distance(a: Sketch, b: Sketch) -> float:
 
 
 def differences(stored: Identity, found: Identity) -> list[str]:
-    """What of a model is not as `stored` says, for people; what only one of the two knows is not compared."""
+    """What of a model is not as `stored` says, for people; what only one of the two knows is not
+    compared, but that weights are new."""
     said = []
     for there, here in zip(stored.get("rules", ()), found.get("rules", ()), strict=False):
         if there != here:
@@ -222,8 +250,12 @@ def differences(stored: Identity, found: Identity) -> list[str]:
             said.append(f"its {part} ({far})")
         elif any(there and here and not there.keys() & here.keys() for there, here in pairs):
             said.append(f"its {part} (other tensors)")
-    if far := _farthest([(stored.get("rest", {}), found.get("rest", {}))]):
+    known, rest = stored.get("rest", {}), found.get("rest", {})
+    new = sorted(name for name in rest.keys() - known.keys() if not name.endswith(SET))
+    if far := _farthest([(known, rest)]):
         said.append(f"other weights ({far})")
+    elif known and new and "rules" in stored and "rules" in found:  # both of transformers, where names are the same
+        said.append(f"other weights ({new[0]} is new)")
     return said
 
 
