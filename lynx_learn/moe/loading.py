@@ -141,11 +141,7 @@ def pick_dtype(name: str, dtype: str, device: torch.device, commit: str | None =
 
 def _not_loaded(name: str, error: Exception) -> ModelError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if (
-        name.startswith(("/", "./", "../", "~")) and not Path(name).exists()
-    ):  # what the Hub says of such a name helps nobody
-        reason = "there is no such folder"
-    elif "ignore_mismatched_sizes" in reason:  # which names a report that is not shown
+    if "ignore_mismatched_sizes" in reason:  # which names a report that is not shown
         reason = "its weights have other shapes than its config.json says"
     return ModelError(f"model {name!r} cannot be loaded ({reason}): give a folder or Hub id of a causal language model")
 
