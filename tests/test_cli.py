@@ -408,8 +408,8 @@ def test_models_that_cannot_be_acted_on(
 
 
 def test_a_model_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
-    assert "cannot be loaded" in refused("inspect", tmp_path / "model")
-    assert "cannot be loaded" in refused(*collect_words(tmp_path / "t", model=tmp_path / "model"))
+    assert "there is no such folder" in refused("inspect", tmp_path / "model")
+    assert "there is no such folder" in refused(*collect_words(tmp_path / "t", model=tmp_path / "model"))
     assert list(tmp_path.iterdir()) == []
 
 

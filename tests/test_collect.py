@@ -298,7 +298,7 @@ def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/model", "no-such-model", "nobody/no-such-model", "with a space"])
 def test_a_missing_model_is_one_line(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be loaded") as error:
+    with pytest.raises(ModelError, match=r"cannot be loaded|is not there") as error:
         collect(choices(tmp_path / "t", model=name))
     assert repr(name) in one_line(error)
     assert not (tmp_path / "t").exists()

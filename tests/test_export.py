@@ -119,8 +119,8 @@ def test_packages_that_are_not_installed(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--format", "tflite"], '"format"'),
-        (["--provider", "tpu"], '"provider"'),
+        (["--format", "tflite"], "--format tflite is not usable: expected one of onnx"),
+        (["--provider", "tpu"], "--provider tpu is not usable: expected one of cpu, cuda"),
         (["--time-tokens", "-1"], "--time-tokens -1 "),
     ],
 )

@@ -195,9 +195,6 @@ def test_a_damaged_model_is_one_line(tmp_path: Path) -> None:
 
 
 def test_why_a_model_cannot_be_loaded_is_said_in_words_that_help(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"\(there is no such folder\): give a folder") as error:
-        models.load_model(str(tmp_path / "nowhere"), "cpu")
-    one_line(error)
     shutil.copytree(tiny_flow().model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": 10**8}))

@@ -173,7 +173,7 @@ def test_a_damaged_folder_is_refused_in_one_line(case: str, tmp_path: Path) -> N
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SelectorError, match="neither a folder nor a Hub repository") as caught:
+    with pytest.raises(SelectorError, match="there is no such folder") as caught:
         LynxSelector.from_pretrained(tmp_path / "nothing here")
     assert "\n" not in str(caught.value)
 

@@ -58,7 +58,7 @@ def _is_gated(experts: Any) -> bool:
     plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
     return (
         plain
-        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+        and isinstance(getattr(experts, "act_fn", None), (nn.SiLU, SiLUActivation))
         and not getattr(experts, "_is_expert_parallel", False)
         and getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
     )
