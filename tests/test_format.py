@@ -1,6 +1,7 @@
 """Traces: what is written comes back, and whatever is damaged, missing or foreign is refused by name."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -232,6 +233,8 @@ DAMAGE: dict[str, Callable[[dict[str, object]], object]] = {
     "no model": _without("model"),
     "an unknown key": lambda m: {**m, "surprise": 1},
     "shards no number": lambda m: {**m, "shards": "many"},
+    "tokens without end": lambda m: {**m, "collected_tokens": math.inf},
+    "shards without end": lambda m: {**m, "shards": math.inf},
     "more shards than files": lambda m: {**m, "shards": SHARDS + 1},
     "fewer shards than files": lambda m: {**m, "shards": SHARDS - 1},
     "another layer": lambda m: {**m, "layers": ["a", "b", "c"]},

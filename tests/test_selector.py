@@ -249,3 +249,10 @@ def test_exempt_tokens_keep_their_experts_and_do_not_count(rank: int) -> None:
     if rank:
         assert done.addition is not None
         assert not done.addition[kept].any()
+
+
+def test_a_config_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(SelectorError, match="cannot be read") as error:
+        LynxSelector.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)

@@ -74,7 +74,7 @@ class SelectorConfig:
         """As `read`, from the text of the file `path`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _unreadable(path, error) from None
         if not isinstance(values, dict):
             raise SelectorError(f"{path} holds no JSON object: expected the one that `lynx-learn train` writes")

@@ -200,7 +200,7 @@ class Trace:
             wanted = (name for shard in range(trace.shards) for name in shard_names(layers, shard))
             if len(listed) != trace.shards * (layers + 1) or any(name not in listed for name in wanted):
                 raise ValueError("the files listed are not those of its shards and layers")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise TraceError(f"{path / MANIFEST} is damaged ({error}): collect again") from None
         if verify:
             trace.verify(range(layers))
