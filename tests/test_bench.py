@@ -77,6 +77,7 @@ def test_a_shape_from_the_command_line(
         assert [point[0] for point in case["line"]["points"]] == sorted(point[0] for point in case["line"]["points"])
         micro = case["microseconds_per_layer"]  # of which "all" is a difference of two times
         assert all(value > 0 for name, value in micro.items() if name != "all")
+        assert micro["all"] == pytest.approx(1e3 * case["deciding_ms"] / case["moe_layers"])
         assert case["generate"]["ratio"] > 0
     shown = capsys.readouterr().out
     assert "random weights" in shown

@@ -8,7 +8,7 @@ from threading import Semaphore
 import pytest
 
 from lynx_learn.show import progress
-from lynx_learn.show.progress import duration, set_quiet, step, step_if_slow, track
+from lynx_learn.show.progress import duration, set_quiet, step_if_slow, track
 
 
 @pytest.fixture(autouse=True)
@@ -56,32 +56,47 @@ def test_a_short_step_says_only_how_long_it_took(clock: list[float], capsys: pyt
     assert capsys.readouterr().err == "train: 3 layers in 0 s\n"
 
 
-def test_a_step_that_fails_claims_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Semaphore:
+    """Released by each line; every step is slow."""
+    lines = Semaphore(0)
+    monkeypatch.setattr(progress, "SLOW_S", 0.0)
+    monkeypatch.setattr(progress, "_say", lambda line, say=progress._say: [say(line), lines.release()])
+    return lines
+
+
+def fail_after(line: Semaphore) -> None:
+    assert line.acquire(timeout=60)
+    raise ValueError("no")
+
+
+def test_a_step_that_fails_claims_nothing(said: Semaphore, capsys: pytest.CaptureFixture[str]) -> None:
     broken = (1 / item for item in (1, 0))
     with pytest.raises(ZeroDivisionError):
         list(track(broken, "train", 2))
-    with pytest.raises(ValueError, match="no"), step("load"):
-        raise ValueError("no")
+    with pytest.raises(ValueError, match="no"), step_if_slow("load"):
+        fail_after(said)
     assert capsys.readouterr().err == "load …\n"
 
 
-def test_only_a_slow_step_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quick_step_is_not_named(capsys: pytest.CaptureFixture[str]) -> None:
     with step_if_slow("compiling"):
         pass
     assert capsys.readouterr().err == ""
-    said = Semaphore(0)
-    monkeypatch.setattr(progress, "SLOW_S", 0.0)
-    monkeypatch.setattr(progress, "_say", lambda line, say=progress._say: [say(line), said.release()])
+
+
+def test_a_slow_step_is_named(said: Semaphore, capsys: pytest.CaptureFixture[str]) -> None:
     with step_if_slow("compiling"):
         assert said.acquire(timeout=60)
     assert capsys.readouterr().err == "compiling …\ncompiling: done in 0 s\n"
 
 
-def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_is_quiet(said: Semaphore, capsys: pytest.CaptureFixture[str]) -> None:
     set_quiet(True)
     progress.say("3 tokens into a file")
-    with step("load"):
+    with step_if_slow("load"):
         assert list(track(range(3), "train", 3)) == [0, 1, 2]
+        assert not said.acquire(timeout=0.2)
     assert capsys.readouterr().err == ""
     set_quiet(False)
     progress.say("3 tokens into a file")

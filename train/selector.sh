@@ -8,7 +8,7 @@ if [ -n "$model" ]; then
   own=(
     [collect]="--model $model --out runs/$model/trace"
     [train]="--trace runs/$model/trace --out selectors/$model"
-    # Less text than the small model's: that takes a quarter of the hours.
+    # Less text than the small model's, for the sake of time.
     [calibrate]="--selector selectors/$model --length 256 --batch-sizes 1 4 16"
     [evaluate]="--selector selectors/$model --trace runs/$model/trace --out runs/$model/report"
     [coverage]="--selector selectors/$model --out runs/$model/coverage"

@@ -68,17 +68,6 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def step(title: str) -> Iterator[None]:
-    """Name a step that cannot be counted, and say how long it took."""
-    start = time.monotonic()
-    if not _quiet:
-        _say(f"{title} …")
-    yield
-    if not _quiet:
-        _say_end(title, "done", time.monotonic() - start)
-
-
-@contextmanager
 def step_if_slow(title: str) -> Iterator[None]:
     """Name a step that takes no time as a rule, such as loading what is compiled once, only where it takes some."""
     start, end, said = time.monotonic(), Event(), Event()
