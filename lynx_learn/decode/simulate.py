@@ -32,6 +32,8 @@ ROWS_AT_A_TIME = 512
 TOKENS_AT_A_TIME = 2048
 # Untouched predictions that are kept for whoever measures the same groups again; beyond that they are made again.
 KEPT_BYTES = 2**28
+# How many times as much of both on a GPU, which waits for launches where a pass is small.
+GPU_FACTOR = 16
 
 
 class Run(NamedTuple):
@@ -369,7 +371,8 @@ class Simulation:
                 self.kept[name] = Reference(logits[:, :-1], tokens[:, self.prompt + 1 :], scored), stats
         for name in wanted:
             self.kept.move_to_end(name)
-        while len(self.kept) > len(wanted) and sum(reference.bytes for reference, _ in self.kept.values()) > KEPT_BYTES:
+        most = KEPT_BYTES * factor(groups[0].device)
+        while len(self.kept) > len(wanted) and sum(reference.bytes for reference, _ in self.kept.values()) > most:
             self.kept.popitem(last=False)
         return [self.kept[key(tokens)] for tokens in groups]
 
@@ -379,15 +382,21 @@ def key(tokens: Tensor) -> bytes:
     return repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
 
 
+def factor(device: torch.device) -> int:
+    """How many times what a CPU takes at a time a device does."""
+    return 1 if device.type == "cpu" else GPU_FACTOR
+
+
 def stacks(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Runs that share a pass: sequences of one length, TOKENS_AT_A_TIME tokens or a single run."""
+    """Runs that share a pass: sequences of one length, TOKENS_AT_A_TIME tokens (more on a GPU) or a single run."""
     stack: list[Run] = []
     for run in runs:
         if stack and stack[0].tokens.shape[1] != run.tokens.shape[1]:
             yield stack
             stack = []
         stack.append(run)
-        if sum(other.tokens.numel() for other in stack) + run.tokens.numel() > TOKENS_AT_A_TIME:
+        most = TOKENS_AT_A_TIME * factor(run.tokens.device)
+        if sum(other.tokens.numel() for other in stack) + run.tokens.numel() > most:
             yield stack
             stack = []
     if stack:

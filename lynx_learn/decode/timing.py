@@ -87,18 +87,19 @@ class Graphed:
     def __init__(
         self, model: nn.Module, tokens: Tensor, prompt: int, skipping: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 4)  # type: ignore[arg-type]
-        model(input_ids=tokens[:, :prompt], past_key_values=cache, use_cache=True)
+        # Kept as long as the graph, which writes where it lay at the capture.
+        self.cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + 4)  # type: ignore[arg-type]
+        model(input_ids=tokens[:, :prompt], past_key_values=self.cache, use_cache=True)
         self.ids = tokens[:, prompt : prompt + 1].clone()
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with skipping():
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # libraries set themselves up outside of a capture
                 for _ in range(3):
-                    model(input_ids=self.ids, past_key_values=cache, use_cache=True)
+                    model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self.graph):
-                model(input_ids=self.ids, past_key_values=cache, use_cache=True)
+                model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
 
     def step(self, tokens: Tensor) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

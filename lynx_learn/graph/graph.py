@@ -114,11 +114,16 @@ class Graph(nn.Module):
         devices: Tensor,
         hidden: Tensor | None = None,
     ) -> Answer:
-        folded = Folded(*(getattr(self, name)[layer] for name in Folded._fields))
+        folded = Folded(*(self._of(name, layer) for name in Folded._fields))
         # Where there is no hidden state, it is not looked at.
         routing = Routing(logits if hidden is None else hidden, logits, indices, weights, active)
-        surrogates = tuple(getattr(self, name)[layer] for name in SURROGATES) if self.rank else ()
+        surrogates = tuple(self._of(name, layer) for name in SURROGATES) if self.rank else ()
         return decide(self.rule[0], folded, routing, threshold, surrogates, Price(prices, devices))
+
+    def _of(self, name: str, layer: Tensor) -> Tensor:
+        """One layer's part of a buffer."""
+        # In brackets the index would have to be a number, which not every torch can trace.
+        return self.get_buffer(name).index_select(0, layer.reshape(1)).squeeze(0)
 
 
 def to_bytes(selector: LynxSelector) -> bytes:

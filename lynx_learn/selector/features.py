@@ -74,7 +74,6 @@ def feature_parts(logits: Tensor, indices: Tensor, weights: Tensor) -> Parts:
     partition = logits.logsumexp(-1, keepdim=True)
     entropy = partition - torch.linalg.vecdot(logits.softmax(-1), logits).unsqueeze(-1)
     share = weights / weights.sum(-1, keepdim=True).clamp_min(SMALLEST_WEIGHT)
-    last, best = torch.aminmax(share, dim=-1, keepdim=True)
     rank = (weights.unsqueeze(-2) > weights.unsqueeze(-1)).sum(-1, dtype=torch.float32) / top_k
     assignment = (weights.clamp_min(SMALLEST_WEIGHT).log(), share, rank, chosen, chosen / spread)
     token = (
@@ -84,8 +83,8 @@ def feature_parts(logits: Tensor, indices: Tensor, weights: Tensor) -> Parts:
         partition,
         entropy,
         spread,
-        last,
-        best,
+        share.amin(-1, keepdim=True),
+        share.amax(-1, keepdim=True),
         chosen.amin(-1, keepdim=True),
     )
     return Parts(torch.stack(assignment, dim=-1), torch.cat(token, dim=-1))
