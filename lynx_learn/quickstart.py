@@ -199,7 +199,7 @@ def _larger(options: QuickstartOptions, out: Path) -> Part:
     calibrated = map(float, selector.config.thresholds.get("kl", {}))
     budget = options.budget if options.budget in calibrated else LARGER_BUDGET
     loaded = load_model(REFERENCE_50M, options.device, options.dtype)
-    report = _evaluate(options, loaded, folder, out / "report-50m", ["learned"], card=False)
+    report = _evaluate(options, loaded, folder, out / "report-50m", [], card=False)
     return Part(REFERENCE_50M, report, budget, _time(loaded, selector, budget, options))
 
 

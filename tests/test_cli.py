@@ -338,7 +338,7 @@ def test_a_budget_that_no_threshold_keeps_is_said(selector: Path, run: Run) -> N
         (["calibrate", "--selector", "s", "--batch-sizes"], "--batch-sizes is empty"),
         (["calibrate", "--selector", "s", "--batch-sizes", "1.5"], "--batch-sizes 1.5 is not usable: expected a whole"),
         (["evaluate", "--selector", "s", "--out", "o", "--methods", "magic"], "--methods magic is unknown"),
-        (["evaluate", "--selector", "s", "--out", "o", "--methods"], "--methods is empty"),
+        (["evaluate", "--selector", "s", "--out", "o", "--levels"], "--levels is empty"),
         (["quickstart", "--budget", "-1", "--out", "o"], "--budget -1 "),
         (["quickstart", "--test-tokens", "0", "--out", "o"], "--test-tokens 0 "),
         (["quickstart", "--tokens", "0", "--out", "o"], "--tokens 0 "),

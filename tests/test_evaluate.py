@@ -231,6 +231,22 @@ def test_a_selector_without_thresholds_is_measured_at_others(tmp_path: Path) -> 
     assert all(setting.startswith("tau=") for setting in settings)
 
 
+def test_without_methods_only_the_calibrated_thresholds_are_measured(tmp_path: Path) -> None:
+    calibrated, swept = (evaluate(little(tmp_path / str(len(m)), methods=m)) for m in ([], ["learned"]))
+    names = [(p["method"], p["setting"]) for p in points(calibrated)]
+    assert names[0] == ("untouched", "")
+    assert len(names) > 1
+    assert all(method == "learned" and setting.startswith("budget=") for method, setting in names[1:])
+    assert points(calibrated) == [p for p in points(swept) if (p["method"], p["setting"]) in names]
+
+
+def test_without_methods_and_thresholds_there_is_nothing_to_measure(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="has no thresholds: run `lynx-learn calibrate`") as error:
+        evaluate(little(tmp_path / "out", selector=str(tiny_flow().selector), methods=[]))
+    one_line(error)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_random_loses_more_than_xshare_on_the_reference_model(tmp_path: Path) -> None:
     """A trained model's gates say something; an uncalibrated selector is no hindrance to measuring the rules."""
@@ -272,7 +288,6 @@ def test_random_loses_more_than_xshare_on_the_reference_model(tmp_path: Path) ->
         {"batches": ["both"]},
         {"batches": ["single:3"]},
         {"batches": ["mixed:"]},
-        {"methods": []},
         {"methods": ["xshare", "magic"]},
     ],
     ids=str,

@@ -48,7 +48,7 @@ def main(options: Options) -> None:
             folder = out / re.sub(r"\W+", "-", f"{prompts} {text}")
             own = {**options.base, **where, **how}
             reports[prompts, text] = evaluate(
-                EvaluateOptions(options.selector, str(folder), methods=["learned"], **own)
+                EvaluateOptions(options.selector, str(folder), methods=[], **own)
             )
             page = certificate_page(reports)
             (out / "certificate.md").write_text(page, encoding="utf-8")

@@ -55,7 +55,7 @@ class EvaluateOptions(TextOptions, ShareOptions):
     skipping_budget: float = 0.01
     """budget at which text is sampled in mode skipping"""
     methods: list[str] = field(default_factory=lambda: ["random", "xshare", "gate_sq", "learned"])
-    """methods to measure; untouched is always there"""
+    """methods to measure; untouched is always there; none: only the calibrated thresholds, without a sweep"""
     batch_sizes: list[int] = field(default_factory=lambda: [16])
     """decode batch sizes"""
     batches: list[str] = field(default_factory=lambda: ["mixed"])
@@ -75,7 +75,7 @@ class EvaluateOptions(TextOptions, ShareOptions):
     """seed of the grouping, the random rule and the intervals"""
 
     def __post_init__(self) -> None:
-        for name in ("methods", "batch_sizes", "batches", "levels"):
+        for name in ("batch_sizes", "batches", "levels"):
             if not getattr(self, name):
                 raise OptionError(f"--{name} is empty: expected one value or more")
         for method in self.methods:
@@ -140,6 +140,8 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     subject = Subject(options.setup, loaded)
     if options.workers > 1 and subject.loaded.input_device.type != "cpu":
         raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")
+    if not (options.methods or subject.budgeted()):
+        raise OptionError(f"--methods is empty and {options.selector} has no thresholds: run `lynx-learn calibrate` first")
     cells = [read_cell(options, subject, *cell) for cell in options.cells]
     for cell in cells:
         subject.sweeps(cell.size, 0)  # refuses what does not apply to the model before anything is written

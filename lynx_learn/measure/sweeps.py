@@ -111,8 +111,8 @@ class Subject:
         return found
 
     def budgeted(self) -> list[Policy]:
-        """The calibrated policies; they lie on the first learned curve."""
-        if "learned" not in self.setup.methods:
+        """The calibrated policies; they lie on the first learned curve, and are measured with it or without any method."""
+        if self.setup.methods and "learned" not in self.setup.methods:
             return []
         budgets = self.selector.config.thresholds.get("kl", {})
         prices = self.selector.calibrated_prices
