@@ -300,6 +300,16 @@ def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
     assert not found.sums[:, CHECK].any()
 
 
+def test_what_lagged_behind_is_counted_when_the_engine_has_nothing_left_to_run(tmp_path: Path) -> None:
+    found = acting()
+    found.first, found.slots = True, vllm_metrics.open_slots(tmp_path, "worker")
+    found.sums += 1  # what the device did after the last step was published
+    ended = SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens={}, finished_req_ids={"7"})
+    found._execute_model(lambda _: None, ended)
+    totals = vllm_metrics.read_totals(tmp_path)
+    assert all(totals[name] == len(found.layers) for name in vllm_metrics.SUMS)
+
+
 def test_a_name_that_comes_back_is_a_new_request() -> None:
     """In the very step that ends the last request of that name."""
     found = acting()

@@ -103,6 +103,10 @@ class Acting(Wrapping):
             if self.outcome == metrics.ACTED:
                 self._check()
             self._publish()
+        elif not scheduled.num_scheduled_tokens:
+            # The engine runs nothing when its last request has ended: what lagged behind is waited for now.
+            self.host.copy_(self.sums)
+            self._publish()
         return result
 
     def _model_forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -188,7 +192,7 @@ class Acting(Wrapping):
     def _publish(self) -> None:
         if not self.first:
             return
-        # As for the check, the sums may lag behind by a step.
+        # As for the check, the sums may lag behind by a step while there is another one to come.
         totals = self.host.sum(0)[: len(metrics.SUMS)].tolist()
         if self.slots is not None:
             self.slots[:] = [*totals, *self.outcomes.values(), len(self.layers)]
