@@ -12,7 +12,7 @@ import torch
 from .checkpoint.blocks import without_weights
 from .errors import ModelError, OptionError
 from .fit.layer import BYTES_OF_A_NUMBER, MOST_TOKENS, ROWS_BYTES
-from .fit.low_rank import MORE, PENALTIES
+from .fit.low_rank import MORE, NARROW, PENALTIES
 from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
 from .moe.families import check_structure, moe_blocks
@@ -24,6 +24,8 @@ from .traces.format import bytes_per_token
 
 # By which names configurations say how many experts a token goes to.
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+# Operations of a full decomposition, in cubes of its side.
+DECOMPOSITION = 9
 # Steps of subspace iteration that a fit takes, about: the first penalty more, the later ones fewer.
 STEPS = 6
 # Passes over the calibration text: sampled, predicted untouched, and at the thresholds that are tested.
@@ -221,15 +223,23 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     side, rank = min(rows, shape.hidden), shape.rank(options.surrogate_share)
     experts = shape.experts * shape.expert_numbers * shape.itemsize
     inputs = min(ROWS_BYTES / BYTES_OF_A_NUMBER, tokens * shape.top_k * shape.hidden) * shape.itemsize
-    # One expert's inputs and outputs, as they are and centred, and the Gram matrix with its factor.
-    solved = 6 * 4 * rows * shape.hidden + 3 * 8 * side**2
+    # One expert's inputs and outputs, as they are and centred, and the Gram matrix with what is made of it.
+    solved = 4 * 4 * rows * shape.hidden + 4 * 8 * side**2
     kept = min(tokens, MOST_TOKENS)
     scored = kept * (shape.hidden * (shape.itemsize + 4) + shape.top_k * (4 * len(NAMES) + 12))
     memory = experts + max(inputs + solved, scored)
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
-    solve = 2 * rows * shape.hidden * side + (len(PENALTIES) + 1) * side**3 / 3
-    solve += STEPS * widths * (4 * rows * shape.hidden + 2 * side**2)
+    if rows < shape.hidden:
+        solve = 2 * rows**2 * shape.hidden + (len(PENALTIES) + 1) * rows**3 / 3
+        applied = 4 * rows * shape.hidden + 2 * rows**2
+    else:
+        solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
+        applied = 4 * shape.hidden**2
+    if shape.hidden > NARROW:
+        solve += STEPS * widths * applied
+    else:
+        solve += (len(PENALTIES) + 1) * (shape.hidden * applied + DECOMPOSITION * shape.hidden**3)
     return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
 
 

@@ -2,9 +2,9 @@
 
 Reduced-rank regression after Izenman (1975), "Reduced-rank regression for the multivariate linear model"; with a ridge
 penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions". With X and Y centred
-and weighted, the directions are the leading eigenvectors of Y'PY, where P = X (X'X + penalty)⁻¹ X'. Neither that matrix
-nor a full decomposition is made: P is applied through a Cholesky factor of the smaller one of X'X and XX' (of tokens and
-width), and the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
+and weighted, the directions are the leading eigenvectors of Y'PY, where P = X (X'X + penalty)⁻¹ X'. P goes through a
+Cholesky factor of the smaller one of X'X and XX' (of tokens and width), in float64. Of wide models Y'PY is not decomposed:
+the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
 """
 
 from typing import NamedTuple
@@ -16,6 +16,10 @@ from ..selector.surrogates import Fit
 
 # Ridge penalties tried, as multiples of the mean diagonal of X'X; the last leaves little but the mean.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Tokens whose inputs and outputs are in float64 at a time.
+ROWS_AT_A_TIME = 4096
+# Up to this width a full decomposition takes less time than an iteration.
+NARROW = 512
 # Directions iterated with beyond those that are wanted.
 MORE = 8
 # The iteration ends when a step adds less than this share of what is explained, or after so many steps.
@@ -35,26 +39,49 @@ class Rows(NamedTuple):
         return float(self.weights.double() @ (answers - self.y).double().square().sum(1))
 
 
-class _Ridge:
-    """P of weighted, centred inputs x `(tokens, hidden)`, by their Gram matrix of the smaller side."""
+class _ByWidth:
+    """Y'PY and the ridge solutions where there are at least as many tokens as width, from X'X and X'Y alone."""
 
-    def __init__(self, x: Tensor, gram: Tensor, penalty: float) -> None:
-        self.x, self.penalty, self.by_tokens = x, penalty, len(x) < x.shape[1]
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        self.factor = torch.linalg.cholesky(gram + penalty * identity)
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.gram, self.cross = (x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64) for _ in range(2))
+        for some_x, some_y in zip(x.split(ROWS_AT_A_TIME), y.split(ROWS_AT_A_TIME), strict=True):
+            wide = some_x.double()
+            self.gram.addmm_(wide.T, wide)
+            self.cross.addmm_(wide.T, some_y.double())
 
-    def _solve(self, values: Tensor) -> Tensor:
-        return torch.cholesky_solve(values.double(), self.factor).to(values)
+    def penalise(self, penalty: float) -> None:
+        self.factor = _factor(self.gram, penalty)
+        self.half = torch.linalg.solve_triangular(self.factor, self.cross, upper=False)
 
-    def project(self, values: Tensor) -> Tensor:
-        """P `values` `(tokens, n)`."""
-        if self.by_tokens:
-            return values - self.penalty * self._solve(values)
-        return self.x @ self._solve(self.x.T @ values)
+    def explained(self, directions: Tensor) -> Tensor:
+        """Y'PY `directions` `(hidden, n)`."""
+        return self.half.T @ (self.half @ directions)
 
-    def coefficients(self, values: Tensor) -> Tensor:
-        """The ridge solution for targets `(tokens, n)`: `(hidden, n)`."""
-        return self.x.T @ self._solve(values) if self.by_tokens else self._solve(self.x.T @ values)
+    def down(self, up: Tensor) -> Tensor:
+        """Inputs' directions `(rank, hidden)` that answer with `up` `(rank, hidden)`."""
+        return torch.cholesky_solve(self.cross @ up.T, self.factor).T
+
+
+class _ByTokens:
+    """The same where there are fewer tokens than width, from XX'."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x.double(), y.double()
+        self.gram = self.x @ self.x.T
+
+    def penalise(self, penalty: float) -> None:
+        self.penalty, self.factor = penalty, _factor(self.gram, penalty)
+
+    def explained(self, directions: Tensor) -> Tensor:
+        values = self.y @ directions
+        return self.y.T @ (values - self.penalty * torch.cholesky_solve(values, self.factor))
+
+    def down(self, up: Tensor) -> Tensor:
+        return (self.x.T @ torch.cholesky_solve(self.y @ up.T, self.factor)).T
+
+
+def _factor(gram: Tensor, penalty: float) -> Tensor:
+    return torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = None) -> Fit:
@@ -79,41 +106,47 @@ def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = No
     lowest = check.error(zero, zero, mean_y)
     if not rank or not scale > 0:
         return best
-    wide = x.double()
-    gram = wide @ wide.T if len(x) < hidden else wide.T @ wide
-    del wide
+    ridge = (_ByTokens if len(x) < hidden else _ByWidth)(x, y)
     start = None
     for penalty in PENALTIES:
-        ridge = _Ridge(x, gram, penalty * scale)
+        ridge.penalise(penalty * scale)
         up, _, start = _leading(ridge, y, rank, start)
-        down = ridge.coefficients(y @ up.T).T
-        error = check.error(down, up, mean_y - (mean_x @ down.T) @ up)
+        down = ridge.down(up)
+        error = check.error(down, up, mean_y - (mean_x.to(down) @ down.T) @ up)
         if error < lowest:
             lowest, chosen = error, penalty
     if not chosen:
         return best
-    ridge = _Ridge(x, gram, chosen * scale)
+    ridge.penalise(chosen * scale)
     up, gains, _ = _leading(ridge, y, count, None)
-    down = ridge.coefficients(y @ up.T).T
+    down = ridge.down(up)
     found = Fit(zero, zero.clone(), none, best.mean_x, best.mean_y)
     for whole, part in ((found.down, down), (found.up, up), (found.gains, gains)):
         whole[: len(part)] = part.float().cpu()
     return found
 
 
-def _leading(ridge: _Ridge, y: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _leading(
+    ridge: _ByWidth | _ByTokens, y: Tensor, count: int, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The leading directions of Y'PY, as rows, what each explains, falling, and where to start for a like penalty.
 
     There are fewer than `count` where there are fewer tokens. Equal input gives equal output.
     """
     most = min(y.shape)
+    if y.shape[1] <= NARROW:
+        energy, vectors = torch.linalg.eigh(
+            ridge.explained(torch.eye(y.shape[1], dtype=torch.float64, device=y.device))
+        )
+        count = min(count, most)
+        return vectors.T.flip(0)[:count], energy.flip(0)[:count].clamp_min(0), None
     width = min(count + MORE, most)
     if start is None or start.shape[1] != width:
         noise = torch.randn(y.shape[1], width, generator=torch.Generator().manual_seed(0))
-        start = torch.linalg.qr(noise.to(y)).Q
+        start = torch.linalg.qr(noise.to(y.device, torch.float64)).Q
     explained = -1.0
     for _ in range(MOST_STEPS):
-        image = y.T @ ridge.project(y @ start)
+        image = ridge.explained(start)
         energy, rotation = torch.linalg.eigh(start.T @ image)
         reached = float(energy[-count:].clamp_min(0).sum())
         if reached <= explained * (1 + CONVERGED):

@@ -141,7 +141,9 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     if options.workers > 1 and subject.loaded.input_device.type != "cpu":
         raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")
     if not (options.methods or subject.budgeted()):
-        raise OptionError(f"--methods is empty and {options.selector} has no thresholds: run `lynx-learn calibrate` first")
+        raise OptionError(
+            f"--methods is empty and {options.selector} has no thresholds: run `lynx-learn calibrate` first"
+        )
     cells = [read_cell(options, subject, *cell) for cell in options.cells]
     for cell in cells:
         subject.sweeps(cell.size, 0)  # refuses what does not apply to the model before anything is written
