@@ -26,9 +26,12 @@ from .traces.groups import decode_groups
 BATCH = 16
 # Of the sequences, in tokens.
 LENGTH = 128
-# Fewer than `train` takes by default, for the sake of time.
+# Less than the commands take by default, for the sake of time.
 TUNE_STEPS = 16
 EPOCHS = 6
+SENSITIVITY_GROUPS = 2
+# Of `calibrate`, the fewest that it takes.
+GROUPS = 12
 PROMPT = "def read_lines(path):\n"
 # Of the larger model where its selector is not calibrated for the budget that was asked for.
 LARGER_BUDGET = 0.01
@@ -98,6 +101,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             reference=False,  # a column of the table, for a tenth of the training's time
             epochs=EPOCHS,
             batch=2 * TrainOptions.batch,
+            sensitivity_groups=SENSITIVITY_GROUPS,
             tune_steps=TUNE_STEPS,
             tune_batch_sizes=[BATCH],
             device=device,
@@ -116,7 +120,7 @@ def quickstart(options: QuickstartOptions) -> dict[str, Any]:
             corpus=options.corpus,
             budgets=budgets,
             batch_sizes=[BATCH],
-            groups=16,
+            groups=GROUPS,
             mode=options.mode,
             length=LENGTH,
             device=device,

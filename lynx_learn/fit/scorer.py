@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from ..selector.features import NAMES
 from ..selector.scorers import SCORERS, Scorer
@@ -68,6 +68,22 @@ class ScorerOptions:
     seed: int
 
 
+class Drawn(Dataset[Batch]):
+    """Assignments of a batch of tokens by their numbers."""
+
+    def __init__(self, rows: Assignments) -> None:
+        self.parts = (rows.features, rows.experts, rows.costs, rows.hidden)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, chosen: list[int]) -> Batch:
+        # As one tensor: each part would turn the list into one of its own.
+        numbers = torch.tensor(chosen)
+        features, experts, costs, hidden = (part[numbers] for part in self.parts)
+        return features, experts, costs, hidden
+
+
 class AssignmentData(L.LightningDataModule):
     """Batches of tokens with their assignments, drawn by index so that a batch is one gather."""
 
@@ -82,7 +98,7 @@ class AssignmentData(L.LightningDataModule):
         return self._loader(self.check, shuffle=False)
 
     def _loader(self, rows: Assignments, shuffle: bool) -> DataLoader[Any]:
-        data = TensorDataset(rows.features, rows.experts, rows.costs, rows.hidden)
+        data = Drawn(rows)
         order = (
             RandomSampler(data, generator=torch.Generator().manual_seed(self.seed))
             if shuffle

@@ -174,9 +174,11 @@ class MlpScorer(Scorer):
         nn.init.zeros_(self.outer.bias)
 
     def learned(self, features: Tensor, indices: Tensor, hidden: Tensor) -> Tensor:
-        token = self.projection(hidden).unsqueeze(-2).expand(*indices.shape, -1)
-        inner = self.inner(torch.cat([features, self.embedding(indices), token], dim=-1))
-        return self.outer(nn.functional.silu(inner)).squeeze(-1) + self.bias[indices]
+        # What an expert and a token add to the hidden layer is multiplied out once for all their assignments.
+        net = self.net()
+        inner = features @ net.features + nn.functional.embedding(indices, net.experts)
+        inner = inner + (hidden @ net.projection @ net.projected).unsqueeze(-2)
+        return nn.functional.silu(inner) @ net.outer + net.bias[indices]
 
     def net(self) -> Net:
         sizes = [len(NAMES), self.embedding.embedding_dim, self.projection.out_features]
