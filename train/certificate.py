@@ -47,9 +47,7 @@ def main(options: Options) -> None:
         for text, how in options.texts.items():
             folder = out / re.sub(r"\W+", "-", f"{prompts} {text}")
             own = {**options.base, **where, **how}
-            reports[prompts, text] = evaluate(
-                EvaluateOptions(options.selector, str(folder), methods=[], **own)
-            )
+            reports[prompts, text] = evaluate(EvaluateOptions(options.selector, str(folder), methods=[], **own))
             page = certificate_page(reports)
             (out / "certificate.md").write_text(page, encoding="utf-8")
     print(page)
