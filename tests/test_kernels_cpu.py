@@ -161,10 +161,12 @@ def test_the_rule_on_costs_by_hand(case: str, active: tuple[bool, ...]) -> None:
 def both(model: Any, routing: Routing, **options: Any) -> tuple[Decision, Decision]:
     """What a policy decides in PyTorch, and compiled."""
     layers, decisions = find_moe_layers(model), []
+    one = each_tensor(lambda part: part[0], routing)
     for kernel in ("torch", "numba"):
         policy = ThresholdPolicy(random_selector(model, **options), {1: 2.0}, "", kernel)
         policy.bind(layers)
-        decisions.append(policy.decide(layers[0], routing))
+        decision = policy.decide_one(layers[0], one)
+        decisions.append(each_tensor(lambda part: part.unsqueeze(0), decision))
     return decisions[0], decisions[1]
 
 
@@ -243,11 +245,11 @@ def test_a_compiled_model_traces_the_pytorch_form() -> None:
     layer = find_moe_layers(model)[0]
     policy = random_selector(model).at_threshold(1.0, "numba")
     policy.bind(find_moe_layers(model))
-    routing = random_routing(layer, 1)
+    routing = each_tensor(lambda part: part[0], random_routing(layer, 1))
     traced: Callable[[Routing], Decision] = torch.compile(
-        lambda routing: policy.decide(layer, routing), backend="eager", fullgraph=True
+        lambda routing: policy.decide_one(layer, routing), backend="eager", fullgraph=True
     )
-    check_rewritten(traced(routing), policy.decide(layer, routing))
+    check_rewritten(traced(routing), policy.decide_one(layer, routing))
 
 
 def test_threads_decide_side_by_side() -> None:

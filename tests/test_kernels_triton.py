@@ -37,8 +37,9 @@ from kernel_cases import (
 from tiny import random_selector, tiny_model
 from torch import Tensor
 
+from lynx_learn.decode.tally import Tally
 from lynx_learn.errors import OptionError
-from lynx_learn.moe.decision import Routing
+from lynx_learn.moe.decision import Decision, Routing, each_tensor
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.selector.layer import Ready
 from lynx_learn.selector.prices import Price
@@ -93,7 +94,7 @@ def test_decides_as_pytorch_does(interpreter: Run, data: st.DataObject) -> None:
     keep_top1 = ready.selector.keep_top1
     rows = interpreter("costs_by_expert", ready.folded, routing, keep_top1)
     check_rows(rows, ready, routing)
-    done = interpreter("rewrite_by", rows, routing, ready.thresholds, keep_top1)
+    done = rewritten(interpreter("rewrite_by", rows, routing, ready.thresholds, keep_top1), routing)
     check_loads_are_consistent(done, routing)
     assume(not close)
     check_rewritten(done, ready.rewrite(routing))
@@ -110,7 +111,7 @@ def test_exempt_tokens_keep_their_experts(interpreter: Run, exempt: tuple[int, .
     scale = torch.where(kept, math.inf, 1.0)
     counted = int((routing.active & ~kept).sum())
     ready = ready_for(12, 3, 8, keep_top1=keep_top1, table={max(counted, 1): math.inf, counted + 1: 0.0})
-    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1, scale)
+    done = rewritten(interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1, scale), routing)
     check_rewritten(done, ready.rewrite(routing, scale))
     live = (routing.active & kept)[0]
     assert torch.equal(done.weights[0, live], routing.weights[0, live])
@@ -125,7 +126,7 @@ def test_costs_count_as_many_times_as_their_token_says(interpreter: Run) -> None
     routing, ready = routing_of(6, 12, 3, 8, active=1), ready_for(12, 3, 8)
     put_between(ready, routing)
     scale = torch.tensor([[0.1, 1.0, 10.0, math.inf, 0.1, 3.0]])
-    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, False, scale)
+    done = rewritten(interpreter("rewrite", ready.folded, routing, ready.thresholds, False, scale), routing)
     check_rewritten(done, ready.rewrite(routing, scale))
     assert not torch.equal(done.weights, ready.rewrite(routing).weights)
 
@@ -136,7 +137,7 @@ def test_costs_count_as_many_times_as_their_token_says(interpreter: Run) -> None
 def test_prices_are_read_as_pytorch_does(interpreter: Run, price: Price) -> None:
     routing, ready = routing_of(6, 12, 3, 8, active=1), ready_for(12, 3, 8)
     put_between(ready, routing)
-    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, False, None, price)
+    done = rewritten(interpreter("rewrite", ready.folded, routing, ready.thresholds, False, None, price), routing)
     check_rewritten(done, ready.rewrite(routing, None, price))
     assert not torch.equal(done.indices, ready.rewrite(routing).indices)
 
@@ -147,7 +148,7 @@ def test_large_batches(interpreter: Run, case: str) -> None:
     routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1)
     put_between(ready, routing)
-    done = interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1)
+    done = rewritten(interpreter("rewrite", ready.folded, routing, ready.thresholds, keep_top1), routing)
     check_rewritten(done, ready.rewrite(routing))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
@@ -162,7 +163,7 @@ def test_totals_of_many_tokens(interpreter: Run, tokens: int, experts: int, top_
     rows = torch.zeros(tokens, experts).scatter(1, routing.indices[0], torch.where(live, costs, 0.0)[0])
     ready = ready_for(experts, top_k, 1)
     threshold = ready.selector.totals(routing, costs).median().unsqueeze(0)
-    done = interpreter("rewrite_by", rows, routing, threshold, False)
+    done = rewritten(interpreter("rewrite_by", rows, routing, threshold, False), routing)
     check_rewritten(done, ready.selector.rewrite(routing, threshold, costs))
     assert 0 < done.loads[1].sum() < done.loads[0].sum()
 
@@ -180,47 +181,74 @@ def test_the_rule_on_costs_by_hand(interpreter: Run, case: str, active: tuple[bo
     rows = torch.zeros(3, 4).scatter(1, INDICES[0], torch.where(live.unsqueeze(-1), signed, 0.0)[0])
     ready = ready_for(4, 2, 2, keep_top1=keep_top1)
     limits = torch.tensor([threshold])
-    done = interpreter("rewrite_by", rows, routing, limits, keep_top1)
+    done = rewritten(interpreter("rewrite_by", rows, routing, limits, keep_top1), routing)
     check_rewritten(done, ready.selector.rewrite(routing, limits, costs))
     check_loads_are_consistent(done, routing)
 
 
-def decide_twice(
-    scorer: str, batches: int, dtype: torch.dtype, contiguous: bool = True, rank: int = 4
-) -> tuple[bool, bool, int]:
+def one(routing: Routing) -> Routing:
+    """Without the leading dimension."""
+    return each_tensor(lambda part: part[0], routing)
+
+
+def rewritten(found: tuple[Decision, Tensor | None], routing: Routing) -> Decision:
+    """The decision, when what it says to count and to answer is right."""
+    decision, left_out = found
+    assert decision.counts is not None
+    assert decision.loads is not None
+    assert decision.answered is not None
+    live = routing.active
+    answered = (decision.answered & live.unsqueeze(-1)).sum()
+    counted = [torch.ones_like(answered), live.sum(), answered]
+    loads = [part.flatten().long() for part in decision.loads]
+    assert torch.equal(decision.counts, torch.cat([torch.stack(counted), *loads]))
+    assert left_out is not None
+    wanted = torch.where(decision.answered, routing.weights, torch.zeros_like(routing.weights))
+    assert torch.equal(left_out.nan_to_num(7.0), wanted.nan_to_num(7.0))
+    return decision
+
+
+def same_decisions(done: Decision, wanted: Decision) -> bool:
+    """Whether they are the same but for rounding of what surrogates answer."""
+    if (done.addition is None) != (wanted.addition is None):
+        return False
+    if done.addition is not None and wanted.addition is not None:
+        error = 2e-2 if done.addition.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(done.addition, wanted.addition, rtol=error, atol=error * wanted.addition.abs().max())
+    return same(*(decision._replace(addition=None, counts=None) for decision in (done, wanted)))
+
+
+def decide_twice(scorer: str, dtype: torch.dtype, contiguous: bool = True, rank: int = 4) -> tuple[bool, bool, int]:
     """Whether both forms of a policy decide the same, whether that skips, and how often the kernels ran."""
     from lynx_learn.selector.kernels import triton as kernels
 
     model = tiny_model("qwen3_moe").to(dtype)
     layers = find_moe_layers(model)
-    routing = random_routing(layers[0], batches)
+    routing = one(random_routing(layers[0], 1))
     routing = routing._replace(hidden=routing.hidden.to(dtype))
     if not contiguous:
         routing = routing._replace(
             logits=routing.logits.mT.contiguous().mT,
-            hidden=routing.hidden.repeat(1, 1, 2)[..., : routing.hidden.shape[-1]],
+            hidden=routing.hidden.repeat(1, 2)[..., : routing.hidden.shape[-1]],
         )
     decisions = []
     with mock.patch.object(kernels, "rewrite", wraps=kernels.rewrite) as used:
         for kernel in ("torch", "triton"):
             policy = ThresholdPolicy(random_selector(model, rank, scorer), {1: 2.0}, "", kernel)
             policy.bind(layers)
-            decisions.append(policy.decide(layers[0], routing))
-    skips = bool((decisions[0].weights != routing.weights)[routing.active].any())
-    return same(*decisions), skips, used.call_count
+            decisions.append(policy.decide_one(layers[0], routing))
+    wanted, done = decisions
+    skips = bool((wanted.weights != routing.weights)[routing.active].any())
+    return same_decisions(done, wanted), skips, used.call_count
 
 
 @pytest.mark.parametrize(("scorer", "rank"), [("formula", 0), ("linear", 4), ("mlp", 4)])
 def test_a_policy_decides_the_same(interpreter: Run, scorer: str, rank: int) -> None:
-    assert interpreter(decide_twice, scorer, 1, torch.bfloat16, True, rank) == (True, True, 1)
+    assert interpreter(decide_twice, scorer, torch.bfloat16, True, rank) == (True, True, 1)
 
 
 def test_a_policy_takes_tensors_that_are_not_contiguous(interpreter: Run) -> None:
-    assert interpreter(decide_twice, "mlp", 1, torch.float32, False) == (True, True, 1)
-
-
-def test_many_batches_at_once_stay_with_pytorch(interpreter: Run) -> None:
-    assert interpreter(decide_twice, "mlp", 3, torch.float32) == (True, True, 0)
+    assert interpreter(decide_twice, "mlp", torch.float32, False) == (True, True, 1)
 
 
 def test_what_is_not_supported_is_refused(interpreter: Run) -> None:
@@ -260,7 +288,7 @@ def test_on_a_cpu_the_kernels_are_not_used() -> None:
     policy = random_selector(model).at_threshold(1.0)
     policy.bind(find_moe_layers(model))
     assert policy.kernel == "auto"
-    assert policy.kernels is None
+    assert not policy.fused
 
 
 def test_an_unknown_kernel_is_refused() -> None:
@@ -308,6 +336,9 @@ def test_which_form_is_faster_is_found_out_once(compiler: Run) -> None:
     assert compiler(verdicts) == found
 
 
+DECIDING, ANSWERING = ("_costs_by_expert", "_rewrite"), ("_codes", "_outputs", "_sum")
+
+
 def compile_for_hopper(
     tokens: int, experts: int, top_k: int, hidden: int, scorer: str, dtype: torch.dtype, keep_top1: bool
 ) -> dict[str, tuple[int, int]]:
@@ -316,6 +347,7 @@ def compile_for_hopper(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from lynx_learn.selector.kernels import answers
     from lynx_learn.selector.kernels import triton as kernels
 
     types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
@@ -328,12 +360,14 @@ def compile_for_hopper(
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            def launch(*arguments: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
                 given = dict(zip(self.kernel.arg_names, arguments, strict=False))
                 signature = {n: f"*{types[a.dtype]}" if isinstance(a, Tensor) else "i32" for n, a in given.items()}
                 signature |= dict.fromkeys(constants, "constexpr")
                 source = ASTSource(self.kernel, signature, constants)
-                built = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps})
+                built = triton.compile(
+                    source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps, "num_stages": num_stages}
+                )
                 done[self.kernel.__name__] = (len(built.asm["cubin"]), built.metadata.shared)
 
             return launch
@@ -341,9 +375,10 @@ def compile_for_hopper(
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1, {1: 1.0, 4: 2.0})
     routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     with ExitStack() as stack:
-        for name in ("_costs_by_expert", "_rewrite"):
-            stack.enter_context(mock.patch.object(kernels, name, Compile(getattr(kernels, name))))
-        kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
+        for module, name in [(kernels, name) for name in DECIDING] + [(answers, name) for name in ANSWERING]:
+            stack.enter_context(mock.patch.object(module, name, Compile(getattr(module, name))))
+        ready.selector.surrogates.to(dtype)
+        kernels.Fused(ready.folded, ready.selector.surrogates, ready.thresholds, keep_top1).decide(routing)
     return done
 
 
@@ -359,7 +394,7 @@ def compile_for_hopper(
 def test_the_kernels_compile_without_a_device(compiler: Run, sizes: tuple[Any, ...]) -> None:
     """What the interpreter does not show: that the compiler takes them, down to machine code."""
     done = compiler(compile_for_hopper, *sizes)
-    assert done.keys() == {"_costs_by_expert", "_rewrite"}
+    assert done.keys() == {*DECIDING, *ANSWERING}
     for code, shared in done.values():
         assert code > 0
         assert shared <= 48 * 1024  # what every device gives without asking
@@ -387,32 +422,65 @@ def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_
         if is_close_call(total, float(wanted)):
             wanted = torch.tensor(math.inf, device="cuda")
         ready.thresholds[0] = wanted
-        done = kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
+        done = rewritten(kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1), routing)
         check_rewritten(done, ready.selector.rewrite(routing, ready.thresholds, costs))
         for _ in range(20):
             again = kernels.rewrite(ready.folded, routing, ready.thresholds, keep_top1)
-            check_rewritten(again, done)
+            check_rewritten(rewritten(again, routing), done)
             assert torch.equal(kernels.costs_by_expert(ready.folded, routing, keep_top1), rows)
 
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "rank"),
+    [(1, 8, 2, 64, 3), (16, 128, 8, 2048, 92), (33, 60, 6, 1000, 17), (300, 64, 16, 512, 8)],
+)
+def test_compiled_kernels_answer_as_pytorch_does(
+    tokens: int, experts: int, top_k: int, hidden: int, rank: int, dtype: torch.dtype
+) -> None:
+    from lynx_learn.selector.kernels.answers import Maps, answer
+
+    surrogates = ready_for(experts, top_k, hidden, rank=rank, device="cuda").selector.surrogates
+    routing = on("cuda", one(routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)))
+    left_out = torch.where(routing.indices % 3 > 0, routing.weights, 0.0).to(dtype)
+    surrogates.to(dtype)
+    maps = Maps.of(surrogates)
+    assert maps is not None
+    done = answer(maps, routing.hidden, routing.indices, left_out)
+    shares = torch.zeros(tokens, experts, device="cuda").scatter_add(1, routing.indices, left_out.float())
+    wanted = surrogates.float()(routing.hidden.float(), shares)
+    error = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(done.float(), wanted, rtol=error, atol=error * float(wanted.abs().max()))
+    for _ in range(20):
+        assert torch.equal(answer(maps, routing.hidden, routing.indices, left_out), done)
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("kernel", ["auto", "triton"])
-def test_a_captured_policy_decides_for_new_inputs(kernel: str) -> None:
+def test_a_captured_policy_decides_and_counts_for_new_inputs(kernel: str) -> None:
     model = tiny_model("qwen3_moe").bfloat16().cuda()
     layers = find_moe_layers(model)
     policy = ThresholdPolicy(random_selector(model), {1: 2.0, 4: 4.0}, "", kernel)
     policy.bind(layers)
-    batches = [on("cuda", random_routing(layers[0], 1, 12, seed)) for seed in range(5)]
+    batches = [on("cuda", one(random_routing(layers[0], 1, 12, seed))) for seed in range(5)]
     held = Routing(*(part.clone() for part in batches[0]))
+    counted, wanted = Tally(layers, policy), Tally(layers, policy)
     with torch.no_grad():
-        policy.decide(layers[0], held)
+        policy.decide_one(layers[0], held)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = policy.decide(layers[0], held)
+            captured = policy.decide_one(layers[0], held)
+            counted.add(layers[0], held, captured)
         for batch in batches:
             for place, part in zip(held, batch, strict=True):
                 place.copy_(part)
             graph.replay()
-            assert same(captured, policy.decide(layers[0], batch))
+            decision = policy.decide_one(layers[0], batch)
+            assert same(captured, decision)
+            wanted.add(layers[0], batch, decision._replace(counts=None))
+    assert counted.stats() == wanted.stats()
+    assert counted.stats().steps == len(batches)

@@ -20,7 +20,6 @@ from ..files import check_writable, write_json
 from ..moe.decision import Decision, Policy, Routing, used_experts
 from ..moe.families import Layer, MoeLayer, find_moe_layers
 from ..moe.loading import DTYPES, REFERENCE, environment, fast_dtype, load_model, pick_device
-from ..selector.prices import Price
 from ..selector.selector import KERNELS, LynxSelector, ThresholdPolicy
 from ..show.figures import step_times
 from ..show.progress import track
@@ -146,42 +145,16 @@ class Fewer:
 
 
 class Watched(ThresholdPolicy):
-    """A selector's policy that waits for the device after each part of a decision, and keeps the times."""
+    """A selector's policy that waits for the device before and after each decision, and keeps the times."""
 
     def __init__(self, policy: ThresholdPolicy) -> None:
         self.__dict__.update(policy.__dict__)
-        self.microseconds: dict[str, list[float]] = {}
+        self.microseconds: list[float] = []
 
-    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision | None:
+    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         start = clock(layer.device)
         decision = super().decide_one(layer, routing, scale)
-        if decision is not None:
-            self._keep("scorer, rewrite and surrogates", start, clock(layer.device))
-        return decision
-
-    def _keep(self, part: str, start: float, end: float) -> None:
-        self.microseconds.setdefault(part, []).append(1e6 * (end - start))
-
-    def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
-        ready, price = self.ready[layer.index], self.prices.of(layer)
-        assert price is None or isinstance(price, Price)
-        marks = [clock(layer.device)]
-
-        def passed(part: str) -> None:
-            marks.append(clock(layer.device))
-            self._keep(part, *marks[-2:])
-
-        form = self.form(ready, routing)
-        if form == ready.rewrite:
-            costs = ready.costs(routing)
-            passed("scorer")
-            decision = ready.rewrite(routing, scale, price, costs)
-            passed("rewrite")
-        else:
-            decision = form(routing, scale, price)
-            passed("scorer and rewrite")
-        decision = ready.selector.answer(routing, decision)
-        passed("surrogates")
+        self.microseconds.append(1e6 * (clock(layer.device) - start))
         return decision
 
 
@@ -307,8 +280,10 @@ def _measure(options: BenchOptions, subject: Subject) -> dict[str, Any]:
     part = subject.tokens[:, : options.prompt + WARM_UP + min(options.steps, 10)]
     take_turns(subject.model, {ON: watched}, part, options.prompt, 0, options.threads)
     moe = len(watched.ready)
-    micro = {name: statistics.median(values[moe * WARM_UP :]) for name, values in watched.microseconds.items()}
-    result["microseconds_per_layer"] = {**micro, "all": 1e3 * result["deciding_ms"] / moe}
+    result["microseconds_per_layer"] = {
+        "scorer, rewrite and surrogates": statistics.median(watched.microseconds[moe * WARM_UP :]),
+        "all": 1e3 * result["deciding_ms"] / moe,
+    }
     result["moe_layers"], result["threshold"] = moe, [tau for _, tau in sorted(subject.policy.thresholds.items())]
     if options.generate:
         prompt = subject.tokens[:, : options.prompt]

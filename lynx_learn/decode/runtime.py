@@ -27,16 +27,11 @@ from .tally import Stats, Tally
 _SPLIT = ("FullyShardedDataParallel", "DeepSpeedEngine")
 
 
-def act(
-    policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally, scale: Tensor | None = None
-) -> Decision:
-    """Let the policy rewrite one layer's routing, and count; `scale` as in `ThresholdPolicy.decide`."""
+def act(policy: Policy | None, layer: MoeLayer, routing: Routing, tally: Tally) -> Decision:
+    """Let the policy rewrite one layer's routing, and count."""
     decision = Decision(routing.indices, routing.weights)
     if policy is not None:
-        if scale is not None and isinstance(policy, ThresholdPolicy):
-            decision = policy.decide(layer, routing, scale)
-        else:
-            decision = policy.decide(layer, routing)
+        decision = policy.decide(layer, routing)
         if decision.loads is None:
             decision = confine(decision, routing.active, layer.num_experts)
     tally.add(layer, routing, decision)
@@ -46,11 +41,10 @@ def act(
 def act_on_one(
     policy: Policy, layer: MoeLayer, routing: Routing, tally: Tally, scale: Tensor | None = None
 ) -> Decision:
-    """As `act` for one decode batch, without a leading dimension."""
-    decision = policy.decide_one(layer, routing, scale) if isinstance(policy, ThresholdPolicy) else None
-    if decision is None:
-        batches, rows = each_tensor(_unsqueezed, routing), None if scale is None else scale.unsqueeze(0)
-        return each_tensor(_squeezed, act(policy, layer, batches, tally, rows))
+    """As `act` for one decode batch, without a leading dimension; `scale` as in `ThresholdPolicy.decide`."""
+    if not isinstance(policy, ThresholdPolicy):
+        return each_tensor(_squeezed, act(policy, layer, each_tensor(_unsqueezed, routing), tally))
+    decision = policy.decide_one(layer, routing, scale)
     tally.add(layer, routing, decision)
     return decision
 
@@ -104,6 +98,8 @@ class _Now(threading.local):
 
     def __init__(self) -> None:
         self.call: DecodeCall | None = None
+        self.scale: Tensor | None = None
+        """As in `ThresholdPolicy.decide`."""
 
 
 class Skipping:
@@ -179,6 +175,9 @@ class Skipping:
             self._pass_by(call)
             return
         self.now.call = call
+        # Tokens of prompts keep all their experts.
+        prompts = None if call is None else call.prompts
+        self.now.scale = None if prompts is None else torch.where(prompts, torch.inf, 1.0)
         if call is not None and "length" in self.limits:
             past = getattr(arguments.get("past_key_values"), "get_seq_length", lambda: None)()
             # Static caches count on the device, and asking would wait for it.
@@ -199,8 +198,7 @@ class Skipping:
             return None
         if call.active is not None:
             routing = routing._replace(active=call.active.to(device))
-        # Tokens of prompts keep all their experts.
-        scale = None if call.prompts is None else torch.where(call.prompts.to(device), torch.inf, 1.0)
+        scale = None if self.now.scale is None else self.now.scale.to(device)
         return act_on_one(self.policy, layer, routing, self.tally, scale)
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..moe.decision import Decision, Policy, Routing, used_experts
+from ..moe.decision import ANSWERED, BATCHES, LOADS, TOKENS, Decision, Policy, Routing, used_experts
 from ..moe.families import MoeLayer
 
 # So many batches of a layer are summed at once.
@@ -44,20 +45,21 @@ class Tally:
         # Calls that looked like decode and were not acted on, by the reason.
         self.passed_by: Counter[str] = Counter()
 
-        def zeros() -> dict[int, Tensor]:
-            return {layer.index: torch.zeros((), dtype=torch.int64, device=layer.device) for layer in layers}
-
         # What is made under inference mode could be updated under it only, which belongs to a thread and ends.
         with torch.inference_mode(False):
-            self.batches, self.tokens, self.answered = zeros(), zeros(), zeros()
-            # Batches that loaded each expert, as routed and as run.
-            self.loads = {
-                la.index: torch.zeros(2, la.num_experts, dtype=torch.int64, device=la.device) for la in layers
+            # Each layer's in one vector, as `Decision.counts` has them.
+            self.counts = {
+                layer.index: torch.zeros(LOADS + 2 * layer.num_experts, dtype=torch.int64, device=layer.device)
+                for layer in layers
             }
 
     def add(self, layer: MoeLayer, routing: Routing, decision: Decision) -> None:
         """Count one layer's decode batches, as routed and as run."""
         index = layer.index
+        if decision.counts is not None:
+            with nullcontext() if torch.compiler.is_compiling() else self.lock:
+                self.counts[index] += decision.counts
+            return
         loads = decision.loads or tuple(
             used_experts(part, routing.active, layer.num_experts) for part in (routing.indices, decision.indices)
         )
@@ -78,11 +80,12 @@ class Tally:
             self.passed_by[reason] += 1
 
     def _sum(self, index: int, added: "Added") -> None:
-        self.batches[index] += len(added.wanted)
-        self.tokens[index] += added.active.sum()
-        self.loads[index] += torch.stack((added.wanted, added.run)).sum(1)
+        counts, experts = self.counts[index], added.wanted.shape[-1]
+        counts[BATCHES] += added.wanted.numel() // experts
+        counts[TOKENS] += added.active.sum()
+        counts[LOADS:] += torch.cat((added.wanted, added.run), -1).view(-1, 2 * experts).sum(0)
         if added.answered is not None:
-            self.answered[index] += (added.answered & added.active.unsqueeze(-1)).sum()
+            counts[ANSWERED] += (added.answered & added.active.unsqueeze(-1)).sum()
 
     def _sum_pending(self, index: int) -> None:
         with self.lock, torch.inference_mode(False):
@@ -100,10 +103,11 @@ class Tally:
     def stats(self) -> "Stats":
         for index in self.pending:
             self._sum_pending(index)
-        batches = [int(self.batches[layer.index]) for layer in self.layers]
-        each = [self.loads[layer.index].cpu() for layer in self.layers]
+        counts = [self.counts[layer.index].cpu() for layer in self.layers]
+        batches = [int(part[BATCHES]) for part in counts]
+        each = [part[LOADS:].view(2, -1) for part in counts]
         loaded = [loads.sum(1).tolist() for loads in each]
-        assigned = sum(int(self.tokens[layer.index]) * layer.top_k for layer in self.layers)
+        assigned = sum(int(part[TOKENS]) * layer.top_k for part, layer in zip(counts, self.layers, strict=True))
         before, after = 0.0, 0.0
         for layer, count, loads, (wanted, run) in zip(self.layers, batches, each, loaded, strict=True):
             before += wanted * layer.expert_bytes
@@ -114,7 +118,7 @@ class Tally:
             experts_before=[wanted / max(count, 1) for count, (wanted, _) in zip(batches, loaded, strict=True)],
             experts_after=[run / max(count, 1) for count, (_, run) in zip(batches, loaded, strict=True)],
             bytes_ratio=after / before if before else 1.0,
-            answered_share=sum(int(value) for value in self.answered.values()) / max(assigned, 1),
+            answered_share=sum(int(part[ANSWERED]) for part in counts) / max(assigned, 1),
             passed_by=dict(self.passed_by),
         )
 

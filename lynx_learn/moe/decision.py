@@ -24,6 +24,11 @@ class Routing(NamedTuple):
     """(G, T) False for padding and ended sequences, which do not vote, and run on experts that others load."""
 
 
+# Where a vector of counts has the decode batches, their active tokens, the assignments of these that surrogates answer, and
+# from where on the batches that loaded each expert, as routed and then as run.
+BATCHES, TOKENS, ANSWERED, LOADS = range(4)
+
+
 class Decision(NamedTuple):
     """What it shall do instead.
 
@@ -43,6 +48,8 @@ class Decision(NamedTuple):
     """Experts that active tokens load as routed and as run, both (G, experts), from a policy that has kept the others to the latter itself."""
     factor: Tensor | None = None
     """(G, T, hidden), what the experts' output is multiplied with before the addition; None: 1."""
+    counts: Tensor | None = None
+    """(LOADS + 2 · experts,), int64: what is to be counted of one decode batch, from what has counted it already."""
 
 
 Parts = TypeVar("Parts", Routing, Decision)

@@ -18,6 +18,8 @@ from .families import MoeLayer
 OnCall = Callable[[dict[str, Any] | None], None]
 OnLayer = Callable[[MoeLayer, Routing], Decision | None]
 
+# Sequences of a decode step that are looked at without making anything.
+MOST_ROWS = 512
 # Where a module keeps its hooks, by number, and what it notes of them by the same number.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OF_HOOKS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -101,6 +103,14 @@ def _hook_calls(owner: nn.Module, on_call: OnCall, under_way: _UnderWay) -> list
 
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None) -> list[Any]:
     held = _Held()
+    # Made here once: at decode a step would launch it for each layer.
+    with torch.inference_mode(False):
+        everyone = torch.ones(MOST_ROWS, dtype=torch.bool, device=layer.device)
+
+    def all_of(hidden: Tensor) -> Tensor:
+        if len(hidden) <= len(everyone) and hidden.device == everyone.device:
+            return everyone[: len(hidden)]
+        return torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
 
     def after_router(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         held.logits = layer.logits_of(output)
@@ -118,7 +128,7 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None)
                 "an MoE block's experts ran without its router: a model that was compiled before attaching needs experts that "
                 "compile; call model.set_experts_implementation('grouped_mm') first, or do not compile"
             )
-        decision = on_layer(layer, Routing(hidden, logits, indices.long(), weights, _all(hidden)))
+        decision = on_layer(layer, Routing(hidden, logits, indices.long(), weights, all_of(hidden)))
         if decision is None:
             return None
         held.factor, held.addition = decision.factor, decision.addition
@@ -137,10 +147,6 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None)
         layer.experts.register_forward_pre_hook(foreign(before_experts), with_kwargs=True),
         layer.experts.register_forward_hook(foreign(after_experts)),
     ]
-
-
-def _all(hidden: Tensor) -> Tensor:
-    return torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ class Oracle(ThresholdPolicy):
     name = "oracle"
 
     def __init__(self, selector: LynxSelector, threshold: float) -> None:
-        super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}")
+        # No compiled decision knows these costs.
+        super().__init__(selector, {1: threshold}, f"tau={threshold:.3g}", kernel="torch")
 
     def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         assert isinstance(layer, MoeLayer)  # no other one can run its experts for this

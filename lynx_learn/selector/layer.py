@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass
-from types import ModuleType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +11,7 @@ from ..moe.decision import Decision, Routing, usable_experts, used_experts
 from ..moe.families import Layer
 from .config import SelectorConfig
 from .features import assignment_features, feature_parts
-from .prices import Offer, Price, Pricing
+from .prices import Offer, Pricing
 from .scorers import SCORERS, Folded
 from .surrogates import Surrogates
 
@@ -182,11 +181,3 @@ class Ready:
         if scale is not None:
             costs, counted = costs * scale.unsqueeze(-1), counted & scale.isfinite()
         return self.selector.rewrite(routing, self.threshold(counted), costs, pricing)
-
-    def rewrite_in_kernels(
-        self, kernels: ModuleType, routing: Routing, scale: Tensor | None = None, price: Price | None = None
-    ) -> Decision:
-        """As `rewrite`, in Triton kernels."""
-        own = self.selector
-        decision: Decision = kernels.rewrite(self.folded, routing, self.thresholds, own.keep_top1, scale, price)
-        return decision if own.surrogates.rank else decision._replace(answered=None)

@@ -3,12 +3,11 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +27,7 @@ from .scorers import SCORERS
 
 if TYPE_CHECKING:
     from .kernels.compiled import Compiled
+    from .kernels.triton import Fused
 
 KERNELS = ("auto", "torch", "triton", "numba")
 
@@ -200,7 +200,7 @@ class ThresholdPolicy:
 
     The threshold of a step goes by its number of active tokens, see `by_active`.
 
-    `kernel` says what computes a decode batch's decision: "torch", "triton" or "numba" (whatever their kernels support)
+    `kernel` says what computes one decode batch's decision: "torch", "triton" or "numba" (whatever their kernels support)
     or "auto": triton on CUDA devices where it takes less time, which is found out once for each layer shape and batch
     size; numba on CPUs where it is installed. All give the same decision but for rounding of the costs.
 
@@ -221,10 +221,12 @@ class ThresholdPolicy:
             raise OptionError(f"kernel {kernel!r} is unknown: expected one of {', '.join(KERNELS)}")
         self.selector, self.setting, self.kernel = selector, setting, kernel
         self.prices = prices or Uniform()
-        self.kernels: ModuleType | None = None
         self.thresholds = thresholds
         self.ready: dict[int, Ready] = {}
         self.compiled: dict[int, Compiled] = {}
+        self.fused: dict[int, Fused] = {}
+        self.ran_fused: set[int] = set()
+        """Layers whose last decision came from kernels, which read no surrogate that does not answer."""
 
     @property
     def skips(self) -> bool:
@@ -240,12 +242,12 @@ class ThresholdPolicy:
         on_cuda = any(layer.device.type == "cuda" for layer in layers)
         # Only here, and only if needed: triton is not installed everywhere, and takes time to import.
         if self.kernel == "triton" or (self.kernel == "auto" and on_cuda and find_spec("triton")):
-            self.kernels = _kernels(on_cuda)
+            self.fused = _fused(self.ready, on_cuda)
         if self.kernel == "numba" or (self.kernel == "auto" and find_spec("numba")):
             self.compiled = _compiled(self.ready, forced=self.kernel == "numba")
 
     def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
-        """Rewrite one layer's assignments.
+        """Rewrite one layer's assignments, of any number of decode batches, in PyTorch.
 
         Args:
             layer: one of those it is bound to.
@@ -254,46 +256,48 @@ class ThresholdPolicy:
                 their experts; these do not count for the threshold either, as if the batch were so much smaller. None:
                 1 for all.
         """
-        ready, pricing = self.ready[layer.index], self.prices.of(layer)
-        if not (pricing is None or isinstance(pricing, Price)):
-            return ready.selector.answer(routing, ready.rewrite(routing, scale, pricing))
-        if layer.index in self.compiled and len(routing.logits) == 1:
-            rows = None if scale is None else scale[0]
-            decision = self.decide_one(layer, each_tensor(lambda part: part[0], routing), rows)
-            if decision is not None:
-                return each_tensor(lambda part: part.unsqueeze(0), decision)
-        return ready.selector.answer(routing, self.form(ready, routing)(routing, scale, pricing))
+        ready = self.ready[layer.index]
+        return ready.selector.answer(routing, ready.rewrite(routing, scale, self.prices.of(layer)))
 
-    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision | None:
-        """As `decide` in one compiled call, for one decode batch without a leading dimension; None where none can."""
-        compiled, price = self.compiled.get(layer.index), self.prices.of(layer)
-        if compiled is None or not (price is None or isinstance(price, Price)) or not compiled.takes(routing):
-            return None
-        return compiled.decide(routing, scale, price)
+    def decide_one(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
+        """As `decide`, for one decode batch without a leading dimension: in compiled code or kernels where these can."""
+        index, price = layer.index, self.prices.of(layer)
+        if price is None or isinstance(price, Price):
+            compiled, fused = self.compiled.get(index), self.fused.get(index)
+            if compiled is not None and compiled.takes(routing):
+                return compiled.decide(routing, scale, price)
+            if fused is not None and fused.takes(routing):
+                plain = partial(self._decide_in_pytorch, layer)
+                if self.kernel == "triton" or fused.is_faster(routing, plain):
+                    self.ran_fused.add(index)
+                    return fused.decide(routing, scale, price)
+                self.ran_fused.discard(index)
+        return self._decide_in_pytorch(layer, routing, scale)
 
-    def form(self, ready: Ready, routing: Routing) -> Callable[[Routing, Tensor | None, Price | None], Decision]:
-        """What computes the decision for a batch, its tokens' scale and prices, but for the surrogates' answers."""
-        if self.kernels is None or not self.kernels.supported(ready.folded, routing):
-            return ready.rewrite
-        fused = partial(ready.rewrite_in_kernels, self.kernels)
-        if self.kernel == "triton":
-            return fused
-        cuda = routing.logits.is_cuda
-        return fused if cuda and self.kernels.is_faster(ready.folded, routing, fused, ready.rewrite) else ready.rewrite
+    def _decide_in_pytorch(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
+        rows = None if scale is None else scale.unsqueeze(0)
+        decision = self.decide(layer, each_tensor(lambda part: part.unsqueeze(0), routing), rows)
+        return each_tensor(lambda part: part.squeeze(0), decision)
 
     def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         ready = self.ready[layer.index]
-        return ready.folded.bytes * batches + ready.selector.surrogates.bytes_read(skipped, batches)
+        surrogates = ready.selector.surrogates
+        form = "picked" if layer.index in self.ran_fused else None
+        return ready.folded.bytes * batches + surrogates.bytes_read(skipped, batches, form)
 
 
-def _kernels(on_cuda: bool) -> ModuleType:
+def _fused(ready: dict[int, Ready], on_cuda: bool) -> "dict[int, Fused]":
+    """What decides on CUDA devices."""
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise OptionError("kernel 'triton' is not usable: the model is on no CUDA device; take 'auto'")
     try:
-        from .kernels import triton
+        from .kernels.triton import Fused
     except ImportError as error:
         raise OptionError(f"kernel 'triton' is not usable: triton cannot be imported ({error}); take 'auto'") from None
-    return triton
+    return {
+        index: Fused(own.folded, own.selector.surrogates, own.thresholds, own.selector.keep_top1)
+        for index, own in ready.items()
+    }
 
 
 def _compiled(ready: dict[int, Ready], forced: bool) -> "dict[int, Compiled]":

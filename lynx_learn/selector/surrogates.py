@@ -121,12 +121,16 @@ class Surrogates(nn.Module):
         self.form = form
         self.padded = (self._pad(self.down), self._pad(self.up)) if form == "grouped" else None
 
-    def bytes_read(self, skipped: Tensor, batches: int) -> float:
-        """Bytes that decode batches read which left out each expert so many times, `skipped` `(experts,)`."""
-        if self.form == "dense":
+    def bytes_read(self, skipped: Tensor, batches: int, form: str | None = None) -> float:
+        """Bytes that decode batches read which left out each expert so many times, `skipped` `(experts,)`.
+
+        In this form, or in another one, of which "picked" reads what answers and nothing else.
+        """
+        form = form or self.form
+        if form == "dense":
             return float(self.bytes * batches)
         each = self.bytes_each
-        if self.form == "grouped" and self.rank:  # what is read is padded
+        if form == "grouped" and self.rank:  # what is read is padded
             hidden = self.constant.shape[-1]
             each = torch.full_like(each, (self.largest * 2 * hidden + hidden) * self.constant.element_size())
         return float(each.double().cpu() @ skipped.double().cpu())

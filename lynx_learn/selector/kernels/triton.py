@@ -1,4 +1,4 @@
-"""A decode batch's decision in two Triton kernels: the same numbers as `Ready.costs` and `LayerSelector.rewrite`.
+"""A decode batch's decision in few Triton kernels: two for what `Ready.rewrite` gives, and `answers` for the surrogates.
 
 The PyTorch form is dozens of small operations, each a launch of its own. Which form takes less time is measured where
 they run (`is_faster`). Importing this module needs triton, which comes with torch's CUDA builds; so it is imported only
@@ -9,24 +9,27 @@ same bits, also in a CUDA graph.
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...moe.decision import Decision, Routing
+from ...moe.decision import ANSWERED, BATCHES, LOADS, TOKENS, Decision, Routing
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
 from ..prices import Offer, Price
 from ..scorers import LOWEST_LOG_COST, Folded
+from ..surrogates import Surrogates
+from .answers import Maps, answer
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Globals that a kernel reads must say that they are constants.
 _SMALLEST_WEIGHT, _LOWEST_LOG_COST = tl.constexpr(SMALLEST_WEIGHT), tl.constexpr(LOWEST_LOG_COST)
 _TOKEN_PARTS = tl.constexpr(len(TOKEN_PARTS))
+_BATCHES, _TOKENS, _ANSWERED, _LOADS = (tl.constexpr(place) for place in (BATCHES, TOKENS, ANSWERED, LOADS))
 # Elements of a tile: hidden state × projection, and tokens × experts.
 _PROJECTION_TILE, _TOTALS_TILE, _REWRITE_TILE = 4096, 8192, 1024
 
@@ -37,12 +40,22 @@ def _row(matrix, row, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _standing(active, scale, token, inside, SCALED: tl.constexpr):
+    """How many times each token's costs count; 0 for those that are not active."""
+    stands = tl.load(active + token, mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        stands = tl.where(stands != 0.0, tl.load(scale + token, mask=inside, other=0.0), 0.0)
+    return stands
+
+
+@triton.jit
 def _costs_by_expert(
     hidden,
     logits,
     indices,
     weights,
-    standing,
+    active,
+    scale,
     of_assignment,
     of_token,
     of_expert,
@@ -55,6 +68,7 @@ def _costs_by_expert(
     WIDTH: tl.constexpr,
     PROJECTED: tl.constexpr,
     KEEP_TOP1: tl.constexpr,
+    SCALED: tl.constexpr,
     ROUNDS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
@@ -133,7 +147,7 @@ def _costs_by_expert(
         silu = inner / (1.0 + tl.exp(-inner))
         log_cost += tl.sum(tl.where((column < WIDTH)[None, :], silu * out[None, :], 0.0), 1)
     # A cost that is no number must stay one: it keeps its expert.
-    stands = tl.load(standing + token).to(tl.float32)
+    stands = _standing(active, scale, token, True, SCALED)
     cost = stands * tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
 
     hit = (own[:, None] == expert[None, :]) & taken[:, None]
@@ -149,25 +163,30 @@ def _rewrite(
     rows,
     indices,
     weights,
-    standing,
+    active,
+    scale,
     thresholds,
     prices,
     new_indices,
     new_weights,
-    dropped,
+    answered,
+    left_out,
     loads,
+    counts,
     tokens,
     last,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     KEEP_TOP1: tl.constexpr,
+    SCALED: tl.constexpr,
     PRICED: tl.constexpr,
+    ANSWERED: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     TOKENS_PADDED: tl.constexpr,
     TOKENS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: what each expert costs, which stay, and the assignments rewritten."""
+    """One program: what each expert costs, which stay, the assignments rewritten, and what of it is counted."""
     expert = tl.arange(0, EXPERTS_PADDED)
     real = expert < EXPERTS
     sums = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
@@ -182,7 +201,7 @@ def _rewrite(
     total = tl.sum(sums, 0)
 
     place = tl.arange(0, TOKENS_PADDED)
-    stands = tl.load(standing + place, mask=place < tokens, other=0).to(tl.float32)
+    stands = _standing(active, scale, place, place < tokens, SCALED)
     count = tl.sum(((stands > 0.0) & (stands < float("inf"))).to(tl.int32), 0)
     threshold = tl.load(thresholds + tl.minimum(count, last))
 
@@ -199,9 +218,12 @@ def _rewrite(
     used = total != 0.0
     tl.store(loads + expert, used, mask=real)
     tl.store(loads + EXPERTS + expert, used & (leave == 0), mask=real)
+    tl.store(counts + _LOADS + expert, used.to(tl.int64), mask=real)
+    tl.store(counts + _LOADS + EXPERTS + expert, (used & (leave == 0)).to(tl.int64), mask=real)
 
     # Tokens that are not active run on what the others load; where none is active, all run.
     usable = ((leave == 0) & (used | (tl.max(used.to(tl.int32), 0) == 0))).to(tl.int32)
+    answering = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, TOKENS_PADDED * TOP_K, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tokens * TOP_K
@@ -210,7 +232,14 @@ def _rewrite(
         stays = tl.gather(usable, own.to(tl.int32), 0) != 0
         tl.store(new_indices + at, tl.where(stays, own, anchor.to(tl.int64)), mask=inside)
         tl.store(new_weights + at, tl.where(stays, weight, 0.0).to(weight.dtype), mask=inside)
-        tl.store(dropped + at, stays == 0, mask=inside)
+        if ANSWERED:
+            tl.store(answered + at, stays == 0, mask=inside)
+            tl.store(left_out + at, tl.where(stays, 0.0, weight).to(weight.dtype), mask=inside)
+            live = tl.load(active + at // TOP_K, mask=inside, other=0) != 0
+            answering += (live & (stays == 0)).to(tl.int64)
+    tl.store(counts + _BATCHES, 1)
+    tl.store(counts + _TOKENS, tl.sum((stands != 0.0).to(tl.int64), 0))
+    tl.store(counts + _ANSWERED, tl.sum(answering, 0))
 
 
 def _padded(size: int) -> int:
@@ -220,10 +249,10 @@ def _padded(size: int) -> int:
 
 def supported(folded: Folded, routing: Routing) -> bool:
     """Whether the kernels can decide for this batch: one decode batch, in sizes and types they were written for."""
-    batches, tokens, experts = routing.logits.shape
+    tokens, experts = routing.logits.shape[-2:]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
     return (
-        batches == 1
+        routing.logits.numel() == tokens * experts
         and 1 <= tokens <= MOST_TOKENS
         and 2 <= experts <= MOST_EXPERTS
         and 1 <= routing.indices.shape[-1] <= min(MOST_TOP_K, experts)
@@ -237,25 +266,20 @@ def supported(folded: Folded, routing: Routing) -> bool:
     )
 
 
-def _standing(active: Tensor, scale: Tensor | None) -> Tensor:
-    """How many times each token's costs count `(1, T)`; 0 for those that are not active."""
-    return active.contiguous() if scale is None else torch.where(active, scale, 0.0)
-
-
 def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, scale: Tensor | None = None) -> Tensor:
     """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`.
 
-    Each times the token's scale.
+    Each times the token's scale. The routing is one batch, with a leading dimension or without, as everywhere here.
     """
-    _, tokens, experts = routing.logits.shape
+    tokens, experts = routing.logits.shape[-2:]
     top_k, hidden = routing.indices.shape[-1], routing.hidden.shape[-1]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
     rows = torch.empty(tokens, experts, dtype=torch.float32, device=routing.logits.device)
     projected_padded = _padded(projected)
     experts_padded, top_k_padded = _padded(experts), _padded(top_k)
     _costs_by_expert[(tokens,)](
-        *(part.contiguous() for part in (routing.hidden, routing.logits, routing.indices, routing.weights)),
-        _standing(routing.active, scale),
+        *(part.contiguous() for part in routing),
+        rows if scale is None else scale.contiguous(),
         *(part.contiguous() for part in folded),
         rows,
         EXPERTS=experts,
@@ -264,6 +288,7 @@ def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, scale: Te
         WIDTH=width,
         PROJECTED=projected,
         KEEP_TOP1=keep_top1,
+        SCALED=scale is not None,
         ROUNDS=min(top_k, experts - 1),
         EXPERTS_PADDED=experts_padded,
         TOP_K_PADDED=top_k_padded,
@@ -282,43 +307,56 @@ def rewrite_by(
     keep_top1: bool,
     scale: Tensor | None = None,
     price: Price | None = None,
-) -> Decision:
-    """What stays and what goes, from `costs_by_expert`; the other arguments as in `rewrite`."""
-    _, tokens, experts = routing.logits.shape
-    top_k = routing.indices.shape[-1]
-    indices, weights = routing.indices.contiguous(), routing.weights.contiguous()
+    answers: bool = True,
+) -> tuple[Decision, Tensor | None]:
+    """What stays and what goes, from `costs_by_expert`; the other arguments and what is returned as in `rewrite`."""
+    tokens, experts = routing.logits.shape[-2:]
+    top_k, device = routing.indices.shape[-1], rows.device
+    indices, weights, active = (part.contiguous() for part in routing[2:])
     new_indices, new_weights = torch.empty_like(indices), torch.empty_like(weights)
-    dropped = torch.empty_like(indices, dtype=torch.bool)
-    loads = torch.empty(2, 1, experts, dtype=torch.bool, device=rows.device)
+    answered = torch.empty_like(indices, dtype=torch.bool) if answers else None
+    left_out = torch.empty_like(weights) if answers else None
+    loads = torch.empty(2, *routing.logits.shape[:-2], experts, dtype=torch.bool, device=device)
+    counts = torch.empty(LOADS + 2 * experts, dtype=torch.int64, device=device)
     experts_padded, tokens_padded = _padded(experts), _padded(tokens)
-    prices = None
-    if price is not None:  # those that depend on totals are no matter of one tile
-        total = rows.abs().sum(0, keepdim=True)
-        prices = price.of(Offer(total, thresholds, total > 0)).expand_as(total).contiguous()
+    prices = None if price is None else _prices(price, rows, thresholds)
     _rewrite[(1,)](
         rows,
         indices,
         weights,
-        _standing(routing.active, scale),
+        active,
+        rows if scale is None else scale.contiguous(),
         thresholds,
         rows if prices is None else prices,
         new_indices,
         new_weights,
-        dropped,
+        loads if answered is None else answered,
+        rows if left_out is None else left_out,
         loads,
+        counts,
         tokens,
         len(thresholds) - 1,
         EXPERTS=experts,
         TOP_K=top_k,
         KEEP_TOP1=keep_top1,
+        SCALED=scale is not None,
         PRICED=prices is not None,
+        ANSWERED=answers,
         EXPERTS_PADDED=experts_padded,
         TOKENS_PADDED=tokens_padded,
         TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
         BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
         num_warps=8,
     )
-    return Decision(new_indices, new_weights, answered=dropped, loads=(loads[0], loads[1]))
+    return Decision(new_indices, new_weights, None, answered, (loads[0], loads[1]), counts=counts), left_out
+
+
+def _prices(price: Price, rows: Tensor, thresholds: Tensor) -> Tensor:
+    """Of each expert `(experts,)`; those that depend on totals are no matter of one tile."""
+    if price.devices is None and price.each is not None:
+        return price.each.contiguous()
+    total = rows.abs().sum(0, keepdim=True)
+    return price.of(Offer(total, thresholds, total > 0)).expand_as(total).contiguous()
 
 
 def rewrite(
@@ -328,8 +366,9 @@ def rewrite(
     keep_top1: bool,
     scale: Tensor | None = None,
     price: Price | None = None,
-) -> Decision:
-    """As `Ready.rewrite` of a selector with surrogates, for what is `supported`.
+    answers: bool = True,
+) -> tuple[Decision, Tensor | None]:
+    """As `Ready.rewrite`, with what is counted, for what is `supported`.
 
     Args:
         folded: the layer's scorer.
@@ -338,12 +377,50 @@ def rewrite(
         keep_top1: whether each token's first expert stays.
         scale: as in `ThresholdPolicy.decide`.
         price: of each expert; None: 1.
+        answers: whether there are surrogates.
+
+    Returns:
+        The decision without what surrogates answer, and the weights with which they do, 0 where the expert stays.
     """
-    device = routing.logits.device
-    # Triton launches on the current device, which need not be the layer's.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _current(routing.logits.device):
         rows = costs_by_expert(folded, routing, keep_top1, scale)
-        return rewrite_by(rows, routing, thresholds, keep_top1, scale, price)
+        return rewrite_by(rows, routing, thresholds, keep_top1, scale, price, answers)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the layer's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Fused:
+    """One layer's decision in kernels, with what a step must not ask the device for."""
+
+    def __init__(self, folded: Folded, surrogates: Surrogates, thresholds: Tensor, keep_top1: bool) -> None:
+        """Arguments as in `rewrite`."""
+        self.folded, self.maps = folded, Maps.of(surrogates)
+        self.thresholds, self.keep_top1 = thresholds, keep_top1
+
+    def takes(self, routing: Routing) -> bool:
+        """Whether the kernels can decide for this batch."""
+        return supported(self.folded, routing)
+
+    def decide(self, routing: Routing, scale: Tensor | None = None, price: Price | None = None) -> Decision:
+        """The whole decision, with what surrogates answer and what is counted; one decode batch.
+
+        `scale` is as in `ThresholdPolicy`.
+        """
+        given = (self.folded, routing, self.thresholds, self.keep_top1, scale, price, self.maps is not None)
+        decision, left_out = rewrite(*given)
+        if self.maps is None or left_out is None:
+            return decision
+        with _current(routing.logits.device):
+            hidden, indices = routing.hidden.contiguous(), routing.indices.contiguous()
+            return decision._replace(addition=answer(self.maps, hidden, indices, left_out))
+
+    def is_faster(self, routing: Routing, plain: "Form") -> bool:
+        """Whether it takes less time than `plain`; see `is_faster`."""
+        parts = (*self.folded, *((self.maps.down,) if self.maps else ()))
+        return routing.logits.is_cuda and is_faster(parts, routing, self.decide, plain)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}
@@ -352,16 +429,16 @@ _verdicts: dict[tuple[object, ...], bool] = {}
 Form = Callable[[Routing], object]
 
 
-def is_faster(folded: Folded, routing: Routing, fused: Form, plain: Form) -> bool:
+def is_faster(parts: Sequence[Tensor], routing: Routing, fused: Form, plain: Form) -> bool:
     """Whether `fused` takes less time than `plain` for `routing`, on the CUDA device where these are.
 
-    Both are run and timed the first time that a layer of this shape meets a batch of this size, up to a power of two;
+    Both are run and timed the first time that a layer whose parts have these shapes meets a batch of this size, up to a power of two;
     that waits for the device. Nothing is timed while a CUDA graph is captured or torch compiles: what was never timed
     counts as faster then. Kernels that cannot be built here, e.g. because there is no C compiler, are never faster.
     """
     if torch.compiler.is_compiling():
         return True
-    shapes = (routing.indices.shape[-1], *(part.shape for part in folded), *(part.dtype for part in routing))
+    shapes = (routing.indices.shape[-1], *(part.shape for part in parts), *(part.dtype for part in routing))
     key = (routing.logits.device, _padded(routing.logits.shape[-2]), *shapes)
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():

@@ -74,24 +74,24 @@ class LayerHook:
         self.addition = None
         if not self.rows.decide(len(ids)):
             return
-        scale = self.rows.scale[: len(ids)].unsqueeze(0)
+        scale = self.rows.scale[: len(ids)]
         active = scale > 0
         routing = Routing(
-            hidden_states[:, : self.layer.hidden_size].unsqueeze(0),
-            router_logits.unsqueeze(0),
-            ids.long().clamp_min(0).unsqueeze(0),  # rows of padding may name no expert
-            (weights * self.scale).unsqueeze(0),
+            hidden_states[:, : self.layer.hidden_size],
+            router_logits,
+            ids.long().clamp_min(0),  # rows of padding may name no expert
+            weights * self.scale,
             active,
         )
-        decision = self.policy.decide(self.layer, routing, scale)
+        decision = self.policy.decide_one(self.layer, routing, scale)
         assert decision.loads is not None
         before, after = (part.sum() for part in decision.loads)
         answered = torch.zeros_like(before) if decision.answered is None else decision.answered.sum()
         if decision.addition is not None and self.adds:
-            self.addition = decision.addition[0] / self.scale
+            self.addition = decision.addition / self.scale
         # The router's own weights, not those that were scaled and back: what stays is as it was to the last bit.
-        weights.masked_fill_(decision.weights[0] == 0, 0)
-        ids.copy_(torch.where(ids < 0, ids, decision.indices[0].to(ids.dtype)))
+        weights.masked_fill_(decision.weights == 0, 0)
+        ids.copy_(torch.where(ids < 0, ids, decision.indices.to(ids.dtype)))
         # What a graph runs while nothing may be skipped is not counted.
         counted = torch.stack([before, after, active.sum() * self.layer.top_k, answered])
         self.sums[:CHECK] += counted * (active & scale.isfinite()).any()
