@@ -45,7 +45,7 @@ RESERVED = {
     "onnx": {"graph.export", "graph.graph"},
     "onnxscript": {"graph.export"},
     "onnxruntime": {"graph.onnx_runtime"},
-    "triton": {"selector.kernels.answers", "selector.kernels.triton"},
+    "triton": {"moe.kernels.grouping", "selector.kernels.answers", "selector.kernels.triton"},
     "numba": {"selector.kernels.cpu", "moe.kernels.arithmetic", "moe.kernels.gated"},
 }
 

@@ -336,6 +336,33 @@ def test_which_form_is_faster_is_found_out_once(compiler: Run) -> None:
     assert compiler(verdicts) == found
 
 
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64"}
+
+
+class Compile:
+    """Stands in for a kernel: compiles for what it is launched with, and notes bytes of code and of shared memory."""
+
+    def __init__(self, kernel: Any, done: dict[str, tuple[int, int]]) -> None:
+        self.kernel, self.done = kernel, done
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        def launch(*arguments: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+            given = dict(zip(self.kernel.arg_names, arguments, strict=False))
+            signature = {n: f"*{TYPES[a.dtype]}" if isinstance(a, Tensor) else "i32" for n, a in given.items()}
+            signature |= dict.fromkeys(constants, "constexpr")
+            source = ASTSource(self.kernel, signature, constants)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            built = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+            self.done[self.kernel.__name__] = (len(built.asm["cubin"]), built.metadata.shared)
+
+        return launch
+
+
 DECIDING, ANSWERING = ("_costs_by_expert", "_rewrite"), ("_codes", "_outputs", "_sum")
 
 
@@ -343,40 +370,15 @@ def compile_for_hopper(
     tokens: int, experts: int, top_k: int, hidden: int, scorer: str, dtype: torch.dtype, keep_top1: bool
 ) -> dict[str, tuple[int, int]]:
     """Bytes of machine code and of shared memory, by kernel."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from lynx_learn.selector.kernels import answers
     from lynx_learn.selector.kernels import triton as kernels
 
-    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.bool: "i1"}
-    done = {}
-
-    class Compile:
-        """Stands in for a kernel: compiles for what it is launched with."""
-
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*arguments: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
-                given = dict(zip(self.kernel.arg_names, arguments, strict=False))
-                signature = {n: f"*{types[a.dtype]}" if isinstance(a, Tensor) else "i32" for n, a in given.items()}
-                signature |= dict.fromkeys(constants, "constexpr")
-                source = ASTSource(self.kernel, signature, constants)
-                built = triton.compile(
-                    source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps, "num_stages": num_stages}
-                )
-                done[self.kernel.__name__] = (len(built.asm["cubin"]), built.metadata.shared)
-
-            return launch
-
+    done: dict[str, tuple[int, int]] = {}
     ready = ready_for(experts, top_k, hidden, scorer, keep_top1, {1: 1.0, 4: 2.0})
     routing = routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)
     with ExitStack() as stack:
         for module, name in [(kernels, name) for name in DECIDING] + [(answers, name) for name in ANSWERING]:
-            stack.enter_context(mock.patch.object(module, name, Compile(getattr(module, name))))
+            stack.enter_context(mock.patch.object(module, name, Compile(getattr(module, name), done)))
         ready.selector.surrogates.to(dtype)
         kernels.Fused(ready.folded, ready.selector.surrogates, ready.thresholds, keep_top1).decide(routing)
     return done

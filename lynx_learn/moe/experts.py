@@ -1,8 +1,9 @@
 """Experts whose time follows the distinct experts that are loaded."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ def _by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor)
     """As transformers' `grouped_mm`, but assignments whose weight is 0 are not run.
 
     What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing.
-    Where nothing is left out, the sums are those of `grouped_mm`, bit for bit.
     Arguments as those of an experts module.
     """
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return _grouped(experts, hidden, indices, weights)
+    if hidden.device.type != "cpu":
+        kernels = _kernels(hidden.device)
+        able = kernels is not None and kernels.takes(hidden, indices, weights)
+        return (partial(_in_kernels, kernels) if able else _grouped)(experts, hidden, indices, weights)
     if int(weights.count_nonzero()) < weights.numel():
         output = _in_one_call(experts, hidden, indices, weights)
         return _one_by_one(experts, hidden, indices, weights) if output is None else output
@@ -108,26 +112,69 @@ def _one_by_one(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) 
 
 
 def _grouped(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """One grouped product; assignments whose weight is 0 are sorted behind the last expert and belong to no group."""
-    from transformers.integrations.moe import _grouped_linear
+    """One grouped product; assignments whose weight is 0 are sorted behind the last expert and belong to no group.
 
+    Where nothing is left out, the sums are those of `grouped_mm`, bit for bit.
+    """
     count, top_k = experts.num_experts, indices.shape[-1]
     expert, order = indices.masked_fill(weights == 0, count).flatten().sort()
     ends = torch.searchsorted(expert, torch.arange(count, device=expert.device), right=True, out_int32=True)
-
-    def linear(rows: Tensor, name: str) -> Tensor:
-        bias = getattr(experts, f"{name}_bias")[expert.clamp_max(count - 1)] if experts.has_bias else None
-        return _grouped_linear(rows, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
-
-    if experts.has_gate:
-        inner = experts._apply_gate(linear(hidden[order // top_k], "gate_up_proj"))
-    else:
-        inner = experts.act_fn(linear(hidden[order // top_k], "up_proj"))
-    output = linear(inner, "down_proj") * weights.flatten()[order].unsqueeze(-1)
+    named = expert.clamp_max(count - 1) if experts.has_bias else expert
+    rows = _products(experts, hidden[order // top_k], named, ends)
+    output = rows * weights.flatten()[order].unsqueeze(-1)
     # Rows behind the last expert are left as they were in memory.
     output = output.masked_fill_((expert == count).unsqueeze(-1), 0.0)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return output[back].unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
+
+
+def _in_kernels(kernels: Any, experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """As `_grouped`, with one kernel before the products and one behind them; a token's sum may be in another order."""
+    groups = kernels.group(indices, weights, experts.num_experts)
+    rows = _products(experts, hidden.index_select(0, groups.token), groups.expert, groups.ends)
+    output: Tensor = kernels.combine(rows, groups, weights, hidden.dtype)
+    return output
+
+
+def _products(experts: Any, rows: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+    """What experts make of rows that are in their order, without the weights; those behind the last end are undefined.
+
+    Args:
+        rows: what enters the experts `(rows, hidden)`.
+        expert: of each row `(rows,)`.
+        ends: where each expert's rows end `(experts,)`.
+    """
+    from transformers.integrations.moe import _grouped_linear
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+        return _grouped_linear(x, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear(rows, "gate_up_proj"))
+    else:
+        inner = experts.act_fn(linear(rows, "up_proj"))
+    return linear(inner, "down_proj")
+
+
+@cache
+def _kernels(device: torch.device) -> Any:
+    """The Triton kernels, or None where they do not run on this device."""
+    if device.type != "cuda":
+        return None
+    try:
+        from .kernels import grouping
+
+        one = torch.zeros(1, 1, device=device)
+        grouping.combine(one, grouping.group(one.long(), one, 1), one, one.dtype)
+    except ImportError:
+        return None
+    except Exception as error:
+        # A model must run on a machine where only the kernels do not, e.g. because there is no C compiler.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        warnings.warn(f"experts run without Triton kernels: {type(error).__name__}: {reason}", stacklevel=2)
+        return None
+    return grouping
 
 
 class _ByDistinct:
@@ -159,6 +206,8 @@ def experts_by_distinct(layers: list[MoeLayer]) -> Iterator[None]:
 
     ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _by_distinct)
     _compiled()  # compiled, where nobody has yet, before a step waits for it
+    for device in {layer.device for layer in layers}:
+        _kernels(device)
     chosen = [
         layer.experts for layer in layers if hasattr(vars(layer.experts).get("config"), "_experts_implementation")
     ]

@@ -10,7 +10,6 @@ same bits, also in a CUDA graph.
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...moe.decision import ANSWERED, BATCHES, LOADS, TOKENS, Decision, Routing
+from ...moe.kernels.grouping import current
 from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
 from ..prices import Offer, Price
 from ..scorers import LOWEST_LOG_COST, Folded
@@ -382,14 +382,9 @@ def rewrite(
     Returns:
         The decision without what surrogates answer, and the weights with which they do, 0 where the expert stays.
     """
-    with _current(routing.logits.device):
+    with current(routing.logits.device):
         rows = costs_by_expert(folded, routing, keep_top1, scale)
         return rewrite_by(rows, routing, thresholds, keep_top1, scale, price, answers)
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the layer's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Fused:
@@ -413,7 +408,7 @@ class Fused:
         decision, left_out = rewrite(*given)
         if self.maps is None or left_out is None:
             return decision
-        with _current(routing.logits.device):
+        with current(routing.logits.device):
             hidden, indices = routing.hidden.contiguous(), routing.indices.contiguous()
             return decision._replace(addition=answer(self.maps, hidden, indices, left_out))
 
