@@ -30,8 +30,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SMALLEST_WEIGHT, _LOWEST_LOG_COST = tl.constexpr(SMALLEST_WEIGHT), tl.constexpr(LOWEST_LOG_COST)
 _TOKEN_PARTS = tl.constexpr(len(TOKEN_PARTS))
 _BATCHES, _TOKENS, _ANSWERED, _LOADS = (tl.constexpr(place) for place in (BATCHES, TOKENS, ANSWERED, LOADS))
-# Elements of a tile: hidden state × projection, and tokens × experts.
-_PROJECTION_TILE, _TOTALS_TILE, _REWRITE_TILE = 4096, 8192, 1024
+# Elements of a tile: hidden state × projection, of which a program has to wait for each, and tokens × experts.
+_PROJECTION_TILE, _TOTALS_TILE, _REWRITE_TILE = 16384, 8192, 1024
 
 
 @triton.jit
