@@ -4,6 +4,7 @@ Triton reads whether it interprets when it is imported, so the kernels run in pr
 reaches no other test, and this process never imports triton.
 """
 
+import copy
 import math
 import os
 import pickle
@@ -432,6 +433,43 @@ def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_
             assert torch.equal(kernels.costs_by_expert(ready.folded, routing, keep_top1), rows)
 
 
+def answers_of(
+    tokens: int, experts: int, top_k: int, hidden: int, rank: int, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Surrogates of uneven rank answer as a product with all of them does, and those that do not answer are not read."""
+    from lynx_learn.selector.kernels.answers import Maps, answer
+
+    surrogates = ready_for(experts, top_k, hidden, rank=rank, device=device).selector.surrogates
+    routing = on(device, one(routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)))
+    answers = torch.rand(experts, generator=torch.Generator().manual_seed(0)) < 0.5
+    answers[0], answers[-1] = True, False
+    answers = answers.to(device)
+    left_out = torch.where(answers[routing.indices], routing.weights, 0.0).to(dtype)
+    surrogates.to(dtype)
+    shares = torch.zeros(tokens, experts, device=device).scatter_add(1, routing.indices, left_out.float())
+    wanted = copy.deepcopy(surrogates).float()(routing.hidden.float(), shares)
+    surrogates.constant[~answers] = math.nan
+    surrogates.down[~answers[surrogates.owner]] = surrogates.up[~answers[surrogates.owner]] = math.nan
+    maps = Maps.of(surrogates)
+    assert maps is not None
+    done = answer(maps, routing.hidden, routing.indices, left_out)
+    assert done.dtype == dtype
+    error = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(done.float(), wanted, rtol=error, atol=error * float(wanted.abs().max()))
+    for _ in range(20 if device == "cuda" else 0):
+        assert torch.equal(answer(maps, routing.hidden, routing.indices, left_out), done)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "rank"), [(1, 4, 2, 8, 1), (5, 12, 5, 300, 9), (40, 6, 3, 33, 80)]
+)
+def test_surrogates_answer_as_pytorch_does(
+    interpreter: Run, tokens: int, experts: int, top_k: int, hidden: int, rank: int, dtype: torch.dtype
+) -> None:
+    interpreter(answers_of, tokens, experts, top_k, hidden, rank, dtype)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -442,21 +480,7 @@ def test_compiled_kernels_decide_as_pytorch_does(tokens: int, experts: int, top_
 def test_compiled_kernels_answer_as_pytorch_does(
     tokens: int, experts: int, top_k: int, hidden: int, rank: int, dtype: torch.dtype
 ) -> None:
-    from lynx_learn.selector.kernels.answers import Maps, answer
-
-    surrogates = ready_for(experts, top_k, hidden, rank=rank, device="cuda").selector.surrogates
-    routing = on("cuda", one(routing_of(tokens, experts, top_k, hidden, (dtype,) * 3)))
-    left_out = torch.where(routing.indices % 3 > 0, routing.weights, 0.0).to(dtype)
-    surrogates.to(dtype)
-    maps = Maps.of(surrogates)
-    assert maps is not None
-    done = answer(maps, routing.hidden, routing.indices, left_out)
-    shares = torch.zeros(tokens, experts, device="cuda").scatter_add(1, routing.indices, left_out.float())
-    wanted = surrogates.float()(routing.hidden.float(), shares)
-    error = 1e-4 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(done.float(), wanted, rtol=error, atol=error * float(wanted.abs().max()))
-    for _ in range(20):
-        assert torch.equal(answer(maps, routing.hidden, routing.indices, left_out), done)
+    answers_of(tokens, experts, top_k, hidden, rank, dtype, "cuda")
 
 
 @pytest.mark.gpu

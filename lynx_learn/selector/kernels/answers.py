@@ -15,10 +15,10 @@ from ..surrogates import Surrogates
 
 # The interpreter multiplies the bits of bfloat16 as if they were integers.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Rows of a surrogate's matrices that a program takes at once, and columns of the output.
-_DOWN_ROWS, _UP_ROWS, _COLUMNS, _SUM_COLUMNS = 16, 64, 128, 256
-# Bytes of a row that a program takes at once.
-_ROW_BYTES = 256
+# Rows of `down` that a program takes at once, and columns of the output.
+_ROWS, _COLUMNS, _SUM_COLUMNS = 16, 128, 256
+# Bytes that it reads at once of each row of `down`, and of each column of `up`.
+_ROW_BYTES, _COLUMN_BYTES = 256, 128
 # A tile of a product has this many tokens at least; beyond the most, further programs take the others.
 _FEWEST_TOKENS, _MOST_TOKENS = 16, 32
 
@@ -81,13 +81,13 @@ def _codes(
     ROWS_BLOCK: tl.constexpr,
     HIDDEN_BLOCK: tl.constexpr,
 ):
-    """A program for each expert, block of its rows and block of tokens: `hidden` times these rows, into `codes`.
+    """A program for each block of tokens, expert and block of its rows: `hidden` times these rows, into `codes`.
 
     Nothing is written where no token asks.
     """
-    expert = tl.program_id(0)
-    token = tl.program_id(2) * TOKENS_BLOCK + tl.arange(0, TOKENS_BLOCK)
-    first = tl.load(starts + expert) + tl.program_id(1) * ROWS_BLOCK
+    token = tl.program_id(0) * TOKENS_BLOCK + tl.arange(0, TOKENS_BLOCK)
+    expert = tl.program_id(1)
+    first = tl.load(starts + expert) + tl.program_id(2) * ROWS_BLOCK
     end = tl.load(starts + expert + 1)
     if first >= end:
         return
@@ -123,13 +123,13 @@ def _outputs(
     ROWS_BLOCK: tl.constexpr,
     COLUMNS_BLOCK: tl.constexpr,
 ):
-    """A program for each expert, block of columns and block of tokens: its weighted output for each that asks.
+    """A program for each block of tokens, expert and block of columns: its weighted output for each token that asks.
 
     `outputs` is `(tokens, top_k, hidden)`; nothing is written for assignments that no surrogate answers.
     """
-    expert = tl.program_id(0)
-    column = tl.program_id(1) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)
-    token = tl.program_id(2) * TOKENS_BLOCK + tl.arange(0, TOKENS_BLOCK)
+    token = tl.program_id(0) * TOKENS_BLOCK + tl.arange(0, TOKENS_BLOCK)
+    expert = tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)
     if _asked(indices, weights, expert, token, tokens, TOP_K, TOP_K_PADDED):
         end = tl.load(starts + expert + 1)
         output = tl.zeros((TOKENS_BLOCK, COLUMNS_BLOCK), tl.float32)
@@ -179,7 +179,8 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
     codes = torch.empty(tokens, rows, dtype=maps.down.dtype, device=hidden.device)
     outputs = torch.empty(tokens, top_k, size, dtype=maps.down.dtype, device=hidden.device)
     addition = torch.empty(hidden.shape, dtype=maps.down.dtype, device=hidden.device)
-    block = _FEWEST_TOKENS if tokens <= _FEWEST_TOKENS else _MOST_TOKENS
+    block = min(max(triton.next_power_of_2(tokens), _FEWEST_TOKENS), _MOST_TOKENS)
+    # Programs for other tokens run side by side, so that what they read is read from memory once.
     shape = {
         "HIDDEN": size,
         "ROWS": rows,
@@ -188,7 +189,7 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         "TOKENS_BLOCK": block,
     }
     blocks = triton.cdiv(tokens, block)
-    _codes[(experts, triton.cdiv(maps.largest, _DOWN_ROWS), blocks)](
+    _codes[(blocks, experts, triton.cdiv(maps.largest, _ROWS))](
         hidden,
         indices,
         weights,
@@ -197,12 +198,12 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         codes,
         tokens,
         **shape,
-        ROWS_BLOCK=_DOWN_ROWS,
+        ROWS_BLOCK=_ROWS,
         HIDDEN_BLOCK=_ROW_BYTES // maps.down.element_size(),
         num_warps=4,
         num_stages=4,
     )
-    _outputs[(experts, triton.cdiv(size, _COLUMNS), blocks)](
+    _outputs[(blocks, experts, triton.cdiv(size, _COLUMNS))](
         codes,
         indices,
         weights,
@@ -212,10 +213,10 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         outputs,
         tokens,
         **shape,
-        ROWS_BLOCK=_UP_ROWS,
+        ROWS_BLOCK=_COLUMN_BYTES // maps.up.element_size(),
         COLUMNS_BLOCK=_COLUMNS,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
     )
     _sum[(tokens, triton.cdiv(size, _SUM_COLUMNS))](
         outputs,
