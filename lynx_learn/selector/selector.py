@@ -225,8 +225,8 @@ class ThresholdPolicy:
         self.ready: dict[int, Ready] = {}
         self.compiled: dict[int, Compiled] = {}
         self.fused: dict[int, Fused] = {}
-        self.ran_fused: set[int] = set()
-        """Layers whose last decision came from kernels, which read no surrogate that does not answer."""
+        self.plain: set[int] = set()
+        """Layers that have kernels and whose last decode batch went without: these read no surrogate that does not answer."""
 
     @property
     def skips(self) -> bool:
@@ -269,9 +269,9 @@ class ThresholdPolicy:
             if fused is not None and fused.takes(routing):
                 plain = partial(self._decide_in_pytorch, layer)
                 if self.kernel == "triton" or fused.is_faster(routing, plain):
-                    self.ran_fused.add(index)
+                    self.plain.discard(index)
                     return fused.decide(routing, scale, price)
-                self.ran_fused.discard(index)
+            self.plain.add(index)
         return self._decide_in_pytorch(layer, routing, scale)
 
     def _decide_in_pytorch(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
@@ -282,7 +282,8 @@ class ThresholdPolicy:
     def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
         ready = self.ready[layer.index]
         surrogates = ready.selector.surrogates
-        form = "picked" if layer.index in self.ran_fused else None
+        # Simulated decode, which takes many batches at once in PyTorch, counts what a real one would read.
+        form = "picked" if layer.index in self.fused.keys() - self.plain else None
         return ready.folded.bytes * batches + surrogates.bytes_read(skipped, batches, form)
 
 
