@@ -17,7 +17,7 @@ from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import ModelError
 from lynx_learn.moe.calls import DRAFTS, NO_CACHE
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.moe.hooks import owner_of
+from lynx_learn.moe.hooks import intercept, owner_of
 from lynx_learn.rules.keep_sets import XShare
 
 SOME, EVERYTHING, PROMPT, LENGTH = 2.0, 1e9, 6, 11
@@ -59,6 +59,17 @@ def test_calls_in_threads_decide_each_for_their_own_batch() -> None:
     assert not errors
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert together.stats == alone.stats
+
+
+def test_what_hooks_give_a_captured_graph_outlives_them() -> None:
+    """A CUDA graph reads it where it lies; later hooks must not have to make it anew, nor anybody get its memory."""
+    model = tiny_model("qwen3_moe")
+    layers, seen = find_moe_layers(model), list[Tensor]()
+    for _ in range(2):
+        with intercept(model, layers, lambda layer, routing: seen.append(routing.active)):
+            model(words(3, 1))
+    assert all(active.all() for active in seen)
+    assert len({active.untyped_storage().data_ptr() for active in seen}) == 1
 
 
 def test_who_has_ended_is_known_in_each_thread() -> None:

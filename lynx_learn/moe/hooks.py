@@ -103,9 +103,7 @@ def _hook_calls(owner: nn.Module, on_call: OnCall, under_way: _UnderWay) -> list
 
 def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None) -> list[Any]:
     held = _Held()
-    # Made here once: at decode a step would launch it for each layer.
-    with torch.inference_mode(False):
-        everyone = torch.ones(MOST_ROWS, dtype=torch.bool, device=layer.device)
+    everyone = _everyone(layer.device)  # before a graph is captured, in whose memory it must not lie
 
     def all_of(hidden: Tensor) -> Tensor:
         if len(hidden) <= len(everyone) and hidden.device == everyone.device:
@@ -147,6 +145,17 @@ def _hook_layer(layer: MoeLayer, on_layer: OnLayer, under_way: _UnderWay | None)
         layer.experts.register_forward_pre_hook(foreign(before_experts), with_kwargs=True),
         layer.experts.register_forward_hook(foreign(after_experts)),
     ]
+
+
+@functools.cache
+def _everyone(device: torch.device) -> Tensor:
+    """All of a step's sequences, for as long as the process lives.
+
+    At decode a step would launch it for each layer. Not made by hooks for themselves: a CUDA graph that was captured with
+    them reads it where it lies, also after they are gone.
+    """
+    with torch.inference_mode(False):
+        return torch.ones(MOST_ROWS, dtype=torch.bool, device=device)
 
 
 @contextmanager
