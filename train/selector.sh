@@ -8,9 +8,8 @@ if [ -n "$model" ]; then
   own=(
     [collect]="--model $model --out runs/$model/trace"
     [train]="--trace runs/$model/trace --out selectors/$model"
-    # Less text than the small model's, for the sake of time.
-    [calibrate]="--selector selectors/$model --length 256 --batch-sizes 1 4 16"
-    [evaluate]="--selector selectors/$model --trace runs/$model/trace --out runs/$model/report"
+    [calibrate]="--selector selectors/$model"
+    [evaluate]="--selector selectors/$model --trace runs/$model/trace --out runs/$model/report --batches mixed"
     [coverage]="--selector selectors/$model --out runs/$model/coverage"
   )
 fi
