@@ -107,7 +107,9 @@ def matched_table(report: dict[str, Any]) -> Table:
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in report["matched"]:
         reached = row["bytes"] is not None
-        cell = f"{row['bytes']:.0%}/{row['experts']:.1f}" if reached else "not reached"
+        share = f"{row['bytes']:.0%}" if reached else ""
+        # Where nothing is saved the experts are the untouched model's, and the cell would not fit.
+        cell = f"{share}/{row['experts']:{'.0f' if share == '100%' else '.1f'}}" if reached else "not reached"
         cells.setdefault((row["method"], place(row)), {})[loss(row)] = cell
     losses = list(dict.fromkeys(loss(row) for row in report["matched"]))
     rows = [[method, batch, *(cell[name] for name in losses)] for (method, batch), cell in cells.items()]
