@@ -226,7 +226,7 @@ class ThresholdPolicy:
         self.compiled: dict[int, Compiled] = {}
         self.fused: dict[int, Fused] = {}
         self.plain: set[int] = set()
-        """Layers that have kernels and whose last decode batch went without: these read no surrogate that does not answer."""
+        """Layers whose last decode batch was decided in PyTorch; kernels read no surrogate that does not answer."""
 
     @property
     def skips(self) -> bool:
@@ -271,7 +271,7 @@ class ThresholdPolicy:
                 if self.kernel == "triton" or fused.is_faster(routing, plain):
                     self.plain.discard(index)
                     return fused.decide(routing, scale, price)
-            self.plain.add(index)
+        self.plain.add(index)
         return self._decide_in_pytorch(layer, routing, scale)
 
     def _decide_in_pytorch(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
