@@ -36,7 +36,7 @@ PROMPT = "def read_lines(path):\n"
 # Of the larger model where its selector is not calibrated for the budget that was asked for.
 LARGER_BUDGET = 0.01
 # Tokens of prefill, decode steps, and new tokens of a call of generate that are timed.
-PREFILL, STEPS, NEW_TOKENS = 64, 96, 48
+PREFILL, STEPS, NEW_TOKENS = 64, 64, 32
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class QuickstartOptions:
     """folder or Hub id; by default the reference MoE in this package"""
     corpus: str = corpora.BUILT_IN
     """text; fitted, calibrated and tested on disjoint documents of it"""
-    tokens: int = 48_000
+    tokens: int = 40_000
     """number of tokens to collect"""
-    test_tokens: int = 10_000
+    test_tokens: int = 8_000
     """decode tokens that the test scores for each point, at least"""
     larger: bool = True
     """also decode with reference-moe-50m and its selector, where a clone of the repository is at hand"""

@@ -153,41 +153,28 @@ def test_a_recipe_of_a_model_sets_only_known_options(name: str, script: Script) 
     assert not end.value.code
 
 
-@pytest.mark.slow
 def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     trace, selector, report, coverage, ablations = (
         str(tmp_path / name) for name in ("trace", "selector", "report", "coverage", "ablations")
     )
-    text = ["--corpus", "python-stdlib"]
+    model, text = str(tiny_flow().model), ["--corpus", str(tiny_flow().texts)]
+    served = ["--length", "32", "--prompt", "8", "--ignore_eos", "true"]
     small = {
-        "collect": ["--corpus", "python-stdlib", "--tokens", "3000", "--length", "64", "--out", trace],
+        "collect": ["--model", model, *text, "--tokens", "3000", "--length", "64", "--out", trace],
         "train": [
             *("--trace", trace, "--out", selector, "--epochs", "1", "--tune_steps", "1", "--reference", "false"),
             *("--sensitivity_groups", "1"),
         ],
         "calibrate": [
-            *("--selector", selector, "--corpus", "python-stdlib", "--batch_sizes", "2", "--tokens", "1"),
-            *("--length", "32", "--prompt", "8"),
+            *("--selector", selector, *text, "--batch_sizes", "2", "--tokens", "1", *served),
         ],
         "evaluate": [
-            *("--selector", selector, "--trace", trace, "--corpus", "python-stdlib", "--out", report, "--workers", "1"),
-            *("--batch_sizes", "16", "--batches", "mixed", "--tokens", "1", "--length", "32", "--prompt", "8"),
+            *("--selector", selector, "--trace", trace, *text, "--out", report, "--workers", "1"),
+            *("--batch_sizes", "16", "--batches", "mixed", "--tokens", "1", *served),
             *("--methods", "xshare", "sere", "learned", "formula", "oracle"),
         ],
         "coverage": [
-            *(
-                "--selector",
-                selector,
-                *text,
-                "--batch_sizes",
-                "2",
-                "--length",
-                "32",
-                "--prompt",
-                "8",
-                "--shift",
-                "null",
-            ),
+            *("--selector", selector, *text, "--batch_sizes", "2", *served, "--shift", "null"),
             *("--groups", "24", "--calibration_groups", "12", "--resplits", "5", "--bootstraps", "5"),
             *("--out", coverage),
         ],

@@ -233,12 +233,20 @@ def _text_of(line: str, path: Path, number: int) -> str | None:
 
 
 def _read_interpreter_code() -> Iterator[Document]:
+    for path in _interpreter_code():
+        yield Document(path.read_text(encoding="utf-8", errors="ignore"), "code")
+
+
+@cache
+def _interpreter_code() -> list[Path]:
     """Source files of the running interpreter, in an order that mixes its packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__", "ensurepip"}
-    paths = (p for p in root.rglob("*.py") if skipped.isdisjoint(p.relative_to(root).parts))
-    for path in sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()):
-        yield Document(path.read_text(encoding="utf-8", errors="ignore"), "code")
+    paths: list[Path] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - skipped  # not walked through, as installed packages take a while
+        paths += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
 
 
 def _read_help_topics() -> Iterator[Document]:
