@@ -18,6 +18,7 @@ from flows import BUDGETS, LENGTH, PROMPT, calibrated, tiny_flow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lynx_learn import LynxSelector, cli, skip_experts
+from lynx_learn.decode.served import TextOptions
 from lynx_learn.fit.train import TrainOptions
 from lynx_learn.measure.evaluate import EvaluateOptions
 from lynx_learn.traces.documents import read_documents
@@ -233,6 +234,36 @@ def test_certificate_recipe_puts_every_text_into_one_table(tmp_path: Path, scrip
     assert len({row[4] for row in rows[:4]}) == 4  # other text loses something else
 
 
+def test_quantised_experts_lose_more_in_fewer_bits_and_read_fewer_bytes(tmp_path: Path, script: Script) -> None:
+    recipe = yaml.safe_load((ROOT / "train" / "quantised.yaml").read_text())
+    TextOptions(**recipe["text"])
+    small = {"corpus": str(tiny_flow().texts), "length": LENGTH, "prompt": PROMPT, "ignore_eos": True}
+    places = ["--config", "train/quantised.yaml", "--selector", calibrated(), "--out", tmp_path, "--split", "test"]
+    changes = [f"--text={json.dumps(small)}", f"--budgets={json.dumps(BUDGETS)}", "--batch_size=2", "--groups=3"]
+    said = script("train/quantised.py", *places, *changes)
+    assert (tmp_path / "quantised.md").read_text() in said
+    points = json.loads((tmp_path / "quantised.json").read_text())["points"]
+    found = {(p["format"], p["budget"]): p for p in points}
+    few, many = BUDGETS
+    assert 0 < found["int8", None]["kl"] < found["int4", None]["kl"]
+    assert found["int8", None]["bytes"] == pytest.approx(8.25 / 16)
+    assert found["int4", many]["bytes"] < found["int4", few]["bytes"] < found["as stored", few]["bytes"]
+    assert found["int8", many]["kl"] == pytest.approx(found["as stored", many]["kl"], rel=0.3)
+    assert found["int8", many]["kl"] > 3 * found["int8", None]["kl"]
+
+
+def test_weights_are_rounded_to_what_a_format_holds() -> None:
+    formats = runpy.run_path(str(ROOT / "train" / "quantised.py"))
+    weights = torch.zeros(1, 64)
+    weights[0, :6] = torch.tensor([7.0, 3.6, -1.4, 0.4, 0.2, -7.0])
+    assert formats["integers"](weights, 4)[0, :6].tolist() == [7, 4, -1, 0, 0, -7]
+    # The largest of a block is between 4 and 8 times its power of two; a tie goes to the smaller number.
+    assert formats["mxfp4"](weights)[0, :6].tolist() == [6, 4, -1.5, 0.5, 0, -6]
+    assert (formats["mxfp4"](weights / 32) == formats["mxfp4"](weights) / 32).all()
+    # Three bits behind the leading one: 448 / 7 is a power of two, so that these are rounded as they are.
+    assert formats["float8"](weights)[0, :6].tolist() == pytest.approx([7, 3.5, -1.375, 0.40625, 0.203125, -7])
+
+
 def test_random_model_keeps_the_share_of_experts_that_was_asked_for(tmp_path: Path, script: Script) -> None:
     words = ["docs/random_model.py", "--layers", 2, "--fraction", 0.5, "--out", tmp_path / "new"]
     assert "at budget 1.0" in script(*words)
@@ -259,6 +290,7 @@ def test_no_recipe_is_left_out() -> None:
             "ablations.yaml",
             "surrogates.yaml",
             "certificate.yaml",
+            "quantised.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }
