@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -193,18 +194,24 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     assert "100.0%" in said  # without surrogates all is unexplained
     sizes = yaml.safe_load((ROOT / "train" / "surrogates.yaml").read_text())
     assert all(TrainOptions("", "", **{**sizes["base"], **changes}) for changes in sizes["variants"].values())
-    page = tmp_path / "docs" / "frontier.md"
-    page.parent.mkdir()
-    prose = re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", (ROOT / "docs" / "frontier.md").read_text())
-    page.write_text(prose)
-    places = ["--main", report, "--second", report, "--ablations", f"{ablations}/ablations.json"]
-    places += ["--coverage", f"{coverage}/coverage.json", "--page", page]
-    script("docs/frontier_page.py", "--config", "docs/frontier-page.yaml", *places)
-    assert (page.parent / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
-    filled = page.read_text()
-    assert re.sub(r"(<!-- .+? -->\n)[^<]*(<!-- end -->)", r"\1\2", filled) == prose
-    assert "<!-- end -->\n<!--" not in filled
-    assert all(re.search(rf"<!-- {name} -->\n\|", filled) for name in ("frontier", "methods", "ablations", "coverage"))
+    empty = partial(re.sub, r"(<!-- .+? -->\n)((?!<!--)[\s\S])*(<!-- end -->)", r"\1\3")
+    pages = [tmp_path / name for name in ("frontier.md", "certificate.md")]
+    prose = [empty((ROOT / "docs" / page.name).read_text()) for page in pages]
+    for page, text in zip(pages, prose, strict=True):
+        page.write_text(text)
+    table = tmp_path / "table.md"
+    table.write_text("| a |\n")
+    places = ["--config", "docs/measured-pages.yaml", f"--pages={json.dumps(list(map(str, pages)))}"]
+    places += ["--main", report, "--second", "null", "--ablations", f"{ablations}/ablations.json"]
+    places += ["--coverage", f"{coverage}/coverage.json", "--certificate", table, "--quantised", table]
+    script("docs/measured_pages.py", *places, "--quantised_larger", table)
+    assert (tmp_path / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
+    assert not (tmp_path / "frontier-second.svg").exists()
+    filled = [page.read_text() for page in pages]
+    assert [empty(text) for text in filled] == prose
+    names = ("frontier", "methods", "ablations", "coverage", "certificate", "quantised", "quantised larger")
+    assert all(sum(f"<!-- {name} -->\n|" in text for text in filled) == 1 for name in names)
+    assert sum("<!-- second -->\n<!-- end -->" in text for text in filled) == 1
 
 
 def test_certificate_recipe_puts_every_text_into_one_table(tmp_path: Path, script: Script) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything behind docs/frontier.md once `train/selector.sh` has run: ablations, the second model, the page.
+# Everything behind docs/frontier.md and docs/certificate.md once `train/selector.sh` has run: ablations, the second model,
+# quantised experts, text of other kinds, the pages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python train/ablations.py --config train/ablations.yaml
@@ -9,4 +10,7 @@ lynx-learn collect --config train/selector/collect.yaml $second --out runs/secon
 lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --reference false --out runs/second/selector
 lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
   --batch-sizes 16 --batches mixed --tokens 20000 --card false --out runs/second/report
-python docs/frontier_page.py --config docs/frontier-page.yaml
+python train/quantised.py --config train/quantised.yaml
+python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --out runs/quantised-50m
+python train/certificate.py --config train/certificate.yaml
+python docs/measured_pages.py --config docs/measured-pages.yaml

@@ -1,8 +1,10 @@
-"""Fill the tables and figures of docs/frontier.md from measured reports.
+"""Fill the tables and figures of docs/frontier.md and docs/certificate.md from measured reports.
 
-    python docs/frontier_page.py --config docs/frontier-page.yaml
+    python docs/measured_pages.py --config docs/measured-pages.yaml
+    python docs/measured_pages.py --config docs/measured-pages.yaml --second null
 
-The page's prose is written by hand; between `<!-- NAME -->` and `<!-- end -->` stands what this script puts there.
+The pages' prose is written by hand; between `<!-- NAME -->` and `<!-- end -->` stands what this script puts there. What no report
+is given for stays as it is.
 """
 
 import json
@@ -25,45 +27,65 @@ class Options:
     """What the recipe file sets.
 
     Attributes:
-        page: Markdown file to fill; figures go beside it.
+        pages: Markdown files to fill; figures go beside the first.
         main, second: report folders of `lynx-learn evaluate`, of the reference MoE and of the second model.
         ablations: `ablations.json` of `ablations.py`.
         coverage: `coverage.json` of `lynx-learn coverage`.
+        certificate, quantised, quantised_larger: Markdown of `certificate.py` and of `quantised.py`, the latter of the small and of
+            the larger model.
     """
 
-    page: str
-    main: str
-    second: str
-    ablations: str
-    coverage: str
+    pages: list[str]
+    main: str | None = None
+    second: str | None = None
+    ablations: str | None = None
+    coverage: str | None = None
+    certificate: str | None = None
+    quantised: str | None = None
+    quantised_larger: str | None = None
+
+
+# What a block shows, by its name: the option that names its report, and how it is shown.
+BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "frontier": ("main", lambda report: ratios(report)),
+    "methods": ("main", lambda report: matched(report, 16)),
+    "sources": ("main", lambda report: worst_sources(report)),
+    "setting": ("main", lambda report: setting(report)),
+    "second": ("second", lambda report: ratios(report)),
+    "second methods": ("second", lambda report: matched(report, 16)),
+    "second setting": ("second", lambda report: setting(report)),
+    "ablations": ("ablations", lambda found: ablation_rows(found)),
+    "coverage": ("coverage", lambda report: coverage_rows(report)),
+    "certificate": ("certificate", str),
+    "quantised": ("quantised", str),
+    "quantised larger": ("quantised_larger", str),
+}
 
 
 def main(options: Options) -> None:
-    """Replace every block of the page."""
-    first, second = (json.loads((Path(f) / "report.json").read_text()) for f in (options.main, options.second))
-    ablations, coverage = (json.loads(Path(f).read_text()) for f in (options.ablations, options.coverage))
-    blocks: dict[str, Callable[[], str]] = {
-        "frontier": lambda: ratios(first),
-        "methods": lambda: matched(first, 16),
-        "sources": lambda: worst_sources(first),
-        "ablations": lambda: ablation_rows(ablations),
-        "coverage": lambda: coverage_rows(coverage),
-        "second": lambda: ratios(second),
-        "second methods": lambda: matched(second, 16),
-        "setting": lambda: setting(first),
-        "second setting": lambda: setting(second),
-    }
-    page = Path(options.page)
-    text = page.read_text()
-    found = re.findall(r"<!-- (?!end)(.+?) -->\n", text)
-    if sorted(found) != sorted(blocks):
-        raise SystemExit(f"{page} has blocks {sorted(found)}, expected {sorted(blocks)}")
-    for name, make in blocks.items():
-        start, rest = text.split(f"<!-- {name} -->\n")
-        text = f"{start}<!-- {name} -->\n{make()}{rest[rest.index('<!-- end -->') :]}"
-    page.write_text(text)
-    for source, name in ((options.main, "frontier"), (options.second, "frontier-second")):
-        shutil.copyfile(Path(source) / "frontier.svg", page.with_name(f"{name}.svg"))
+    """Replace every block that there is a report for."""
+    texts = {Path(page): Path(page).read_text() for page in options.pages}
+    found = [name for text in texts.values() for name in re.findall(r"<!-- (?!end)(.+?) -->\n", text)]
+    if sorted(found) != sorted(BLOCKS):
+        raise SystemExit(f"{', '.join(options.pages)}: blocks are {sorted(found)}, expected {sorted(BLOCKS)}")
+    for name, (source, make) in BLOCKS.items():
+        if (given := getattr(options, source)) is None:
+            continue
+        (page,) = [page for page, text in texts.items() if f"<!-- {name} -->\n" in text]
+        start, rest = texts[page].split(f"<!-- {name} -->\n")
+        texts[page] = f"{start}<!-- {name} -->\n{make(read(given))}{rest[rest.index('<!-- end -->') :]}"
+    for page, text in texts.items():
+        page.write_text(text)
+    for given, name in ((options.main, "frontier"), (options.second, "frontier-second")):
+        if given is not None:
+            shutil.copyfile(Path(given) / "frontier.svg", Path(options.pages[0]).with_name(f"{name}.svg"))
+
+
+def read(given: str) -> Any:
+    """A report of a folder or a file, or the text of a Markdown file."""
+    place = Path(given)
+    place = place / "report.json" if place.is_dir() else place
+    return place.read_text().strip() + "\n" if place.suffix == ".md" else json.loads(place.read_text())
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
