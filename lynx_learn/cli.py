@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable
 from importlib import import_module
@@ -193,8 +194,9 @@ def _run(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
-    from .show.progress import set_quiet
+    from .show.progress import duration, say, set_quiet
 
+    start = time.monotonic()
     set_quiet(quiet)
     name, words = argv[0], argv[1:]
     for kind in ("--url", "--offload"):
@@ -209,6 +211,7 @@ def _run(argv: list[str]) -> int:
         _hush_transformers()
     result = getattr(module, command.function)(options)
     _show(name, options, result)
+    say(f"lynx-learn {name}: {duration(time.monotonic() - start)} in all")
     return 0
 
 
