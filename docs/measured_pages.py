@@ -45,49 +45,6 @@ class Options:
     quantised_larger: str | None = None
 
 
-# What a block shows, by its name: the option that names its report, and how it is shown.
-BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "frontier": ("main", lambda report: ratios(report)),
-    "methods": ("main", lambda report: matched(report, 16)),
-    "sources": ("main", lambda report: worst_sources(report)),
-    "setting": ("main", lambda report: setting(report)),
-    "second": ("second", lambda report: ratios(report)),
-    "second methods": ("second", lambda report: matched(report, 16)),
-    "second setting": ("second", lambda report: setting(report)),
-    "ablations": ("ablations", lambda found: ablation_rows(found)),
-    "coverage": ("coverage", lambda report: coverage_rows(report)),
-    "certificate": ("certificate", str),
-    "quantised": ("quantised", str),
-    "quantised larger": ("quantised_larger", str),
-}
-
-
-def main(options: Options) -> None:
-    """Replace every block that there is a report for."""
-    texts = {Path(page): Path(page).read_text() for page in options.pages}
-    found = [name for text in texts.values() for name in re.findall(r"<!-- (?!end)(.+?) -->\n", text)]
-    if sorted(found) != sorted(BLOCKS):
-        raise SystemExit(f"{', '.join(options.pages)}: blocks are {sorted(found)}, expected {sorted(BLOCKS)}")
-    for name, (source, make) in BLOCKS.items():
-        if (given := getattr(options, source)) is None:
-            continue
-        (page,) = [page for page, text in texts.items() if f"<!-- {name} -->\n" in text]
-        start, rest = texts[page].split(f"<!-- {name} -->\n")
-        texts[page] = f"{start}<!-- {name} -->\n{make(read(given))}{rest[rest.index('<!-- end -->') :]}"
-    for page, text in texts.items():
-        page.write_text(text)
-    for given, name in ((options.main, "frontier"), (options.second, "frontier-second")):
-        if given is not None:
-            shutil.copyfile(Path(given) / "frontier.svg", Path(options.pages[0]).with_name(f"{name}.svg"))
-
-
-def read(given: str) -> Any:
-    """A report of a folder or a file, or the text of a Markdown file."""
-    place = Path(given)
-    place = place / "report.json" if place.is_dir() else place
-    return place.read_text().strip() + "\n" if place.suffix == ".md" else json.loads(place.read_text())
-
-
 def grid(head: list[str], rows: list[list[str]]) -> str:
     return Table("", head, rows).markdown + "\n"
 
@@ -199,6 +156,49 @@ def setting(report: Report) -> str:
         f"{tokens:,} decode tokens per point or more; {e['machine']}, torch {e['torch']}, transformers "
         f"{e['transformers']}; one run.\n"
     )
+
+
+# What a block shows, by its name: the option that names its report, and how it is shown.
+BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "frontier": ("main", ratios),
+    "methods": ("main", lambda report: matched(report, 16)),
+    "sources": ("main", worst_sources),
+    "setting": ("main", setting),
+    "second": ("second", ratios),
+    "second methods": ("second", lambda report: matched(report, 16)),
+    "second setting": ("second", setting),
+    "ablations": ("ablations", ablation_rows),
+    "coverage": ("coverage", coverage_rows),
+    "certificate": ("certificate", str),
+    "quantised": ("quantised", str),
+    "quantised larger": ("quantised_larger", str),
+}
+
+
+def main(options: Options) -> None:
+    """Replace every block that there is a report for."""
+    texts = {Path(page): Path(page).read_text() for page in options.pages}
+    found = [name for text in texts.values() for name in re.findall(r"<!-- (?!end)(.+?) -->\n", text)]
+    if sorted(found) != sorted(BLOCKS):
+        raise SystemExit(f"{', '.join(options.pages)}: blocks are {sorted(found)}, expected {sorted(BLOCKS)}")
+    for name, (source, make) in BLOCKS.items():
+        if (given := getattr(options, source)) is None:
+            continue
+        (page,) = [page for page, text in texts.items() if f"<!-- {name} -->\n" in text]
+        start, rest = texts[page].split(f"<!-- {name} -->\n")
+        texts[page] = f"{start}<!-- {name} -->\n{make(read(given))}{rest[rest.index('<!-- end -->') :]}"
+    for page, text in texts.items():
+        page.write_text(text)
+    for given, name in ((options.main, "frontier"), (options.second, "frontier-second")):
+        if given is not None:
+            shutil.copyfile(Path(given) / "frontier.svg", Path(options.pages[0]).with_name(f"{name}.svg"))
+
+
+def read(given: str) -> Any:
+    """A report of a folder or a file, or the text of a Markdown file."""
+    place = Path(given)
+    place = place / "report.json" if place.is_dir() else place
+    return place.read_text().strip() + "\n" if place.suffix == ".md" else json.loads(place.read_text())
 
 
 if __name__ == "__main__":
