@@ -138,15 +138,28 @@ def coverage_rows(report: Report) -> str:
             f"{r['budget']:g}{', other sources' if r['shift'] else ''}",
             f"{r['test_over']:.1%}",
             f"{r['pool_over']:.1%}",
-            f"{r['true_over']:.1%} ({r['true_over_interval'][0]:.1%}–{r['true_over_interval'][1]:.1%})",
+            *(
+                f"{r[name]:.1%} ({r[f'{name}_interval'][0]:.1%}–{r[f'{name}_interval'][1]:.1%})"
+                for name in ("true_over", "bound_misses")
+            ),
+            f"{r['nothing']:.1%}",
             *("–" if r[key] is None else f"{r[key]:.2f}" for key in ("test_share", "upper_share")),
             "–" if r["bytes"] is None else f"{r['bytes']:.0%}",
         ]
         for r in report["rows"]
     ]
-    rows.append(["exact bound", "", *(f"{exact[k]:.1%}" for k in ("test_over", "pool_over", "true_over")), "", "", ""])
-    head = ["batch", "budget", "test over", "pool over", "true mean over (95%)", "test / budget", "bound / budget"]
-    return grid([*head, "bytes"], rows)
+    shares = [f"{exact[name]:.1%}" for name in ("test_over", "pool_over", "true_over", "true_over")]
+    rows.append(["exact bound", "", *shares, "", "", "", ""])
+    head = [
+        "batch",
+        "budget",
+        "test over",
+        "pool over",
+        "true mean over (95%)",
+        "bound misses (95%)",
+        "nothing certified",
+    ]
+    return grid([*head, "test / budget", "bound / budget", "bytes"], rows)
 
 
 def setting(report: Report) -> str:
