@@ -210,8 +210,8 @@ def _run(argv: list[str]) -> int:
     if name != "bench --url":  # which needs no model
         _hush_transformers()
     result = getattr(module, command.function)(options)
-    _show(name, options, result)
     say(f"lynx-learn {name}: {duration(time.monotonic() - start)} in all")
+    _show(name, options, result)
     return 0
 
 
