@@ -155,6 +155,7 @@ def test_a_recipe_of_a_model_sets_only_known_options(name: str, script: Script) 
     assert not end.value.code
 
 
+@pytest.mark.slow
 def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     trace, selector, report, coverage, ablations = (
         str(tmp_path / name) for name in ("trace", "selector", "report", "coverage", "ablations")
@@ -209,6 +210,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     assert not (tmp_path / "frontier-second.svg").exists()
     filled = [page.read_text() for page in pages]
     assert [empty(text) for text in filled] == prose
+    assert all("<!-- end -->\n<!--" not in text for text in filled)
     names = ("frontier", "methods", "ablations", "coverage", "certificate", "quantised", "quantised larger")
     assert all(sum(f"<!-- {name} -->\n|" in text for text in filled) == 1 for name in names)
     assert sum("<!-- second -->\n<!-- end -->" in text for text in filled) == 1
