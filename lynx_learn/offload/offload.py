@@ -32,7 +32,7 @@ from .slots import Eviction, LeastRecent, Slots
 from .spans import Part, expert_parts
 
 NAME = "lynx_offload"
-# Of what lies in a slot, so that products are computed as on weights that torch has placed.
+# Some CPUs' BLAS rounds by where operands begin, up to multiples of this.
 ALIGNED = 64
 
 
@@ -181,7 +181,8 @@ class Offloading:
         with self.lock:
             for e, slot in self._in_order(index, list(rows)):
                 own = rows[e]
-                output = self.views[index].run(experts, self._slot(slot), hidden.index_select(0, own // top_k))
+                weights_ = self.views[index].tensors(e, self._slot(slot))
+                output = _run_expert(experts, weights_, hidden.index_select(0, own // top_k))
                 by_slot.index_copy_(0, own, output * flat.index_select(0, own).unsqueeze(-1))
         return by_slot.unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
 
@@ -236,28 +237,31 @@ class Offloading:
 
 
 class _Views:
-    """How one layer's expert lies in a slot."""
+    """How one layer's experts lie in a slot: as far behind a multiple of `ALIGNED` as in the untouched model's memory."""
 
     def __init__(self, layer: MoeLayer, parts: list[Part]) -> None:
         self.parts, self.dtype = parts, layer.dtype
-        self.places, end = [], 0
-        for part in parts:
-            size = torch.Size(part.shape).numel() * self.dtype.itemsize
-            self.places.append((end, size))
-            end += -(-size // ALIGNED) * ALIGNED
+        self.sizes = [torch.Size(part.shape).numel() * self.dtype.itemsize for part in parts]
+        self.starts, end = [], 0
+        for part, size in zip(parts, self.sizes, strict=True):
+            own = dict(layer.experts.named_parameters(recurse=False))[part.name]
+            behind = [_behind(part, own, e, size) for e in range(layer.num_experts)]
+            self.starts.append([end + more for more in behind])
+            end += -(-(size + max(behind)) // ALIGNED) * ALIGNED
         self.bytes = end
         self.stored_bytes = sum(torch.Size(part.shape).numel() * part.stored.itemsize for part in parts)
 
-    def tensors(self, slot: Tensor) -> dict[str, Tensor]:
+    def places(self, expert: int, slot: Tensor) -> Iterator[tuple[Part, Tensor]]:
+        """Parts and the bytes that hold them."""
+        for part, starts, size in zip(self.parts, self.starts, self.sizes, strict=True):
+            yield part, slot[starts[expert] : starts[expert] + size]
+
+    def tensors(self, expert: int, slot: Tensor) -> dict[str, Tensor]:
         """One expert's parameters by name, where they lie."""
-        return {
-            part.name: slot[start : start + size].view(self.dtype).view(part.shape)
-            for part, (start, size) in zip(self.parts, self.places, strict=True)
-        }
+        return {part.name: room.view(self.dtype).view(part.shape) for part, room in self.places(expert, slot)}
 
     def read(self, disk: Disk, expert: int, slot: Tensor) -> None:
-        for part, (start, size) in zip(self.parts, self.places, strict=True):
-            room = slot[start : start + size]
+        for part, room in self.places(expert, slot):
             same = part.stored == self.dtype
             whole = room if same else torch.empty(sum(s.size for s in part.spans[expert]), dtype=torch.uint8)
             at, out = 0, whole.numpy()
@@ -267,20 +271,31 @@ class _Views:
             if not same:
                 room.view(self.dtype).copy_(whole.view(part.stored))
 
-    def run(self, experts: Any, slot: Tensor, rows: Tensor) -> Tensor:
-        """Output of one expert for rows of hidden states."""
-        own = self.tensors(slot)
 
-        def linear(x: Tensor, name: str) -> Tensor:
-            matrix = own[name] if experts.is_transposed else own[name].T
-            output = x.to(matrix.dtype) @ matrix
-            return output + own[f"{name}_bias"] if experts.has_bias else output
+def _behind(part: Part, own: Tensor, expert: int, size: int) -> int:
+    """Bytes from a multiple of `ALIGNED` to where the untouched model has this expert's part in memory."""
+    if not own.is_meta:
+        start = own.data_ptr() + expert * size
+    elif part.whole and part.stored == own.dtype:  # mapped by transformers where the file has it
+        start = part.spans[expert][0].start
+    else:
+        start = expert * size
+    return start % ALIGNED // own.itemsize * own.itemsize
 
-        if experts.has_gate:
-            inner = experts._apply_gate(linear(rows, "gate_up_proj"))
-        else:
-            inner = experts.act_fn(linear(rows, "up_proj"))
-        return linear(inner, "down_proj")
+
+def _run_expert(experts: Any, own: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Output of one expert, by its parameters, for rows of hidden states."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        matrix = own[name] if experts.is_transposed else own[name].T
+        output = x.to(matrix.dtype) @ matrix
+        return output + own[f"{name}_bias"] if experts.has_bias else output
+
+    if experts.has_gate:
+        inner = experts._apply_gate(linear(rows, "gate_up_proj"))
+    else:
+        inner = experts.act_fn(linear(rows, "up_proj"))
+    return linear(inner, "down_proj")
 
 
 class _Config:

@@ -19,13 +19,15 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class Part:
     """One parameter of every expert of a layer.
 
-    `spans[expert]` hold its values one after the other, in `stored` precision; `shape` is that of one expert.
+    `spans[expert]` hold its values one after the other, in `stored` precision; `shape` is that of one expert. `whole`: all
+    experts' are one tensor of the file.
     """
 
     name: str
     shape: tuple[int, ...]
     stored: torch.dtype
     spans: list[list[Span]]
+    whole: bool
 
 
 def expert_parts(model: nn.Module, layers: Sequence[MoeLayer], checkpoint: Checkpoint) -> list[list[Part]]:
@@ -62,7 +64,8 @@ def _part(full: str, name: str, shape: tuple[int, ...], sources: dict[Any, list[
         )
     converter: Any = next((place[0] for place in sources if place is not None), None)
     steps = [re.sub(r"[^\w]", "", type(step).__name__) for step in converter.operations] if converter else []
-    if not steps and len(keys) == 1 and stored[0].shape == shape:
+    stacked = not steps and len(keys) == 1 and stored[0].shape == shape
+    if stacked:
         whole, size = stored[0].span, stored[0].span.size // experts
         spans = [[whole._replace(start=whole.start + e * size, size=size)] for e in range(experts)]
     elif steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and _stacks(converter.operations):
@@ -83,7 +86,7 @@ def _part(full: str, name: str, shape: tuple[int, ...], sources: dict[Any, list[
     wanted = torch.Size(shape[1:]).numel() * dtype.itemsize
     if any(sum(span.size for span in own) != wanted for own in spans):
         raise ModelError(f"checkpoint {folder} has {full} in another size than the model: it is of another model")
-    return Part(name, shape[1:], dtype, spans)
+    return Part(name, shape[1:], dtype, spans, stacked)
 
 
 def _stacks(operations: Sequence[Any]) -> bool:
