@@ -3,13 +3,18 @@
 import errno
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ALL_COMPLETED, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flows import tiny_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EXPERTS, TOP_K, build, decode, random_selector, tiny_model, watching, words
@@ -18,11 +23,14 @@ from transformers import AutoModelForCausalLM
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import LynxError, ModelError, OptionError, SelectorError
+from lynx_learn.files import checksum
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.offload.loading import load_without_experts
 from lynx_learn.offload.offload import Offloading, offload_experts
+from lynx_learn.offload.predict import PREDICTORS
+from lynx_learn.offload.replay import ReplayOptions, replay
 from lynx_learn.offload.slots import LeastExpected, LeastRecent, Slots
-from lynx_learn.selector.prices import Recent, Residency
+from lynx_learn.selector.prices import RESIDENT, Recent, Residency
 
 # Experts as wide as whole vectors: the last numbers of a sum of other length are computed by another instruction.
 WIDTH = 64
@@ -68,7 +76,8 @@ def outputs(model: Any) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_those_of_the_untouched_model(name: str, slots: int, saved: Callable[..., Path]) -> None:
     folder = saved(name)
-    probe = Offloading(*opened(folder), 1.0)
+    model, checkpoint = opened(folder)
+    probe = Offloading(model, checkpoint, 1.0)
     with offload_experts(str(folder), slots * probe.slot_bytes, dtype="float32") as offloaded:
         assert torch.equal(outputs(offloaded.model), outputs(whole(folder)))
         assert offloaded.slots.count == min(slots, EXPERTS * len(offloaded.layers))
@@ -196,6 +205,96 @@ def test_less_fast_memory_than_calibrated_with_is_refused(folder: Path) -> None:
             skip_experts(offloaded.model, selector, budget=0.1, prices="residency")
 
 
+# Reading ahead.
+
+
+@pytest.fixture(scope="module")
+def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny flow's model."""
+    folder = tmp_path_factory.mktemp("predictors")
+    replay(ReplayOptions(str(tiny_flow().trace), [0.5], [2], 10, predictors=str(folder)))
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+@pytest.mark.parametrize("prefetch", PREDICTORS)
+def test_what_is_read_ahead_changes_no_output(prefetch: str, share: float, predictors: Path) -> None:
+    name = str(tiny_flow().model)
+    tokens = words(3, 12) % 30
+    with offload_experts(name, share, dtype="float32") as plain:
+        wanted = decode(plain.model, tokens, 4)
+        without = plain.stats
+    ahead = offload_experts(name, share, dtype="float32", prefetch=prefetch, predictors=str(predictors))
+    with ahead as offloaded:
+        found = decode(offloaded.model, tokens, 4)
+        check_held(offloaded, Path(name))
+        stats, size = offloaded.stats, offloaded.memory.views[0].stored_bytes
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert stats.wanted == without.wanted
+    assert 0 < stats.prefetched_bytes <= stats.bytes_read
+    assert 0 <= stats.unused_bytes <= stats.prefetched_bytes
+    assert stats.bytes_read % size == stats.unused_bytes % size == 0
+    # What was needed was there, arrived in time, or was read when it was asked for.
+    assert stats.bytes_read - stats.unused_bytes >= (stats.wanted - stats.hits) * size
+
+
+def test_what_is_read_ahead_is_there_when_the_gate_fires(predictors: Path) -> None:
+    """Where the disk is fast enough, foreseen experts are hits, and nothing that the layer still needs has gone."""
+    name, hits = str(tiny_flow().model), {}
+    for prefetch in (None, "learned"):
+        how: dict[str, Any] = {} if prefetch is None else {"prefetch": prefetch, "predictors": str(predictors)}
+        with offload_experts(name, 0.5, dtype="float32", **how) as offloaded:
+            offloaded.layers[1].router.register_forward_hook(
+                lambda *_: wait(list(offloaded.memory.ahead), return_when=ALL_COMPLETED) and None
+            )
+            decode(offloaded.model, words(2, 24) % 30, 4)
+            hits[prefetch] = offloaded.stats.hits
+            assert prefetch is None or offloaded.stats.unused_bytes < offloaded.stats.prefetched_bytes
+    assert hits["learned"] > hits[None]
+
+
+def test_a_read_ahead_that_fails_is_tried_again(predictors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, tokens = str(tiny_flow().model), words(3, 12) % 30
+    how: dict[str, Any] = {"prefetch": "learned", "predictors": str(predictors)}
+    with offload_experts(name, 0.4, dtype="float32", **how) as offloaded:
+        wanted = decode(offloaded.model, tokens, 4)
+        read_ahead, pool = offloaded.memory._read_ahead, offloaded.memory.pool
+        submit = pool.submit
+
+        def failing(index: int, experts: list[int]) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(pool, "submit", lambda *_: submit(next, iter(())))
+                read_ahead(index, experts)
+                wait(list(offloaded.memory.ahead))
+
+        monkeypatch.setattr(offloaded.memory, "_read_ahead", failing)
+        found = decode(offloaded.model, tokens, 4)
+        check_held(offloaded, Path(name))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_prices_of_residency_do_not_go_with_prefetch(predictors: Path) -> None:
+    name = str(tiny_flow().model)
+    with offload_experts(name, 0.5, dtype="float32", prefetch="learned", predictors=str(predictors)) as offloaded:
+        selector = random_selector(whole(Path(name))).at_threshold(1.0, prices=RESIDENT[offloaded.layers[0].experts])
+        with pytest.raises(OptionError, match="do not go with prefetch"):
+            skip_experts(offloaded.model, selector)
+
+
+def test_predictors_that_cannot_be_used(predictors: Path, folder: Path, tmp_path: Path) -> None:
+    name = str(tiny_flow().model)
+    with pytest.raises(
+        OptionError, match="prefetch 'luck' is unknown: expected one of popularity, correlation, learned"
+    ):
+        offload_experts(name, 0.5, prefetch="luck", predictors=str(predictors))
+    with pytest.raises(OptionError, match="go together"):
+        offload_experts(name, 0.5, prefetch="learned")
+    with pytest.raises(OptionError, match=r"cannot be read .*replay --predictors"):
+        offload_experts(name, 0.5, prefetch="learned", predictors=str(tmp_path))
+    with pytest.raises(OptionError, match="are another model's"):
+        offload_experts(str(folder), 0.5, prefetch="learned", predictors=str(predictors))
+
+
 # Slots.
 
 
@@ -237,6 +336,30 @@ def test_nothing_that_is_pinned_makes_room() -> None:
 # Bad input.
 
 
+KILLED = """
+import sys
+from tiny import decode, words
+from lynx_learn.offload.offload import offload_experts
+with offload_experts(sys.argv[1], 0.3, dtype="float32") as offloaded:
+    while True:
+        decode(offloaded.model, words(5, 9), 4)
+        print(offloaded.stats.bytes_read, flush=True)
+"""
+
+
+def test_a_killed_run_leaves_the_checkpoint_as_it_was(folder: Path) -> None:
+    before = {file.name: checksum(file) for file in folder.iterdir()}
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert run.stdout is not None
+    assert int(run.stdout.readline()) > 0  # in the middle of reading
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    assert {file.name: checksum(file) for file in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("memory", [0, -5.0, 100, 0.05])
 def test_fast_memory_that_is_too_small(memory: float, folder: Path) -> None:
     with pytest.raises(OptionError, match=rf"fast_memory .* a token needs {TOP_K} in each layer"):
@@ -267,7 +390,7 @@ def check_held(offloaded: Offloading, folder: Path) -> None:
     for (index, e), slot in np.ndenumerate(offloaded.slots.where):
         if slot >= 0:
             prefix = f"{offloaded.layers[index].name}.experts"
-            for name, value in offloaded.views[index].tensors(e, offloaded._slot(int(slot))).items():
+            for name, value in offloaded.memory.weights(index, e, int(slot)).items():
                 assert torch.equal(value, state[f"{prefix}.{name}"][e])
 
 

@@ -73,7 +73,8 @@ def test_what_is_learned_foresees_more_than_tables() -> None:
     needed = torch.zeros(200, 8).scatter(1, rest.routed, 1.0).bool()
     steps = Steps(torch.arange(200).unsqueeze(1), needed.unsqueeze(1).numpy())
     found: dict[Any, float] = {
-        make: recall(make(fitted).scores(rest), steps, 0)["foreseen"] for make in (Popular, Correlated, Learned)
+        make: recall(make.fit(fitted).scores(rest.hidden, rest.before), steps, 0)["foreseen"]
+        for make in (Popular, Correlated, Learned)
     }
     assert found[Learned] > found[Correlated] > found[Popular]
     assert found[Learned] > 0.8
@@ -82,9 +83,8 @@ def test_what_is_learned_foresees_more_than_tables() -> None:
 def test_a_table_votes_for_the_most_frequent_successors() -> None:
     before = torch.tensor([[0], [0], [0], [0], [1]])
     routed = torch.tensor([[2], [2], [3], [3], [1]])
-    scores = Correlated(Seen(torch.zeros(5, 1), before, routed, 4)).scores(
-        Seen(torch.zeros(1, 1), torch.tensor([[0]]), torch.tensor([[0]]), 4)
-    )
+    predictor = Correlated.fit(Seen(torch.zeros(5, 1), before, routed, 4))
+    scores = predictor.scores(torch.zeros(1, 1), torch.tensor([[0]]))
     assert set(scores.topk(2).indices[0].tolist()) == {2, 3}
 
 
@@ -93,7 +93,7 @@ def test_a_trace_is_replayed(tmp_path: Any) -> None:
     found = replay(ReplayOptions(str(tiny_flow().trace), [0.5], [2], 40, str(report)))
     (row,) = found["hits"]
     assert 0 < max(row["lru"], row["expected"]) <= row["best possible"] < 1
-    assert {row["predictor"] for row in found["foreseen"]} == {"popularity", "correlation table", "learned"}
+    assert {row["predictor"] for row in found["foreseen"]} == {"popularity", "correlation", "learned"}
     assert all(0 < row["half"] <= row["foreseen"] <= 1 for row in found["foreseen"])
     assert report.exists()
     with pytest.raises(TraceError, match="batches of 500 need more"):

@@ -1,17 +1,11 @@
 """Run a model whose experts lie on disk: `with offload_experts("my/model", fast_memory=2 * 2**30) as offloaded: …`.
 
-The order of a layer is Klotski's (arXiv 2502.06888): what the router has chosen and fast memory lacks is requested at
-once; experts that are there run while it is read, and the others in the order in which they arrive. An assignment of
-weight 0 is none, so what skipping leaves out is not read.
+An assignment of weight 0 is none, so what skipping leaves out is not read. `memory` says what is read when.
 """
 
 import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
@@ -22,34 +16,17 @@ from torch import Tensor, nn
 from ..checkpoint.stored import Checkpoint
 from ..decode.runtime import unwrapped
 from ..errors import ModelError, OptionError
-from ..moe.families import MoeLayer, find_moe_layers
+from ..moe.families import Layer, MoeLayer, find_moe_layers
 from ..moe.hooks import foreign, left_out_of_copies
 from ..moe.loading import LoadedModel
 from ..selector.prices import RESIDENT, Price, Uniform
-from .disk import Disk
 from .loading import load_without_experts
-from .slots import Eviction, LeastRecent, Slots
-from .spans import Part, expert_parts
+from .memory import FastMemory, Foreseen, OffloadStats
+from .predict import PREDICTORS, Predictors, read_predictors
+from .slots import Eviction, Slots
+from .spans import expert_parts
 
 NAME = "lynx_offload"
-# Some CPUs' BLAS rounds by where operands begin, up to multiples of this.
-ALIGNED = 64
-
-
-@dataclass
-class OffloadStats:
-    """What was read since the last `reset`.
-
-    Attributes:
-        bytes_read: of expert weights, from disk.
-        wanted, hits: experts that layers ran, and how many of them fast memory held.
-        wait_seconds: of each layer, for reads that nothing was left to be computed beside.
-    """
-
-    bytes_read: int = 0
-    wanted: int = 0
-    hits: int = 0
-    wait_seconds: list[float] = field(default_factory=list)
 
 
 class Resident(Uniform):
@@ -59,6 +36,13 @@ class Resident(Uniform):
 
     def __init__(self, offloading: "Offloading") -> None:
         self.offloading = offloading
+
+    def bind(self, layers: Sequence[Layer]) -> None:
+        if self.offloading.predictors:
+            raise OptionError(
+                "prices 'residency' do not go with prefetch: what is read ahead depends on the disk's pace, so no "
+                "calibration holds; leave out prefetch, or use prices 'uniform'"
+            )
 
     def of(self, layer: Any) -> Price:
         held = self.offloading.slots.held(layer.index)
@@ -83,37 +67,32 @@ class Offloading:
         eviction: Eviction | None = None,
         readers: int = 4,
         loaded: LoadedModel | None = None,
+        predictors: Predictors | None = None,
     ) -> None:
-        self.model, self.loaded, self.readers = unwrapped(model), loaded, readers
+        self.model, self.loaded, self.predictors = unwrapped(model), loaded, predictors or {}
         self.layers = find_moe_layers(self.model)
         _check(self.layers)
-        self.parts = expert_parts(self.model, self.layers, checkpoint)
-        self.views = [_Views(layer, parts) for layer, parts in zip(self.layers, self.parts, strict=True)]
-        self.slot_bytes = max(views.bytes for views in self.views)
-        experts = max(layer.num_experts for layer in self.layers)
-        self.slots = Slots(self._count(fast_memory, experts), len(self.layers), experts, eviction or LeastRecent())
-        self.checkpoint, self.stats, self.lock = checkpoint, OffloadStats(), threading.Lock()
-        self.reset()
+        parts = expert_parts(self.model, self.layers, checkpoint)
+        self.memory = FastMemory(self.layers, parts, fast_memory, eviction, readers)
+        self.checkpoint, self.lock = checkpoint, threading.Lock()
         self.stack: ExitStack | None = None
-        self.memory = torch.empty(0, dtype=torch.uint8)
 
-    def _count(self, fast_memory: float, experts: int) -> int:
-        everything = experts * len(self.layers)
-        if isinstance(fast_memory, float) and 0 < fast_memory <= 1:
-            count = int(fast_memory * everything)
-        else:
-            count = int(fast_memory // self.slot_bytes)
-        top_k = max(layer.top_k for layer in self.layers)
-        if count < top_k:
-            raise OptionError(
-                f"fast_memory {fast_memory:g} is not usable: it holds {max(count, 0)} experts of {self.slot_bytes:,} bytes, a "
-                f"token needs {top_k} in each layer: give {top_k * self.slot_bytes:,} bytes or more"
-            )
-        return min(count, everything)
+    @property
+    def slots(self) -> Slots:
+        return self.memory.slots
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of fast memory that one expert takes."""
+        return self.memory.slot_bytes
+
+    @property
+    def stats(self) -> OffloadStats:
+        return self.memory.stats
 
     def reset(self) -> None:
         """Count anew."""
-        self.stats = OffloadStats(wait_seconds=[0.0] * len(self.layers))
+        self.memory.reset()
 
     def attach(self) -> "Offloading":
         """Let experts run from fast memory. What the model has of them itself is set aside until `detach`.
@@ -125,11 +104,7 @@ class Offloading:
         if any(experts in RESIDENT for experts in own):
             raise ModelError("this model's experts are offloaded already: detach that first")
         with ExitStack() as stack:
-            self.disk = Disk(self.checkpoint.files)
-            stack.callback(self.disk.close)
-            self.pool = stack.enter_context(ThreadPoolExecutor(self.readers, "lynx-read"))
-            self.memory = torch.empty(self.slots.count * self.slot_bytes + ALIGNED, dtype=torch.uint8)
-            stack.callback(self._give_back)
+            stack.enter_context(self.memory.opened(self.checkpoint))
             prices = Resident(self)
             for experts in own:
                 RESIDENT[experts] = prices
@@ -138,11 +113,6 @@ class Offloading:
             stack.enter_context(_instead(self))
             self.stack = stack.pop_all()
         return self
-
-    def _give_back(self) -> None:
-        for slot in range(self.slots.count):
-            self.slots.empty(slot)
-        self.memory = torch.empty(0, dtype=torch.uint8)
 
     def detach(self) -> None:
         """The model is as it was; does nothing when it is.
@@ -178,109 +148,22 @@ class Offloading:
         by_slot = hidden.new_zeros(
             indices.numel(), hidden.shape[-1], dtype=torch.promote_types(hidden.dtype, flat.dtype)
         )
+        predictor = self.predictors.get(index + 1)
+
+        def foresee() -> Foreseen:
+            assert predictor is not None
+            scores = predictor.scores(hidden.float(), indices).sum(0)
+            likely = scores.topk(min(len(rows), len(scores)))
+            return index + 1, likely.indices[likely.values > 0].tolist()
+
         with self.lock:
-            for e, slot in self._in_order(index, list(rows)):
+            ordered = self.memory.in_order(index, list(rows), None if predictor is None else foresee)
+            for e, slot in ordered:
                 own = rows[e]
-                weights_ = self.views[index].tensors(e, self._slot(slot))
-                output = _run_expert(experts, weights_, hidden.index_select(0, own // top_k))
+                weights_of = self.memory.weights(index, e, slot)
+                output = _run_expert(experts, weights_of, hidden.index_select(0, own // top_k))
                 by_slot.index_copy_(0, own, output * flat.index_select(0, own).unsqueeze(-1))
         return by_slot.unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
-
-    def _in_order(self, index: int, wanted: list[int]) -> Iterator[tuple[int, int]]:
-        """Experts and their slots as they can run: what is held, then what arrives; missing ones are being read meanwhile."""
-        slots, stats = self.slots, self.stats
-        held = [(e, slots.pin(index, e)) for e in wanted if slots.where[index, e] >= 0]
-        missing = deque(e for e in wanted if slots.where[index, e] < 0)
-        reading: dict[Future[None], tuple[int, int]] = {}
-        stats.wanted += len(wanted)
-        stats.hits += len(held)
-
-        def request() -> None:
-            while missing and len(reading) < self.readers:
-                slot = slots.claim(index, missing[0])
-                if slot is None:
-                    return
-                e = missing.popleft()
-                reading[self.pool.submit(self._read, index, e, slot)] = e, slot
-
-        try:
-            request()
-            while held:
-                yield held[0]
-                slots.release(held.pop(0)[1])
-                request()
-            while reading:
-                start = perf_counter()
-                done, _ = wait(reading, return_when=FIRST_COMPLETED)
-                stats.wait_seconds[index] += perf_counter() - start
-                for future in sorted(done, key=lambda future: reading[future]):
-                    e, slot = reading[future]
-                    future.result()
-                    del reading[future]
-                    stats.bytes_read += self.views[index].stored_bytes
-                    yield e, slot
-                    slots.release(slot)
-                    request()
-        finally:  # after an error: nothing is on its way, and nothing half-filled counts as held
-            wait(reading)
-            for _, slot in reading.values():
-                slots.empty(slot)
-            for _, slot in held:
-                slots.release(slot)
-
-    def _slot(self, slot: int) -> Tensor:
-        start = -self.memory.data_ptr() % ALIGNED + slot * self.slot_bytes
-        return self.memory[start : start + self.slot_bytes]
-
-    def _read(self, index: int, expert: int, slot: int) -> None:
-        self.views[index].read(self.disk, expert, self._slot(slot))
-
-
-class _Views:
-    """How one layer's experts lie in a slot: as far behind a multiple of `ALIGNED` as in the untouched model's memory."""
-
-    def __init__(self, layer: MoeLayer, parts: list[Part]) -> None:
-        self.parts, self.dtype = parts, layer.dtype
-        self.sizes = [torch.Size(part.shape).numel() * self.dtype.itemsize for part in parts]
-        self.starts, end = [], 0
-        for part, size in zip(parts, self.sizes, strict=True):
-            own = dict(layer.experts.named_parameters(recurse=False))[part.name]
-            behind = [_behind(part, own, e, size) for e in range(layer.num_experts)]
-            self.starts.append([end + more for more in behind])
-            end += -(-(size + max(behind)) // ALIGNED) * ALIGNED
-        self.bytes = end
-        self.stored_bytes = sum(torch.Size(part.shape).numel() * part.stored.itemsize for part in parts)
-
-    def places(self, expert: int, slot: Tensor) -> Iterator[tuple[Part, Tensor]]:
-        """Parts and the bytes that hold them."""
-        for part, starts, size in zip(self.parts, self.starts, self.sizes, strict=True):
-            yield part, slot[starts[expert] : starts[expert] + size]
-
-    def tensors(self, expert: int, slot: Tensor) -> dict[str, Tensor]:
-        """One expert's parameters by name, where they lie."""
-        return {part.name: room.view(self.dtype).view(part.shape) for part, room in self.places(expert, slot)}
-
-    def read(self, disk: Disk, expert: int, slot: Tensor) -> None:
-        for part, room in self.places(expert, slot):
-            same = part.stored == self.dtype
-            whole = room if same else torch.empty(sum(s.size for s in part.spans[expert]), dtype=torch.uint8)
-            at, out = 0, whole.numpy()
-            for span in part.spans[expert]:
-                disk.read(span, out[at : at + span.size])
-                at += span.size
-            if not same:
-                room.view(self.dtype).copy_(whole.view(part.stored))
-
-
-def _behind(part: Part, own: Tensor, expert: int, size: int) -> int:
-    """Bytes from a multiple of `ALIGNED` to where the untouched model has this expert's part in memory."""
-    if not own.is_meta:
-        start = own.data_ptr() + expert * size
-    elif part.whole and part.stored == own.dtype:  # mapped by transformers where the file has it
-        start = part.spans[expert][0].start
-    else:
-        start = expert * size
-    return start % ALIGNED // own.itemsize * own.itemsize
 
 
 def _run_expert(experts: Any, own: dict[str, Tensor], rows: Tensor) -> Tensor:
@@ -365,6 +248,8 @@ def offload_experts(
     eviction: Eviction | None = None,
     readers: int = 4,
     dtype: str = "auto",
+    prefetch: str | None = None,
+    predictors: str | None = None,
 ) -> Offloading:
     """Run a model whose experts do not fit in memory, by reading them from its checkpoint when they are needed.
 
@@ -379,17 +264,29 @@ def offload_experts(
         eviction: which expert makes room, by default `slots.LeastRecent`.
         readers: threads that read.
         dtype: of a model that is not loaded yet, as in `load_model`.
+        prefetch: how the next layer's experts are foreseen and read ahead: `popularity`, `correlation` or `learned`.
+        predictors: folder with what prefetch knows, as `lynx-learn replay --predictors` writes it.
 
     Raises:
         ModelError: the model or its checkpoint cannot be used so, with the reason.
-        OptionError: fast memory does not hold one token's experts of a layer.
+        OptionError: fast memory does not hold one token's experts of a layer, or there is nothing to foresee this model by.
     """
+    if prefetch is not None and prefetch not in PREDICTORS:
+        raise OptionError(f"prefetch {prefetch!r} is unknown: expected one of {', '.join(PREDICTORS)}")
+    if (prefetch is None) != (predictors is None):
+        raise OptionError(
+            "prefetch and predictors go together: a way to foresee, and the folder that `lynx-learn replay --predictors` writes"
+        )
     if readers < 1:
         raise OptionError(f"readers {readers} is not usable: expected 1 or more")
     if isinstance(model, str):
         loaded, checkpoint = load_without_experts(model, "cpu", dtype, tokenizer=False)
-        return Offloading(loaded.model, checkpoint, fast_memory, eviction, readers, loaded)
-    place = store or getattr(unwrapped(model), "name_or_path", "")
-    if not place:
-        raise ModelError("the model does not say where its checkpoint is: give store=, its folder or Hub id")
-    return Offloading(model, Checkpoint.open(str(place)), fast_memory, eviction, readers)
+        offloading = Offloading(loaded.model, checkpoint, fast_memory, eviction, readers, loaded)
+    else:
+        place = store or getattr(unwrapped(model), "name_or_path", "")
+        if not place:
+            raise ModelError("the model does not say where its checkpoint is: give store=, its folder or Hub id")
+        offloading = Offloading(model, Checkpoint.open(str(place)), fast_memory, eviction, readers)
+    if prefetch is not None and predictors is not None:
+        offloading.predictors = read_predictors(predictors, prefetch, offloading.layers)
+    return offloading

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError, TraceError
-from ..files import check_target, write_json
+from ..files import check_target, check_writable, write_json
 from ..traces.format import Trace
-from .predict import PREDICTORS, Seen
+from .predict import PREDICTORS, Predictor, Seen, write_predictors
 from .slots import Eviction, LeastExpected, LeastRecent, Slots
 
 # Of the sequences, which predictors and rates are fitted on; the others are replayed.
@@ -34,6 +34,8 @@ class ReplayOptions:
     """decode steps replayed for each batch size, at most"""
     report: str | None = None
     """JSON file for what was found"""
+    predictors: str | None = None
+    """folder for the predictors, for offload_experts(prefetch=…)"""
 
     def __post_init__(self) -> None:
         for share in self.shares:
@@ -145,6 +147,8 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
     """
     if options.report:
         check_target(Path(options.report))
+    if options.predictors:
+        check_writable(Path(options.predictors))
     trace = Trace.open(options.trace)
     routed = [torch.cat([part["indices"] for part in trace.layer_shards(i)]) for i in range(len(trace.options.layers))]
     sequence = trace.index()["sequence"]
@@ -167,14 +171,16 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
                     **{rule.name: hits(needed, count, rule) for rule in found},
                 }
             )
+    predictors: dict[tuple[str, int], Predictor] = {}
     for layer in range(1, len(routed)):
         hidden = torch.cat([part["hidden"] for part in trace.layer_shards(layer - 1)]).float()
         seen = Seen(hidden, routed[layer - 1], routed[layer], trace.options.num_experts)
-        for name, make in PREDICTORS.items():
-            predictor = make(seen.of(fitted))
+        for name, kind in PREDICTORS.items():
+            predictor = predictors[name, layer] = kind.fit(seen.of(fitted))
             for size, own in steps.items():
                 tokens = own.tokens.flatten()
-                scores = predictor.scores(seen.of(tokens)).unflatten(0, own.tokens.shape).sum(1)
+                each = predictor.scores(seen.hidden[tokens], seen.before[tokens])
+                scores = each.unflatten(0, own.tokens.shape).sum(1)
                 foreseen.append({"layer": layer, "predictor": name, "batch_size": size, **recall(scores, own, layer)})
     result = {
         "trace": str(options.trace),
@@ -182,6 +188,9 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         "hits": rows,
         "foreseen": _over_layers(foreseen),
     }
+    if options.predictors:
+        about = {"model": trace.options.model, "trace": str(options.trace), "tokens": len(fitted)}
+        write_predictors(Path(options.predictors), predictors, trace.options.identity, about)
     if options.report:
         write_json(Path(options.report), result)
     return result
