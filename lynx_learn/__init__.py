@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from .measure.evaluate import EvaluateOptions, evaluate
     from .moe.families import find_moe_layers
     from .moe.loading import load_model, reference_moe
-    from .offload.bench import OffloadBenchOptions, bench_offload
     from .offload.offload import Offloading, offload_experts
     from .offload.replay import ReplayOptions, replay
+    from .offload.timing.bench import OffloadBenchOptions, bench_offload
     from .selector.selector import LynxSelector
     from .traces.collect import CollectOptions, collect
     from .traces.format import Trace
@@ -75,7 +75,7 @@ _HOMES = {
     "LynxError": "errors",
     "LynxSelector": "selector.selector",
     "ModelError": "errors",
-    "OffloadBenchOptions": "offload.bench",
+    "OffloadBenchOptions": "offload.timing.bench",
     "Offloading": "offload.offload",
     "OnnxSelector": "graph.onnx_runtime",
     "OptionError": "errors",
@@ -87,7 +87,7 @@ _HOMES = {
     "TrainOptions": "fit.train",
     "Unfinished": "errors",
     "bench": "decode.bench",
-    "bench_offload": "offload.bench",
+    "bench_offload": "offload.timing.bench",
     "calibrate": "measure.calibrate",
     "collect": "traces.collect",
     "coverage": "measure.coverage",

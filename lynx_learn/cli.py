@@ -115,7 +115,7 @@ COMMANDS = {
         ("lynx-learn bench --url http://127.0.0.1:8000 --prompts 64 --concurrency 16",),
     ),
     "bench --offload": Command(
-        "offload.bench",
+        "offload.timing.bench",
         "OffloadBenchOptions",
         "bench_offload",
         "time decode with experts on disk",

@@ -9,7 +9,7 @@ from flows import tiny_flow
 from lynx_learn.cli import main
 from lynx_learn.errors import OptionError
 from lynx_learn.files import read_object
-from lynx_learn.offload.bench import OffloadBenchOptions
+from lynx_learn.offload.timing.bench import OffloadBenchOptions
 
 
 def test_ways_of_decoding_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decode.runtime import Skipping
-from ..decode.simulate import Reference
-from ..decode.timing import with_threads
-from ..errors import OptionError
-from ..files import check_writable, write_json
-from ..moe.families import moe_blocks
-from ..moe.loading import environment, load_tokenizer, model_path
-from ..selector.prices import RESIDENT, Uniform
-from ..selector.selector import LynxSelector
-from ..show.progress import track
-from ..traces import corpus as corpora
-from ..traces.groups import decode_groups
-from .offload import Offloading, offload_experts
+from ...decode.runtime import Skipping
+from ...decode.simulate import Reference
+from ...decode.timing import with_threads
+from ...errors import OptionError
+from ...files import check_writable, write_json
+from ...moe.families import moe_blocks
+from ...moe.loading import environment, load_tokenizer, model_path
+from ...selector.prices import RESIDENT, Uniform
+from ...selector.selector import LynxSelector
+from ...show.progress import track
+from ...traces import corpus as corpora
+from ...traces.groups import decode_groups
+from ..offload import Offloading, offload_experts
 
 
 @dataclass(frozen=True)
