@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[1]
 SELECTOR = ROOT / "selectors" / "reference-moe"
+SERVING = ROOT / "docs" / "serving"
 BUDGET = 0.01
 STREAMS, PROMPT, NEW, TOP = 16, 32, 48, 100
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -56,6 +58,7 @@ class Server:
 
     address: str
     log: Path
+    watched: str | None = None
 
     def __post_init__(self) -> None:
         # One for all threads: making one takes so long that requests would not be side by side.
@@ -87,10 +90,24 @@ def serving(
     engine: dict[str, Any] = SETTINGS,
     **settings: str,
 ) -> Iterator[Server]:
-    options = [part for key, value in engine.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     port = free_port()
-    with started(folder, name, port, [*command(port), *options, *extra], **settings) as server:
+    with started(folder, name, port, [*command(port), *options_of(engine), *extra], **settings) as server:
         yield server
+
+
+@contextmanager
+def watched(folder: Path, name: str, **settings: str) -> Iterator[Server]:
+    """As the page of serving has it: with a Prometheus beside it, where there is one."""
+    port, watching = free_port(), free_port()
+    own = {"PORT": str(port), "PROMETHEUS_PORT": str(watching), "PYTHON": sys.executable, "PROMETHEUS_DATA": name}
+    words = ["bash", str(SERVING / "start.sh"), "--model", reference_moe(), "--served-model-name", "reference"]
+    with started(folder, name, port, [*words, *options_of(SETTINGS)], **own, **settings) as server:
+        server.watched = f"http://127.0.0.1:{watching}" if shutil.which("prometheus") else None
+        yield server
+
+
+def options_of(engine: dict[str, Any]) -> list[str]:
+    return [part for key, value in engine.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
 
 def command(port: int, model: str | Path | None = None) -> list[str]:
@@ -140,7 +157,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     inherited = {"LYNX_WORKER_DIR": str(folder / "other")}
     # Graphs that Dynamo has traced, but run as they are: compiling them would take a minute each.
     plain = {"VLLM_CPU_CI_ENV": "1"}
-    planned = [serving(folder, "untouched", **plain), serving(folder, "skipping", **plain, **settings, **inherited)]
+    # Audited now and then, which changes nothing that is served.
+    settings["LYNX_AUDIT_EVERY"] = "4"
+    planned = [serving(folder, "untouched", **plain), watched(folder, "skipping", **plain, **settings, **inherited)]
     with ExitStack() as stack, ThreadPoolExecutor(len(planned)) as pool:
         yield list(pool.map(stack.enter_context, planned))
 
@@ -348,6 +367,59 @@ def test_preempted_requests_come_back(untouched: Server, skipping: Server, promp
     assert found[0] == tokens_of(untouched.complete(prompts[:1], LONG))[0]
 
 
+def test_the_audit_and_the_loss_that_is_served(untouched: Server, skipping: Server, prompts: list[list[int]]) -> None:
+    """An audit is of one step's skipping; what earlier ones left in keys and values is in the loss alone."""
+    choices, counted = skipping.counted(lambda: skipping.complete(prompts, temperature=1.0, seed=2, logprobs=TOP))
+    sequences = [prompt + new for prompt, new in zip(prompts, tokens_of(choices), strict=True)]
+    found = [[log_probabilities(table) for table in choice.logprobs.top_logprobs[1:]] for choice in choices]
+    served = divergences([row[1:] for row in untouched_tables(untouched, sequences)], found).mean().item()
+    tokens = counted["lynx_audit_kl_count"]
+    audited = counted["lynx_audit_kl_sum"] / tokens
+    steps = counted['lynx_steps_total{outcome="acted"}']
+    print(f"audited KL {audited:.5f} of {tokens:.0f} tokens, served {served:.5f}")
+    assert tokens == pytest.approx(STREAMS * steps / 4, abs=STREAMS)
+    assert 0 < audited < served < 3 * BUDGET
+    assert counted['lynx_decode_tokens_total{asked="budget"}'] == STREAMS * (NEW - 1)
+
+
+def asked_of_prometheus() -> list[str]:
+    """Everything that the dashboard asks, of the last five minutes."""
+    board = json.loads((SERVING / "dashboard.json").read_text(encoding="utf-8"))
+    found = [target["expr"].replace("$__rate_interval", "5m") for p in board["panels"] for target in p["targets"]]
+    assert len(found) > 10
+    return found
+
+
+def test_the_dashboard_names_metrics_that_are_there(skipping: Server) -> None:
+    names = {name for query in asked_of_prometheus() for name in re.findall(r"\b(?:lynx_|vllm:)\w+", query)}
+    there = {re.sub(r"\{.*", "", name) for name in skipping.metrics()}
+    assert names <= there
+    assert any(name.startswith("lynx_audit") for name in names)
+
+
+def test_prometheus_answers_all_that_the_dashboard_asks(skipping: Server, prompts: list[list[int]]) -> None:
+    if skipping.watched is None:
+        pytest.skip("needs Prometheus (Debian's package prometheus)")
+
+    def value(query: str) -> float:
+        words = urllib.parse.urlencode({"query": query})
+        with urllib.request.urlopen(f"{skipping.watched}/api/v1/query?{words}", timeout=30) as page:
+            found = json.load(page)["data"]["result"]
+        return float(found[0]["value"][1]) if found else math.nan
+
+    queries = asked_of_prometheus()
+    for _ in range(30):  # two readings, five seconds apart, with steps between them
+        skipping.complete(prompts, 8)
+        found = {query: value(query) for query in queries}
+        if not any(map(math.isnan, found.values())):
+            break
+        time.sleep(2)
+    print(found)
+    assert all(map(math.isfinite, found.values())), found
+    before, after = (value for query, value in found.items() if "lynx_moe_layers" in query)
+    assert 0 < after < before
+
+
 def test_readme_serves_and_compares(tmp_path: Path) -> None:
     """The section's commands, each to the letter but for the folder and the port."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -391,18 +463,18 @@ def test_all_reasons_at_once_and_the_command_that_works(tmp_path: Path, prompts:
     """One start, before any weight is read; the command to the letter."""
     port = free_port()
     wrong = ["--enable-lora", "--max_lora_rank=8", "--model-impl=transformers", "-sc.num_speculative_tokens", "2"]
-    wrong += ["-sc.method=ngram", "-sc.prompt_lookup_max=3"]
+    wrong += ["-sc.method=ngram", "-sc.prompt_lookup_max=3", "--data-parallel-size=2"]
     right = ["--max-model-len", "256", "--kv-cache-memory-bytes", "100000000", "--max-num-seqs", str(STREAMS)]
     said = refused(tmp_path, [*command(port), *wrong, *right], LYNX_BUDGET="0.02")
     told = said[said.index("skipping cannot act here") :].strip().splitlines()
-    assert told[0] == "skipping cannot act here, for 4 reasons:"
-    for number, part in enumerate(["calibrated", "speculative", "LoRA", "--model-impl"], 1):
+    assert told[0] == "skipping cannot act here, for 5 reasons:"
+    for number, part in enumerate(["calibrated", "speculative", "LoRA", "data parallelism", "--model-impl"], 1):
         assert re.match(rf"{number}\. .*{part}", told[number])
-    assert told[5:] == ["this works:", f"LYNX_BUDGET=0.01 {shlex.join([*command(port), *right])}"]
+    assert told[6:] == ["this works:", f"LYNX_BUDGET=0.01 {shlex.join([*command(port), *right])}"]
     assert "Starting to load model" not in said
     assert "Initializing a V1 LLM engine" not in said
     settings = {"LYNX_SELECTOR": str(SELECTOR), "LYNX_BUDGET": "0.02", "VLLM_CPU_CI_ENV": "1"}
-    with started(tmp_path, "mended", port, ["bash", "-c", f"exec env {told[6]}"], **settings) as server:
+    with started(tmp_path, "mended", port, ["bash", "-c", f"exec env {told[7]}"], **settings) as server:
         assert "Starting to load model" in server.log.read_text()
         _, counted = server.counted(lambda: server.complete(prompts, 8))
     assert counted['lynx_steps_total{outcome="acted"}'] > 0

@@ -17,8 +17,8 @@ from lynx_learn.integrations.vllm.checks import prepare as vllm_prepare
 from lynx_learn.integrations.vllm.checks import reasons as vllm_reasons
 from lynx_learn.integrations.vllm.checks.mending import make_again, without
 from lynx_learn.integrations.vllm.checks.prepare import prepare
-from lynx_learn.integrations.vllm.checks.reasons import engine_reasons, model_reasons
-from lynx_learn.integrations.vllm.settings import UnsupportedError
+from lynx_learn.integrations.vllm.checks.reasons import audit_reasons, engine_reasons, model_reasons
+from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError
 
 QUANTIZED = SimpleNamespace(quantization_config={})
 COMPILED = {"mode": 3, "cudagraph_mode": CUDAGraphMode.FULL}
@@ -79,6 +79,35 @@ def test_models_refused(changes: dict[str, Any], line: str) -> None:
     assert line in reason.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"model_config": model_config(has_inner_state=True)}, "recurrent state would advance twice"),
+        ({"kv_transfer_config": object()}, "KV connector would save"),
+        ({"use_v2_model_runner": True, "cudagraph_mode": CUDAGraphMode.FULL}, "a whole CUDA graph of model runner V2"),
+    ],
+)
+def test_what_cannot_be_audited(changes: dict[str, Any], line: str) -> None:
+    """Turned off where it was turned on."""
+    plain = {"model_config": model_config()}
+    audited, given = Settings("x", 0.01, audit_every=3), {"lynx": {"audit_every": 3, "budget": 0.01}}
+    assert audit_reasons(engine_config(**{**plain, **changes}), Settings("x", 0.01)) == []
+    assert audit_reasons(engine_config(**plain), audited) == []
+    (reason,) = audit_reasons(engine_config(**{**plain, **changes}), audited)
+    assert line in reason.text
+    assert reason.environment == {"LYNX_AUDIT_EVERY": "0"}
+    (reason,) = audit_reasons(engine_config(**{**plain, **changes}, additional_config=given), audited)
+    assert reason.options == {"additional_config": {"lynx": {"audit_every": 0, "budget": 0.01}}}
+
+
+def test_an_audit_that_cannot_be_is_among_the_reasons(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LYNX_AUDIT_EVERY", "64")
+    with pytest.raises(UnsupportedError, match=r"(?s)recurrent state.+this works:\nLYNX_AUDIT_EVERY=0 python …"):
+        prepared(Arguments(enforce_eager=True, inner_state=True))
+    monkeypatch.setenv("LYNX_AUDIT_EVERY", "0")
+    prepared(Arguments(enforce_eager=True, inner_state=True))
+
+
 def test_a_checkpoint_that_is_quantized_itself_may_be_the_selectors() -> None:
     own = random_selector(tiny_model("qwen3_moe")).config
     assert model_reasons(model_config(quantization="mxfp4", hf_config=QUANTIZED), own) == []
@@ -103,6 +132,7 @@ class Arguments:
     max_lora_rank: int = 16
     pipeline_parallel_size: int = 1
     tensor_parallel_size: int = 1
+    inner_state: bool = False
 
     def make(self) -> Any:
         assert self.compilation_config.backend == "own"
@@ -112,7 +142,7 @@ class Arguments:
             lora_config=self.max_lora_rank if self.enable_lora else None,
             pipeline_parallel_size=self.pipeline_parallel_size,
             tensor_parallel_size=self.tensor_parallel_size,
-            model_config=model_config(),
+            model_config=model_config(has_inner_state=self.inner_state),
             **(COMPILED if graphs and not self.enable_lora else {}),
         )
 
@@ -141,10 +171,8 @@ def prepared(args: Arguments) -> Any:
 
 def test_settings_of_the_environment_are_put_into_the_configuration(selector: Path) -> None:
     own = prepared(Arguments(enforce_eager=True, additional_config={"other": 1})).additional_config
-    assert own == {
-        "other": 1,
-        "lynx": {"selector": str(selector), "budget": 0.01, "on_unsupported": "fail", "reuse_generated": False},
-    }
+    asked = {"budget": 0.01, "on_unsupported": "fail", "reuse_generated": False, "audit_every": 0}
+    assert own == {"other": 1, "lynx": {"selector": str(selector), **asked}}
 
 
 def test_nothing_is_touched_when_nothing_is_asked_for(selector: Path, monkeypatch: pytest.MonkeyPatch) -> None:

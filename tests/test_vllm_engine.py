@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from lynx_learn.errors import SelectorError
 from lynx_learn.integrations.vllm import engine as vllm_engine
 from lynx_learn.integrations.vllm import metrics as vllm_metrics
 from lynx_learn.integrations.vllm.acting import acting as vllm_acting
+from lynx_learn.integrations.vllm.acting import audit as vllm_audit
 from lynx_learn.integrations.vllm.acting.acting import Acting
 from lynx_learn.integrations.vllm.acting.layer import CHECK, NAME
 from lynx_learn.integrations.vllm.acting.rows import Levels
@@ -298,6 +300,44 @@ def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
     assert found.asked == {"7": 0.0}
     assert not found.rows.acts
     assert not found.sums[:, CHECK].any()
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])
+def test_an_audited_step_is_run_twice_and_counted_once(second: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, plain = acting(), acting()
+    hidden, logits = inputs(2)
+    batch, runs = Batch([1, 1], [5, 5], [5, 5]), []
+    monkeypatch.setattr(vllm_audit, "_own_context", lambda own: own())
+    model = SimpleNamespace(compute_logits=lambda states: states)
+    found.audit = vllm_audit.Audit(model, found.rows, 2)  # type: ignore[arg-type]
+
+    def forward(skipping: Acting) -> Tensor:
+        runs.append(skipping.rows.acts)
+        return [run_layer(skipping, hidden, logits, layer)[2] for layer in range(len(skipping.layers))][-1]
+
+    def step(skipping: Acting) -> Any:
+        new = SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens=batch.planned, finished_req_ids=set())
+        skipping.runner.input_batch = batch
+        own = partial(forward, skipping)
+        if second:
+            return skipping._execute_model(
+                lambda _: (skipping._prepare_inputs(lambda: batch), skipping._forward(own))[1], new
+            )
+        return skipping._execute_model(lambda _: skipping._model_forward(own), new)
+
+    for audited in (True, False, True):
+        runs.clear()
+        served = step(found)
+        assert runs == ([False, True] if audited else [True])
+        assert torch.equal(served, step(plain))
+    assert torch.equal(found.sums, plain.sums)
+    assert found.audit.sums[:-1].sum() == 2 * 2
+    assert found.tokens == {"budget": 6, "level": 0, "opted_out": 0}
+    found.asked = {"0": 0.0, "1": 0.03}  # nobody asks for the server's budget
+    for _ in range(2):
+        step(found)
+    assert found.audit.sums[:-1].sum() == 2 * 2
+    assert found.tokens == {"budget": 6, "level": 2, "opted_out": 2}
 
 
 def test_what_lagged_behind_is_counted_when_the_engine_has_nothing_left_to_run(tmp_path: Path) -> None:

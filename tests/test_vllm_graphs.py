@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm_cases import environment
 
+from lynx_learn.integrations.vllm.metrics import AUDIT
 from lynx_learn.moe.loading import reference_moe
 
 pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm makes one")
@@ -30,12 +31,22 @@ SKIPPING: dict[str, Any] = {
     **ENGINE,
     "additional_config": {"lynx": {"selector": str(ROOT / "selectors" / "reference-moe"), "budget": 0.01}},
 }
+AUDITED: dict[str, Any] = {
+    **SKIPPING,
+    "additional_config": {"lynx": {**SKIPPING["additional_config"]["lynx"], "audit_every": 3}},
+}
+# Passes of an engine that is audited in the last two of them.
+PASSES, AUDITS = [OFF, ON, MIXED, OFF, ON, MIXED], [0, 0, 0, 0, 3, 1]
 # Kernels are interpreted there, and Dynamo's graph is run as it is.
 SECOND = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "VLLM_CPU_CI_ENV": "1"}
 
 
 def run(
-    folder: Path, cases: list[tuple[str, dict[str, Any], list[Any]]], cuda_graphs: bool = False, **own: str
+    folder: Path,
+    cases: list[tuple[str, dict[str, Any], list[Any]]],
+    cuda_graphs: bool = False,
+    audits: list[int] | None = None,
+    **own: str,
 ) -> dict[str, list[Any]]:
     """What each pass of each case gave."""
     sampling = {"temperature": 0, "max_tokens": NEW, "ignore_eos": True, "logprobs": 20}
@@ -47,6 +58,7 @@ def run(
             "passes": passes,
             "sampling": sampling,
             "cuda_graphs": cuda_graphs,
+            **({"audits": audits} if audits is not None and "audit_every" in str(engine) else {}),
         }
         for name, engine, passes in cases
     ]
@@ -74,15 +86,15 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     cases = [
         ("eager", {**SKIPPING, "enforce_eager": True}, [ON, MIXED]),
         ("untouched", ENGINE, [ON]),
-        ("skipping", SKIPPING, [OFF, ON, MIXED, OFF]),
+        ("skipping", AUDITED, PASSES),
     ]
-    return run(tmp_path_factory.mktemp("first"), cases)
+    return run(tmp_path_factory.mktemp("first"), cases, audits=AUDITS)
 
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    cases = [("untouched", ENGINE, [ON]), ("skipping", SKIPPING, [OFF, ON, MIXED, OFF])]
-    return run(tmp_path_factory.mktemp("second"), cases, **SECOND)
+    cases = [("untouched", ENGINE, [ON]), ("skipping", AUDITED, PASSES)]
+    return run(tmp_path_factory.mktemp("second"), cases, audits=AUDITS, **SECOND)
 
 
 @pytest.fixture(params=["first", "second"])
@@ -99,7 +111,7 @@ def distance(a: Any, b: Any, rows: range) -> float:
 def test_switched_off_is_the_untouched_graph_to_the_last_bit(runner: dict[str, list[Any]]) -> None:
     """Also after requests that skipped."""
     (wanted,) = runner["untouched"]
-    before, on, _, after = runner["skipping"]
+    before, on, _, after, *_ = runner["skipping"]
     for part in ("tokens", "logprobs"):
         assert before[part] == after[part] == wanted[part]
     assert on["logprobs"] != wanted["logprobs"]
@@ -108,7 +120,7 @@ def test_switched_off_is_the_untouched_graph_to_the_last_bit(runner: dict[str, l
 
 def test_counts_what_is_counted_without_graphs(first: dict[str, list[Any]], runner: dict[str, list[Any]]) -> None:
     """Also of requests that ask for other budgets, side by side in one graph."""
-    (on, mixed), (_, compiled_on, compiled_mixed, _) = first["eager"], runner["skipping"]
+    (on, mixed), (_, compiled_on, compiled_mixed, *_) = first["eager"], runner["skipping"]
     for wanted, found in ((on, compiled_on), (mixed, compiled_mixed)):
         rows = range(len(wanted["tokens"]))
         print(f"{distance(wanted, found, rows):.2g} off, {found['counted']}")
@@ -127,8 +139,27 @@ def test_who_keeps_everything_is_as_untouched_among_levels(runner: dict[str, lis
     assert distance(wanted, mixed, range(1)) > 1e-2
 
 
+def test_an_audit_changes_nothing(runner: dict[str, list[Any]]) -> None:
+    """Of what is served, to the last bit, and of what is counted otherwise."""
+    plain, audited = runner["skipping"][1:3], runner["skipping"][4:]
+    for wanted, found in zip(plain, audited, strict=True):
+        assert found["tokens"] == wanted["tokens"]
+        assert found["logprobs"] == wanted["logprobs"]
+        for part, count in wanted["counted"].items():
+            assert count == (0 if part in AUDIT else found["counted"][part])
+    # Every third step of all rows, every step of those that ask for the server's budget.
+    rows = len(plain[0]["tokens"])
+    each = [sum(one["counted"][name] for name in AUDIT[:-1]) for one in audited]
+    steps = [one["counted"]["acted"] for one in audited]
+    before = sum(one["counted"]["acted"] for one in plain)
+    assert each == [rows * sum(not i % 3 for i in range(before, before + steps[0])), rows // len(MIXED) * steps[1]]
+    mean = [one["counted"][AUDIT[-1]] / count for one, count in zip(audited, each, strict=True)]
+    print(f"audited: {each} tokens, mean KL {mean}")
+    assert 1e-4 < mean[0] < 0.1
+
+
 def test_nothing_is_compiled_again(runner: dict[str, list[Any]]) -> None:
-    """Whatever requests ask for."""
+    """Whatever requests ask for, and whether a step is audited."""
     graphs = [one["graphs"] for one in runner["skipping"]]
     assert graphs[0]["unique_graphs"] > 0
     assert all(found == graphs[0] for found in graphs)

@@ -19,6 +19,7 @@ def test_settings() -> None:
     assert read_settings(own) == Settings("a/b", 0.01)
     assert read_settings(own, {"lynx": {"budget": 0.03}}) == Settings("a/b", 0.03)
     assert read_settings({**own, "LYNX_REUSE_GENERATED": "1"}).reuse_generated  # type: ignore[union-attr]
+    assert read_settings({**own, "LYNX_AUDIT_EVERY": "64"}).audit_every == 64  # type: ignore[union-attr]
     assert read_settings({**own, "LYNX_ON_UNSUPPORTED": "warn"}).on_unsupported == "warn"  # type: ignore[union-attr]
 
 
@@ -32,6 +33,9 @@ def test_settings() -> None:
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "nan"}, None, "LYNX_BUDGET=nan is not usable"),
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_ON_UNSUPPORTED": "ask"}, None, "expected fail or warn"),
         ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_REUSE_GENERATED": "ask"}, None, "expected 0 or 1"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_AUDIT_EVERY": "-1"}, None, "LYNX_AUDIT_EVERY=-1 is not"),
+        ({"LYNX_SELECTOR": "x", "LYNX_BUDGET": "1", "LYNX_AUDIT_EVERY": "often"}, None, "a number of steps, or 0"),
+        ({}, {"lynx": {"selector": "x", "budget": 1, "audit_every": True}}, "a number of steps, or 0"),
         ({}, {"lynx": {}}, "no selector"),
         ({}, {"lynx": "x"}, "expected an object"),
         ({}, {"lynx": {"selector": "x", "budget": True}}, "not usable"),
@@ -76,7 +80,7 @@ def test_settings_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     folder = tmp_path / "selector"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    settings = Settings("selector", 0.01, "warn", True)
+    settings = Settings("selector", 0.01, "warn", True, 8)
     written = json.loads(json.dumps({"lynx": settings.to_config()}))
     assert read_settings({"LYNX_BUDGET": "0.5"}, written) == replace(settings, selector=str(folder))
     assert Settings("owner/name", 0.01).to_config()["selector"] == "owner/name"

@@ -3,8 +3,8 @@
 A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
 file that holds it. A case may also have `prompts` (text or tokens), `sampling`, `architecture`, the class of the
 model, `reload`, a model whose weights take the place of the loaded ones at the end, and `passes`: the prompts are then run
-again and again, each time with other `extra_args` for the requests, given to them in turns; and `cuda_graphs`, to have them
-although they are refused.
+again and again, each time with other `extra_args` for the requests, given to them in turns; `audits`, for each pass how often it
+is audited, in an engine that was told to audit; and `cuda_graphs`, to have them although they are refused.
 
 With TRITON_INTERPRET=1 the kernels that vLLM's second model runner needs are interpreted, so that it runs on a CPU.
 """
@@ -52,7 +52,9 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         engine = LLM(**case["engine"])
         logging.getLogger(LOGGER).addHandler(said)  # only now: starting vLLM takes handlers off
         runs = []
-        for extra in case.get("passes", [[None]]):
+        for number, extra in enumerate(case.get("passes", [[None]])):
+            if "audits" in case:
+                engine.collective_rpc(audit, args=(case["audits"][number],))
             each = [copy(sampling) for _ in prompts]
             for place, own_sampling in enumerate(each):
                 own_sampling.extra_args = extra[place % len(extra)]
@@ -66,7 +68,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 "counted": {
                     name: count - before.get(name, 0)
                     for name, count in after.items()
-                    if name != vllm_metrics.LAYERS  # a gauge
+                    if name not in vllm_metrics.GAUGES
                 },
                 "graphs": dict(counters["stats"]),
                 "seconds": seconds,
@@ -90,6 +92,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         cleanup_dist_env_and_memory()
         for key in own:
             del os.environ[key]
+
+
+def audit(worker: Any, every: int) -> None:
+    worker.model_runner.lynx_learn.audit.every = every
 
 
 class Said(logging.Handler):

@@ -34,7 +34,7 @@ def engine_config(**changes: Any) -> Any:
     compilation = {"mode": 0, "cudagraph_mode": CUDAGraphMode.NONE, "max_cudagraph_capture_size": 512}
     scheduler = {"max_num_batched_tokens": 64}
     config = {"speculative_config": None, "lora_config": None, "use_v2_model_runner": False}
-    config |= {"model_config": None, "additional_config": {}}
+    config |= {"model_config": None, "additional_config": {}, "kv_transfer_config": None}
     for part in (parallel, compilation, scheduler, config):
         part.update({key: changes.pop(key) for key in part if key in changes})
     assert not changes
@@ -57,6 +57,7 @@ def model_config(**changes: Any) -> Any:
         "using_transformers_backend": lambda: False,
         "model_impl": "auto",
         "quantization": None,
+        "has_inner_state": False,
         "model": "/models--some--Tiny/snapshots/1",
         "hf_config": SimpleNamespace(),
     }

@@ -13,7 +13,7 @@ from ...errors import LynxError
 from ...moe.identity import Passing
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from .acting.acting import Acting
-from .checks.reasons import check, engine_reasons, recording_reasons
+from .checks.reasons import audit_reasons, check, engine_reasons, recording_reasons
 from .layers import find_layers, looking
 from .record import Recording
 from .settings import Settings, UnsupportedError, logger, read_settings, recorded, refuse
@@ -66,7 +66,7 @@ def attach(worker: Any, settings: Settings, policy: ThresholdPolicy, passing: Pa
     own, seen = policy.selector.config, passing.identity()
     try:
         # Again: a configuration may have been made without the plugin's first process.
-        check(engine_reasons(worker.vllm_config))
+        check(engine_reasons(worker.vllm_config) + audit_reasons(worker.vllm_config, settings))
         layers = find_layers(worker.model_runner.get_model(), own.layers, own.expert_bytes)
         acting = Acting(worker.model_runner, layers, policy, settings)
         policy.selector.compare(seen)

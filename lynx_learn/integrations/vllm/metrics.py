@@ -23,8 +23,17 @@ ACTED = "acted"
 SKIPPED = ("prefill", "mixed", "opted_out", "below_smallest_size")
 """Why a step is left as it is."""
 SUMS = ("experts_routed", "experts_loaded", "assignments", "assignments_answered")
-LAYERS = "moe_layers"
-SLOTS = (*SUMS, ACTED, *SKIPPED, LAYERS)
+ASKED = ("budget", "level", "opted_out")
+"""What a token's request asks for: the server's budget, another one, or all experts."""
+AUDIT_EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Upper edges of the audit's histogram, in nats."""
+AUDIT = (*(f"audit_kl_{edge:g}" for edge in AUDIT_EDGES), "audit_kl_inf", "audit_kl_sum")
+GAUGES = {
+    "moe_layers": "MoE layers that are acted on.",
+    "budget": "The server's budget, in nats of KL per token.",
+    "expert_bytes": "Bytes of one expert of one layer, as the selector was trained.",
+}
+SLOTS = (*SUMS, ACTED, *SKIPPED, *ASKED, *AUDIT, *GAUGES)
 HELP = {
     "experts_routed": "Distinct experts that steps acted on are routed to, summed over steps and MoE layers.",
     "experts_loaded": "Distinct experts that those steps load, summed over steps and MoE layers.",
@@ -33,17 +42,20 @@ HELP = {
 }
 
 
-def open_slots(folder: Path, name: str) -> np.memmap[Any, np.dtype[np.int64]]:
+def open_slots(folder: Path, name: str) -> np.memmap[Any, np.dtype[np.float64]]:
     """A worker's counters, all 0."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return np.memmap(folder / f"{name}.counters", dtype=np.int64, mode="w+", shape=len(SLOTS))
+    return np.memmap(folder / f"{name}.counters", dtype=np.float64, mode="w+", shape=len(SLOTS))
 
 
-def read_totals(folder: Path) -> dict[str, int]:
-    """Sums over all workers that write there; empty when none does."""
-    parts = [np.fromfile(file, dtype=np.int64) for file in sorted(folder.glob("*.counters"))]
+def read_totals(folder: Path) -> dict[str, float]:
+    """Sums over all workers that write there, of gauges the largest; empty when none does."""
+    parts = [np.fromfile(file, dtype=np.float64) for file in sorted(folder.glob("*.counters"))]
     whole = [part for part in parts if len(part) == len(SLOTS)]  # a file is empty for the moment of its creation
-    return dict(zip(SLOTS, np.sum(whole, axis=0).tolist(), strict=True)) if whole else {}
+    if not whole:
+        return {}
+    totals = dict(zip(SLOTS, np.sum(whole, axis=0).tolist(), strict=True))
+    return totals | dict(zip(GAUGES, np.max(whole, axis=0)[-len(GAUGES) :].tolist(), strict=True))
 
 
 class Collector:
@@ -53,7 +65,7 @@ class Collector:
         self.folder = folder
 
     def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         totals = read_totals(self.folder)
         if not totals:
@@ -66,15 +78,39 @@ class Collector:
         for name in (ACTED, *SKIPPED):
             steps.add_metric([name], totals[name])
         yield steps
-        yield GaugeMetricFamily(f"lynx_{LAYERS}", "MoE layers that are acted on.", value=totals[LAYERS])
+        tokens = CounterMetricFamily(
+            "lynx_decode_tokens", "Tokens that were decoded, by what their requests ask for.", labels=["asked"]
+        )
+        for name in ASKED:
+            tokens.add_metric([name], totals[name])
+        yield tokens
+        counts = np.cumsum([totals[name] for name in AUDIT[:-1]]).tolist()
+        edges = [*(f"{edge:g}" for edge in AUDIT_EDGES), "+Inf"]
+        yield HistogramMetricFamily(
+            "lynx_audit_kl",
+            "Nats of KL that skipping in a step moves its tokens by, in those that were audited.",
+            buckets=list(zip(edges, counts, strict=True)),
+            sum_value=totals[AUDIT[-1]],
+        )
+        for name, meaning in GAUGES.items():
+            yield GaugeMetricFamily(f"lynx_{name}", meaning, value=totals[name])
 
 
 def refused(reason: str) -> None:
     """Have the first process say the reason again when it ends: behind the traces of every process, not before them."""
     folder = os.environ.get(FOLDER)
-    if folder and parent_process() is not None:
+    if folder and not _is_first():
         Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         (Path(folder) / REFUSED).write_text(reason, encoding="utf-8")
+
+
+def _is_first() -> bool:
+    """Whether this process was not started by another one for an engine; Ray's actors are given the environment of the first."""
+    if parent_process() is not None:
+        return False
+    from vllm.ray.lazy_utils import is_in_ray_actor
+
+    return not is_in_ray_actor()
 
 
 def expose() -> None:
@@ -82,7 +118,7 @@ def expose() -> None:
 
     A server that a process with an engine starts is a first process again, though it inherits the name.
     """
-    if FOLDER in os.environ and parent_process() is not None:
+    if FOLDER in os.environ and not _is_first():
         return
     owner = os.getpid()
     # Memory that processes share, where there is some: what is written there reaches no disk.

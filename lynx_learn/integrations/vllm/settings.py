@@ -1,6 +1,7 @@
 """What was asked for, and what is refused."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +11,7 @@ from typing import Any
 from ...errors import LynxError, OptionError
 
 SELECTOR, BUDGET, ON_UNSUPPORTED = "LYNX_SELECTOR", "LYNX_BUDGET", "LYNX_ON_UNSUPPORTED"
-REUSE_GENERATED = "LYNX_REUSE_GENERATED"
+REUSE_GENERATED, AUDIT_EVERY = "LYNX_REUSE_GENERATED", "LYNX_AUDIT_EVERY"
 
 KEY = "lynx"
 """In `--additional-config`, and in a request's `extra_args` or `vllm_xargs`."""
@@ -39,12 +40,14 @@ class Settings:
         budget: nats of KL per token.
         on_unsupported: `fail` or `warn`.
         reuse_generated: prompts that repeat what was generated with fewer experts start from its cached keys and values.
+        audit_every: steps acted on from one that also runs with all experts, and is compared, to the next; 0: none does.
     """
 
     selector: str
     budget: float
     on_unsupported: str = "fail"
     reuse_generated: bool = False
+    audit_every: int = 0
 
     def to_config(self) -> dict[str, Any]:
         """As `read_settings` takes them from the additional config; a folder by its full path, as workers may be elsewhere."""
@@ -89,7 +92,10 @@ def read_settings(environment: Mapping[str, str], additional: object = None) -> 
     reuse = switched(own.get("reuse_generated", environment.get(REUSE_GENERATED) or False))
     if reuse is None:
         raise OptionError(f"{REUSE_GENERATED} is not usable: expected 0 or 1")
-    return Settings(selector, nats, action, reuse)
+    every = own.get("audit_every", environment.get(AUDIT_EVERY) or 0)
+    if isinstance(every, bool) or not re.fullmatch("[0-9]{1,9}", str(every)):
+        raise OptionError(f"{AUDIT_EVERY}={every} is not usable: expected a number of steps, or 0 for no audit")
+    return Settings(selector, nats, action, reuse, int(every))
 
 
 def recorded(additional: object) -> tuple[str, ...] | None:

@@ -16,7 +16,8 @@ from ....selector.selector import ThresholdPolicy
 from .. import metrics as metrics
 from ..layers import EngineLayer, Wrapping, check_shape, find_layers, looking
 from ..settings import Settings, UnsupportedError, asked_budget, logger, refuse
-from .layer import ASSIGNMENTS, CHECK, LayerHook
+from .audit import Audit, check_forward
+from .layer import ASSIGNMENTS, CHECK, NAME, LayerHook
 from .rows import Levels, Rows
 
 LOG_EVERY_S = 60.0
@@ -51,6 +52,10 @@ class Acting(Wrapping):
         self.host = torch.zeros(self.sums.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.checked: torch.Tensor | None = None
         self.outcomes = dict.fromkeys((metrics.ACTED, *metrics.SKIPPED), 0)
+        self.tokens = dict.fromkeys(metrics.ASKED, 0)
+        self.audit = Audit(runner.model, self.rows, settings.audit_every) if settings.audit_every else None
+        self.own_budget = np.empty(0, np.int64)
+        """Rows of the step that skip at the server's budget."""
         self.slots: Any = None
         self.logged = time.monotonic()
 
@@ -66,15 +71,19 @@ class Acting(Wrapping):
         if self.first and folder:
             self.slots = metrics.open_slots(Path(folder), f"worker-{os.getpid()}-{uuid.uuid4().hex[:12]}")
         try:
+            self.give(self.runner, NAME, self)
             self.replace(self.runner, "execute_model", self._execute_model)
             if hasattr(self.runner, "_model_forward"):
                 self.replace(self.runner, "_model_forward", self._model_forward)
             else:
                 self.replace(self.runner, "prepare_inputs", self._prepare_inputs)
+                if self.audit is not None:
+                    check_forward(self.runner.model)
+                    self.replace(self.runner.model, "forward", self._forward)
             self.replace(self.runner, "reload_weights", self._reload_weights)
             for layer in self.layers:
                 LayerHook(self, layer, self.policy, self.rows, self.sums[layer.index], tensor_rank)
-        except AttributeError:
+        except (AttributeError, LynxError):
             self.detach()
             raise
 
@@ -99,13 +108,13 @@ class Acting(Wrapping):
             self.rows.clear()
         if self.outcome is not None:
             self.outcomes[self.outcome] += 1
-            self.host.copy_(self.sums, non_blocking=True)
+            self._fetch(non_blocking=True)
             if self.outcome == metrics.ACTED:
                 self._check()
             self._publish()
         elif not scheduled.num_scheduled_tokens:
             # The engine runs nothing when its last request has ended: what lagged behind is waited for now.
-            self.host.copy_(self.sums)
+            self._fetch(non_blocking=False)
             self._publish()
         return result
 
@@ -118,7 +127,15 @@ class Acting(Wrapping):
             # The last token of a prompt alone in its chunk is still prompt.
             computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
             self.plan(names, tokens, computed >= batch.num_prompt_tokens[: batch.num_reqs])
-        return own(*args, **kwargs)
+        return self._forward(own, *args, **kwargs)
+
+    def _forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's run of a step that is planned."""
+        acted = self.outcomes[metrics.ACTED]
+        audit = self.audit if self.rows.acts and len(self.own_budget) else None
+        if audit is None or not audit.due(acted):
+            return own(*args, **kwargs)
+        return audit.run(own, audit.choose(self.own_budget, acted), *args, **kwargs)
 
     def _prepare_inputs(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of the second model runner, which comes here for what requests are run, and for nothing else."""
@@ -138,6 +155,10 @@ class Acting(Wrapping):
             return
         # Several tokens at once are generated text that is computed again.
         decodes = generating & (tokens == 1)
+        budgets = np.array([self.asked.get(name, self.settings.budget) for name in names])
+        out, own = (int((decodes & (budgets == budget)).sum()) for budget in (0.0, self.settings.budget))
+        for asked, count in zip(metrics.ASKED, (own, int(decodes.sum()) - own - out, out), strict=True):
+            self.tokens[asked] += count
         layer = self.layers[0]
         if not decodes.any():
             self.outcome = "prefill"
@@ -145,10 +166,10 @@ class Acting(Wrapping):
         elif tokens[~decodes].sum() * layer.top_k > layer.num_experts:
             self.outcome = "mixed"
         else:
-            budgets = np.array([self.asked.get(name, self.settings.budget) for name in names])
             self.outcome, scale = self.levels.scales(np.where(decodes, budgets, 0.0), self.settings.budget)
             if self.outcome == metrics.ACTED:
                 self.rows.fill(np.repeat(scale, tokens))
+                self.own_budget = np.flatnonzero(np.repeat((budgets == self.settings.budget) & (scale == 1), tokens))
 
     def _reload_weights(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Weights that are put in place of the loaded ones may be another model's."""
@@ -189,13 +210,21 @@ class Acting(Wrapping):
             say(error)
             raise
 
+    def _fetch(self, non_blocking: bool) -> None:
+        """What the device has summed."""
+        self.host.copy_(self.sums, non_blocking=non_blocking)
+        if self.audit is not None:
+            self.audit.host.copy_(self.audit.sums, non_blocking=non_blocking)
+
     def _publish(self) -> None:
         if not self.first:
             return
         # As for the check, the sums may lag behind by a step while there is another one to come.
         totals = self.host.sum(0)[: len(metrics.SUMS)].tolist()
         if self.slots is not None:
-            self.slots[:] = [*totals, *self.outcomes.values(), len(self.layers)]
+            audited = [0.0] * len(metrics.AUDIT) if self.audit is None else self.audit.host.tolist()
+            gauges = (len(self.layers), self.settings.budget, self.layers[0].expert_bytes)
+            self.slots[:] = [*totals, *self.outcomes.values(), *self.tokens.values(), *audited, *gauges]
         if time.monotonic() - self.logged > LOG_EVERY_S:
             self.logged = time.monotonic()
             share = max(self.outcomes[metrics.ACTED], 1) * len(self.layers)

@@ -17,7 +17,7 @@ from ..layers import EngineLayer, Wrapping
 from .rows import Rows
 
 NAME = "lynx_learn"
-"""Under which a runner has its `LayerHook`."""
+"""Under which a MoE runner has its `LayerHook`, and the model runner its `Acting`."""
 
 ROUTED, LOADED, ASSIGNMENTS, ANSWERED, CHECK = range(5)
 """What a layer sums over the steps acted on; CHECK is the sum of what was decided less that of what was run: 0."""

@@ -5,7 +5,8 @@ and phases change.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,6 +47,17 @@ class Rows:
         if self.acts:
             self.scale.fill_(math.inf)
             self.acts = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Everything is kept meanwhile."""
+        scale = self.scale.clone()
+        self.clear()
+        try:
+            yield
+        finally:
+            self.scale.copy_(scale)
+            self.acts = True
 
 
 class Levels:

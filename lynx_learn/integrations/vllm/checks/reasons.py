@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ....errors import LynxError, OptionError
 from ....selector.config import SelectorConfig
-from ..settings import BUDGET, KEY, SUPPORTED, Settings, UnsupportedError, engine_version
+from ..settings import AUDIT_EVERY, BUDGET, KEY, SUPPORTED, Settings, UnsupportedError, engine_version
 
 # Until tests/test_vllm_gpu.py has passed on a GPU.
 CUDA_GRAPHS_REFUSED = True
@@ -41,7 +41,7 @@ def reasons(config: Any, settings: Settings) -> list[Reason]:
     except OptionError as error:
         mend = _other_budget(config.additional_config, selector.config, settings.budget)
         return [mend._replace(text=str(error)), *known_reasons(config, selector.config)]
-    return known_reasons(config, selector.config) if settings.budget else []
+    return known_reasons(config, selector.config) + audit_reasons(config, settings) if settings.budget else []
 
 
 def known_reasons(config: Any, selector: SelectorConfig | None = None) -> list[Reason]:
@@ -60,11 +60,16 @@ def _other_budget(given: object, selector: SelectorConfig, budget: float) -> Rea
     if not known:
         return Reason("", mistake=True)
     nearest = max((one for one in known if one <= budget), default=known[0])
+    return _other_setting(given, "budget", BUDGET, nearest)._replace(mistake=True)
+
+
+def _other_setting(given: object, name: str, variable: str, value: float) -> Reason:
+    """Leads to another value of a setting, where it was set."""
     own = given.get(KEY) if isinstance(given, Mapping) else None
-    if isinstance(own, Mapping) and "budget" in own:
+    if isinstance(own, Mapping) and name in own:
         assert isinstance(given, Mapping)
-        return Reason("", {"additional_config": {**given, KEY: {**own, "budget": nearest}}}, mistake=True)
-    return Reason("", environment={BUDGET: f"{nearest:g}"}, mistake=True)
+        return Reason("", {"additional_config": {**given, KEY: {**own, name: value}}})
+    return Reason("", environment={variable: f"{value:g}"})
 
 
 def engine_reasons(config: Any) -> list[Reason]:
@@ -97,6 +102,26 @@ def engine_reasons(config: Any) -> list[Reason]:
     if parallel.enable_eplb:
         found.append(Reason("expert load balancing is not supported: turn it off", {"enable_eplb": False}))
     return found
+
+
+def audit_reasons(config: Any, settings: Settings) -> list[Reason]:
+    """Engines in which a step cannot be run twice."""
+    if not settings.audit_every:
+        return []
+    off = f"turn the audit off ({AUDIT_EVERY}=0)"
+    texts = {
+        f"an audit runs a step twice, and this model's recurrent state would advance twice: {off}": (
+            config.model_config.has_inner_state
+        ),
+        f"an audit runs a step twice, and the KV connector would save what it writes first: {off}": (
+            config.kv_transfer_config is not None
+        ),
+        f"an audit cannot run a whole CUDA graph of model runner V2 twice: {off}": (
+            config.use_v2_model_runner and config.compilation_config.cudagraph_mode
+        ),
+    }
+    mend = _other_setting(config.additional_config, "audit_every", AUDIT_EVERY, 0)
+    return [mend._replace(text=text) for text, applies in texts.items() if applies]
 
 
 def recording_reasons(config: Any) -> list[Reason]:
