@@ -378,7 +378,8 @@ def test_the_audit_and_the_loss_that_is_served(untouched: Server, skipping: Serv
     steps = counted['lynx_steps_total{outcome="acted"}']
     print(f"audited KL {audited:.5f} of {tokens:.0f} tokens, served {served:.5f}")
     assert tokens == pytest.approx(STREAMS * steps / 4, abs=STREAMS)
-    assert 0 < audited < served < 3 * BUDGET
+    assert 0 < audited < 1.5 * served  # of a quarter of the steps
+    assert served < 3 * BUDGET
     assert counted['lynx_decode_tokens_total{asked="budget"}'] == STREAMS * (NEW - 1)
 
 

@@ -76,6 +76,7 @@ def run(
         if line.startswith('{"name"'):
             result = json.loads(line)
             assert "error" not in result, result["error"]
+            print(f"{result['name']}: engine started in {result['start']:.1f} s")
             found[result["name"]] = result["passes"]
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
     return found

@@ -15,6 +15,7 @@ def test_counters_reach_another_process(tmp_path: Path) -> None:
     slots[0][:] = range(len(vllm_metrics.SLOTS))
     slots[1][:] = 1
     totals = vllm_metrics.read_totals(folder)
+    assert len(totals) == len(vllm_metrics.SLOTS)
     gauges = vllm_metrics.GAUGES
     assert totals == {name: i + (name not in gauges) for i, name in enumerate(vllm_metrics.SLOTS)}
     assert folder.stat().st_mode & 0o077 == 0

@@ -1,4 +1,7 @@
-"""The plugin in workers that Ray starts: a cluster that knows nothing of the settings, on this machine's CPU."""
+"""The plugin in workers that Ray starts: a cluster that knows nothing of the settings, on this machine's CPU.
+
+vLLM asks Ray for devices, of which its CPU has none: Ray is told of two, and vLLM what they are called.
+"""
 
 import json
 import os
@@ -30,11 +33,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("ray")
     words = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
-    words += [f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--object-store-memory=100000000"]
+    words += [f"--port={port}", "--num-cpus=1", "--num-gpus=2", "--include-dashboard=false"]
+    words += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nif any('default_worker' in word for word in sys.orig_argv):\n    import vllm_cases\n    vllm_cases.name_device()\n"
+    )
+    paths = [str(folder), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = environment(PYTHONPATH=os.pathsep.join(paths))
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(
-            [*words, "--node-ip-address=127.0.0.1"], env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(words, env=own, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(600):
             time.sleep(0.5)

@@ -33,7 +33,9 @@ GAUGES = {
     "budget": "The server's budget, in nats of KL per token.",
     "expert_bytes": "Bytes of one expert of one layer, as the selector was trained.",
 }
-SLOTS = (*SUMS, ACTED, *SKIPPED, *ASKED, *AUDIT, *GAUGES)
+TOKENS = "tokens_"
+"""Before what is asked, among the slots."""
+SLOTS = (*SUMS, ACTED, *SKIPPED, *(TOKENS + name for name in ASKED), *AUDIT, *GAUGES)
 HELP = {
     "experts_routed": "Distinct experts that steps acted on are routed to, summed over steps and MoE layers.",
     "experts_loaded": "Distinct experts that those steps load, summed over steps and MoE layers.",
@@ -82,7 +84,7 @@ class Collector:
             "lynx_decode_tokens", "Tokens that were decoded, by what their requests ask for.", labels=["asked"]
         )
         for name in ASKED:
-            tokens.add_metric([name], totals[name])
+            tokens.add_metric([name], totals[TOKENS + name])
         yield tokens
         counts = np.cumsum([totals[name] for name in AUDIT[:-1]]).tolist()
         edges = [*(f"{edge:g}" for edge in AUDIT_EDGES), "+Inf"]
