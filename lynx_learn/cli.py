@@ -121,7 +121,7 @@ COMMANDS = {
         "time decode with experts on disk",
         (
             "lynx-learn bench --offload --model reference-moe --selector selectors/reference-moe --out my/offload",
-            "lynx-learn bench --offload --model my/model --shares 0.25 --out my/offload",
+            "lynx-learn bench --offload --model my/model --predictors my/predictors --shares 0.25 --out my/offload",
         ),
     ),
     "replay": Command(
@@ -129,7 +129,10 @@ COMMANDS = {
         "ReplayOptions",
         "replay",
         "what fast memory would hold, from a trace",
-        ("lynx-learn replay --trace my/trace --shares 0.25 0.5 --batch-sizes 1 16",),
+        (
+            "lynx-learn replay --trace my/trace --shares 0.25 0.5 --batch-sizes 1 16",
+            "lynx-learn replay --trace my/trace --predictors my/predictors",
+        ),
     ),
     "export": Command(
         "graph.export",
@@ -299,7 +302,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         ),
         "bench": lambda: report.show(*report.bench_tables(result)),
         "bench --url": lambda: print(json.dumps(result, indent=2)),
-        "bench --offload": lambda: report.show(report.offload_table(result)),
+        "bench --offload": lambda: report.show(*report.offload_tables(result)),
         "replay": lambda: report.show(*report.replay_tables(result)),
         "export": lambda: report.show(*report.export_lines(result)),
     }

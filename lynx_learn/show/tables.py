@@ -262,24 +262,80 @@ def training_table(layers: list[dict[str, Any]]) -> Table:
     )
 
 
-def offload_table(report: dict[str, Any]) -> Table:
-    """Decode steps with experts on disk, by what reads them and what skips."""
-    rows = []
-    for row in report["rows"]:
-        tau = f", τ {row['threshold']:g}" if row["threshold"] else ""
-        rows.append(
+def offload_tables(report: dict[str, Any]) -> list[Table | str]:
+    """Decode steps with experts on disk by what reads them and what skips, what was read ahead, and bytes at equal loss."""
+    rows, ahead = report["rows"], [row for row in report["rows"] if row.get("prefetched_bytes_per_token")]
+    size = f"{report['options']['model']}, batch {report['options']['batch_size']}"
+    head = ["way, share held", "experts", "MB / token", "there", "wait, ms", "KL", "tokens / s", "peak MB"]
+    lines: list[Table | str] = [
+        Table(
+            f"Experts on disk: {size}",
+            head,
             [
-                f"{row['way']}{tau}, {row['share']:.0%}" if row["way"] != "accelerate" else row["way"],
-                "–" if row["experts"] is None else f"{row['experts']:.1f}",
-                f"{row['bytes_per_token'] / 1e6:.3f}",
-                f"{row['hits']:.0%}",
-                "–" if row["wait_ms_per_layer"] is None else f"{row['wait_ms_per_layer']:.2f}",
-                f"{row['kl']:z.4f}",
-                f"{row['tokens_per_s']:.1f}",
-            ]
+                [
+                    _way(row),
+                    _or_none(row["experts"], "{:.1f}"),
+                    _or_none(row["bytes_per_token"], "{:.3f}", 1e6),
+                    _or_none(row["hits"], "{:.0%}"),
+                    _or_none(row["wait_ms"] and sum(row["wait_ms"]) / len(row["wait_ms"]), "{:.2f}"),
+                    f"{row['kl']:z.4f}",
+                    f"{row['tokens_per_s']:.1f}",
+                    _or_none(row["peak_rss"], "{:.0f}", 2**20),
+                ]
+                for row in rows
+            ],
+        ),
+        "wait: for the disk, of a layer and step; there: of the experts needed, when the gate has chosen. peak MB: of each way's own "
+        f"process, {_or_none(rows[0]['start_rss'], '{:.0f}', 2**20)} of them before it loads the model.",
+    ]
+    if any(row["share"] is None for row in rows):
+        lines.append(
+            "Memory mapping and accelerate read through the page cache, which held nothing of the model when they began and may "
+            "come to hold all of it; their bytes are what the system counts as read from disks. The other ways read past it."
         )
-    head = ["prices, share held", "experts", "MB / token", "hits", "wait, ms / layer", "KL", "tokens / s"]
-    return Table(f"Experts on disk: {report['options']['model']}, batch {report['options']['batch_size']}", head, rows)
+    if ahead:
+        lines.append(
+            Table(
+                "Read ahead",
+                ["by, share held", "there", "MB / token", "of it unused"],
+                [
+                    [
+                        _way(row),
+                        f"{row['hits']:.0%}",
+                        f"{row['prefetched_bytes_per_token'] / 1e6:.3f}",
+                        f"{row['unused_bytes_per_token'] / row['prefetched_bytes_per_token']:.0%}",
+                    ]
+                    for row in ahead
+                ],
+            )
+        )
+    if report["matched"]:
+        lines.append(
+            Table(
+                "MB read for a token at equal KL, by prices",
+                ["share held", "KL", "uniform", "residency", "ratio"],
+                [
+                    [
+                        f"{row['share']:.0%}",
+                        f"{row['kl']:.4f}",
+                        f"{row['uniform'] / 1e6:.3f}",
+                        f"{row['residency'] / 1e6:.3f}",
+                        f"{row['ratio']:.2f}",
+                    ]
+                    for row in report["matched"]
+                ],
+            )
+        )
+    return lines
+
+
+def _way(row: dict[str, Any]) -> str:
+    tau = f" {row['threshold']:g}" if row["threshold"] else ""
+    return f"{row['way']}{tau}" + ("" if row["share"] is None else f", {row['share']:.0%}")
+
+
+def _or_none(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "–" if value is None else form.format(value / unit)
 
 
 def replay_tables(report: dict[str, Any]) -> list[Table]:
