@@ -49,7 +49,9 @@ def write(out: str, shape: str = "qwen3-half", layers: int = 4, fraction: float 
     tokenizer.save_pretrained(folder / "model")
     threshold = max(policy.thresholds.items())[1]
     selector.with_config(thresholds={"kl": {BUDGET: {"1": threshold}}}).save_pretrained(folder / "selector")
-    print(f"{folder}/model and {folder}/selector, at budget {BUDGET}: {fraction:.0%} of the distinct experts stay")
+    print(
+        f"{folder}/model and {folder}/selector, at budget {BUDGET} (threshold {threshold:g}): {fraction:.0%} of the distinct experts stay"
+    )
 
 
 if __name__ == "__main__":

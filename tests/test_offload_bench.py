@@ -16,6 +16,7 @@ from lynx_learn.offload.timing.bench import OffloadBenchOptions, bench_offload, 
 from lynx_learn.offload.timing.ways import ACCELERATE, MAPPED
 
 
+@pytest.mark.slow
 def test_ways_of_decoding_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("accelerate")
     flow, words = tiny_flow(), ["--batch-size", "2", "--prompt", "8", "--steps", "4", "--shares", "0.5"]
