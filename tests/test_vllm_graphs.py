@@ -152,8 +152,8 @@ def test_an_audit_changes_nothing(runner: dict[str, list[Any]]) -> None:
     rows = len(plain[0]["tokens"])
     each = [sum(one["counted"][name] for name in AUDIT[:-1]) for one in audited]
     steps = [one["counted"]["acted"] for one in audited]
-    before = sum(one["counted"]["acted"] for one in plain)
-    assert each == [rows * sum(not i % 3 for i in range(before, before + steps[0])), rows // len(MIXED) * steps[1]]
+    before = int(sum(one["counted"]["acted"] for one in plain))
+    assert each == [rows * sum(not i % 3 for i in range(before, before + int(steps[0]))), rows // len(MIXED) * steps[1]]
     mean = [one["counted"][AUDIT[-1]] / count for one, count in zip(audited, each, strict=True)]
     print(f"audited: {each} tokens, mean KL {mean}")
     assert 1e-4 < mean[0] < 0.1
