@@ -21,6 +21,7 @@ __all__ = [
     "OptionError",
     "ReplayOptions",
     "SelectorError",
+    "SimulateOptions",
     "Skipping",
     "Trace",
     "TraceError",
@@ -39,6 +40,7 @@ __all__ = [
     "offload_experts",
     "reference_moe",
     "replay",
+    "simulate",
     "skip_experts",
     "train",
 ]
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .fit.train import TrainOptions, train
     from .graph.export import ExportOptions, export
     from .graph.onnx_runtime import OnnxSelector
+    from .hardware.simulate import SimulateOptions, simulate
     from .inspection import InspectOptions, inspect_model
     from .measure.calibrate import CalibrateOptions, calibrate
     from .measure.coverage import CoverageOptions, coverage
@@ -81,6 +84,7 @@ _HOMES = {
     "OptionError": "errors",
     "ReplayOptions": "offload.replay",
     "SelectorError": "errors",
+    "SimulateOptions": "hardware.simulate",
     "Skipping": "decode.runtime",
     "Trace": "traces.format",
     "TraceError": "errors",
@@ -100,6 +104,7 @@ _HOMES = {
     "reference_moe": "moe.loading",
     "reference_moe_50m": "moe.loading",
     "replay": "offload.replay",
+    "simulate": "hardware.simulate",
     "skip_experts": "decode.runtime",
     "train": "fit.train",
 }

@@ -134,6 +134,16 @@ COMMANDS = {
             "lynx-learn replay --trace my/trace --predictors my/predictors",
         ),
     ),
+    "simulate": Command(
+        "hardware.simulate",
+        "SimulateOptions",
+        "simulate",
+        "a trace's routing on hardware that a file describes",
+        (
+            "lynx-learn simulate --hardware data/hardware/devices-8.yaml --trace my/trace",
+            "lynx-learn simulate --hardware my.yaml --trace my/trace --selector my/selector",
+        ),
+    ),
     "export": Command(
         "graph.export",
         "ExportOptions",
@@ -304,6 +314,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         "bench --url": lambda: print(json.dumps(result, indent=2)),
         "bench --offload": lambda: report.show(*report.offload_tables(result)),
         "replay": lambda: report.show(*report.replay_tables(result)),
+        "simulate": lambda: report.show(report.simulation_table(result)),
         "export": lambda: report.show(*report.export_lines(result)),
     }
     if command in views:

@@ -23,7 +23,7 @@ FLOW = (
     "checkpoint traces selector",
     "decode rules graph",
     "fit offload",
-    "measure",
+    "measure hardware",
     "options quickstart inspection plan cli __init__",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOW) for room in rooms.split()}

@@ -85,6 +85,14 @@ class Farthest:
         return None if slots.pinned[slot] else slot
 
 
+def halves(trace: Trace) -> tuple[Tensor, Tensor]:
+    """Tokens of the sequences that rates are fitted on, and of those that are replayed."""
+    sequence = trace.index()["sequence"]
+    cut = sequence.unique()[int(FITTED * len(sequence.unique()))]
+    fitted, rest = (place.nonzero().squeeze(-1) for place in (sequence < cut, sequence >= cut))
+    return fitted, rest
+
+
 def read_steps(trace: Trace, size: int, most: int, rows: Tensor, routed: Sequence[Tensor]) -> Steps:
     """Steps of `size` sequences whose tokens at one position decode together; `rows` are tokens that may be used.
 
@@ -151,9 +159,7 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         check_writable(Path(options.predictors))
     trace = Trace.open(options.trace)
     routed = [torch.cat([part["indices"] for part in trace.layer_shards(i)]) for i in range(len(trace.options.layers))]
-    sequence = trace.index()["sequence"]
-    cut = sequence.unique()[int(FITTED * len(sequence.unique()))]
-    fitted, rest = (place.nonzero().squeeze(-1) for place in (sequence < cut, sequence >= cut))
+    fitted, rest = halves(trace)
     experts = trace.options.num_experts * len(routed)
     rows, foreseen = [], []
     steps = {size: read_steps(trace, size, options.steps, rest, routed) for size in options.batch_sizes}

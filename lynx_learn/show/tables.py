@@ -359,6 +359,39 @@ def replay_tables(report: dict[str, Any]) -> list[Table]:
     ]
 
 
+SIMULATED = {
+    "busiest": ("experts on the busiest", "{:.2f}"),
+    "mean": ("on all", "{:.2f}"),
+    "experts": ("experts", "{:.1f}"),
+    "bound": ("bound", "{:.3f}"),
+    "late": ("late", "{:.1%}"),
+    "loss": ("predicted loss", "{:.4f}"),
+}
+RELATIVE = {"bytes": "bytes", "seconds": "time", "joules": "energy"}
+
+
+def simulation_table(report: dict[str, Any]) -> Table:
+    """Ways of running a trace on described hardware; times and energies relative to the first of each batch size."""
+    rows, first = report["rows"], {}
+    for row in reversed(rows):
+        first[row["batch_size"]] = row
+    plain, relative = ([name for name in own if name in rows[0]] for own in (SIMULATED, RELATIVE))
+    budget = "" if report["budget"] is None else f", budget {report['budget']:g}"
+    return Table(
+        f"Simulated: {report['model']} on {report['hardware']}{budget}; {', '.join(RELATIVE[name] for name in relative)} "
+        "relative to each batch's first row",
+        ["batch, rule", *(SIMULATED[name][0] for name in plain), *(RELATIVE[name] for name in relative)],
+        [
+            [
+                f"{row['batch_size']}, {row['rule']}",
+                *(SIMULATED[name][1].format(row[name]) for name in plain),
+                *(f"{row[name] / first[row['batch_size']][name]:.2f}" for name in relative),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def bench_tables(report: dict[str, Any]) -> list[Table | str]:
     """Times of decode steps and whole calls with skipping on and off, the loss, and where the time of deciding goes."""
     if "skipped" in report:

@@ -1,0 +1,172 @@
+"""Wireless helpers: sending a token to the helper that holds its expert takes energy, the more the worse the channel."""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+from ..rules.expert_stats import ExpertStats
+from .described import Helpers
+from .devices import blocks
+from .traffic import Selection, Source, Traffic, largest
+
+# A token's choices are tried one and all: 2 to the power of its experts.
+MOST_EXPERTS = 8
+
+
+class Channels(NamedTuple):
+    """What a token takes to reach each helper in each step `(steps, helpers)`."""
+
+    joules: Tensor
+    """There and back, the answer in time; for a helper out of reach, at the most power."""
+    reached: Tensor
+    """bool: whether the most power is enough."""
+
+
+def channels(hardware: Helpers, steps: int, batch: int, hidden: int, seed: int) -> Channels:
+    """Channels with path loss by distance, helpers at equal distances from each other, and Rayleigh fading by step.
+
+    A sender takes the least power with which the token is there in half the delay: P = N·B/g · (2^(bits / (B·t)) - 1), by
+    Shannon's capacity. B is the token's share of the bandwidth. The answer takes the same way with as many bits.
+    """
+    metres = torch.linspace(hardware.nearest, hardware.farthest, hardware.helpers, dtype=torch.float64)
+    loss = hardware.loss_at_km + hardware.loss_per_decade * (metres / 1000).log10()
+    generator = torch.Generator().manual_seed(seed)
+    fading = -torch.rand(steps, hardware.helpers, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
+    gain = 10 ** (-loss / 10) * fading
+    band, bits, half = hardware.bandwidth / batch, hidden * hardware.value_bits, hardware.delay / 2
+    noise = 10 ** ((hardware.noise - 30) / 10) * band
+    most = 10 ** ((hardware.most_power - 30) / 10)
+    power = noise / gain * math.expm1(min(bits / (band * half) * math.log(2), 700.0))
+    late = bits / (band * torch.log2(1 + most * gain / noise))
+    return Channels(2 * torch.where(power <= most, power * half, most * late), power <= most)
+
+
+class Choices(NamedTuple):
+    """All that may be left out of each token's experts: 2^top_k choices, the first leaves out nothing."""
+
+    joules: Tensor
+    """(..., choices)."""
+    bound: Tensor
+    """(..., choices): how far the output can be off."""
+    cost: Tensor
+    """(..., choices): nats that the selector predicts, its surrogates answering."""
+    late: Tensor
+    """(..., choices), bool: whether a helper that is out of reach is asked."""
+
+
+def choices(joules: Tensor, reached: Tensor, helper: Tensor, bounds: Tensor, costs: Tensor) -> Choices:
+    """Weigh every subset of each token's experts.
+
+    Args:
+        joules, reached: of the helper of each of its experts `(..., top_k)`.
+        helper: which one that is; a token is sent once to each.
+        bounds: `(..., top_k, top_k + 1)`: how far the output is off when the token's expert j stands in for i; last: nothing.
+        costs: predicted nats of leaving each out `(..., top_k)`.
+    """
+    top_k = joules.shape[-1]
+    found = []
+    for kept in product((True, False), repeat=top_k):
+        own = torch.tensor(kept)
+        first = [
+            (own & (helper == helper[..., i : i + 1]))[..., :i].any(-1).logical_not() & own[i] for i in range(top_k)
+        ]
+        sent = torch.stack(first, dim=-1)
+        nearest = bounds.masked_fill(~torch.cat([own, torch.tensor([True])]), math.inf).amin(-1)
+        found.append(
+            (
+                (joules * sent).sum(-1),
+                (nearest * ~own).sum(-1),
+                (costs * ~own).sum(-1),
+                (sent & ~reached).any(-1),
+            )
+        )
+    return Choices(*(torch.stack(part, dim=-1) for part in zip(*found, strict=True)))
+
+
+def least(joules: Tensor, bound: Tensor, late: Tensor, limits: Tensor) -> Tensor:
+    """SiftMoE's choice (arXiv 2603.23888) `(...)`: least energy of those in time whose bound is within the layer's limit.
+
+    Args:
+        limits: broadcast to `(..., 1)`. Where no choice in time is within it, the one with the least bound is taken.
+    """
+    bound = bound.masked_fill(late, math.inf)
+    within = bound <= torch.maximum(limits, bound.amin(-1, keepdim=True))
+    return joules.masked_fill(~within, math.inf).argmin(-1)
+
+
+def priced(joules: Tensor, loss: Tensor, late: Tensor, price: float) -> Tensor:
+    """Our choice `(...)`: least loss + price × energy of those in time. Left out is what costs less than price × energy."""
+    return (loss + price * joules).masked_fill(late, math.inf).argmin(-1)
+
+
+def distances(stats: ExpertStats, traffic: Traffic) -> Tensor:
+    """Bound of one expert of a token standing in for another, or nothing: weight × mean distance of their outputs, relative
+    to the layer's mean output norm `(steps, layers, sequences, top_k, top_k + 1)`."""
+    scale = stats.norms.mean(-1).clamp_min(1e-20)[:, None, None]
+    table = torch.cat([stats.distances, stats.lengths.unsqueeze(-1)], dim=-1) / scale
+    nothing = torch.full_like(traffic.indices[..., :1], traffic.experts)
+    stand_ins = torch.cat([traffic.indices, nothing], dim=-1)
+    layer = torch.arange(len(table))[:, None, None, None]
+    found = table[layer, traffic.indices.unsqueeze(-1), stand_ins.unsqueeze(-2)]
+    return found * traffic.weights.unsqueeze(-1)
+
+
+def rules(
+    hardware: Helpers,
+    source: Source,
+    traffic: Traffic,
+    selection: Selection,
+    stats: ExpertStats,
+    hidden: int,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Each way of choosing: name, joules of a token in all its layers, bound, what is predicted to be lost, share late.
+
+    All have the mean bound of the selector's choice, which is made at the loss predicted for its budget.
+
+    Raises:
+        OptionError: a token has too many experts.
+    """
+    steps, layers, sequences, top_k = traffic.indices.shape
+    if top_k > MOST_EXPERTS:
+        raise OptionError(
+            f"--hardware of helpers is not usable: tokens have {top_k} experts, expected {MOST_EXPERTS} at most"
+        )
+    found = channels(hardware, steps, sequences, hidden, seed)
+    helper = blocks(traffic.experts, hardware.helpers)[traffic.indices]
+    step = torch.arange(steps)[:, None, None, None]
+    joules, reached = found.joules[step, helper], found.reached[step, helper]
+    made = choices(joules, reached, helper, distances(stats, traffic), traffic.costs)
+    unit = float(made.joules[..., 0].mean())
+
+    def taken(part: Tensor, choice: Tensor) -> Tensor:
+        return part.gather(-1, choice.unsqueeze(-1)).squeeze(-1).double()
+
+    def row(rule: str, choice: Tensor) -> dict[str, Any]:
+        return {
+            "rule": rule,
+            "joules": float(taken(made.joules, choice).mean()) * layers,
+            "bound": float(taken(made.bound, choice).mean()),
+            "loss": float(taken(made.cost, choice).mean()) * layers,
+            "late": float(taken(made.late, choice).mean()),
+        }
+
+    def reaching(part: Tensor, choose: Any, limit: float) -> Tensor:
+        return largest(choose, lambda choice: float(taken(part, choice).mean()), limit)
+
+    everything = torch.zeros(traffic.active.shape, dtype=torch.long)
+    yield row("all experts", everything)
+    loss = traffic.loss(selection.keep(traffic)) / layers
+    price = loss / unit
+    learned = reaching(made.cost, lambda scale: priced(made.joules, made.cost, made.late, scale * price), loss)
+    bound = float(taken(made.bound, learned).mean())
+    sift = reaching(made.bound, lambda scale: least(made.joules, made.bound, made.late, torch.tensor(scale)), bound)
+    yield row("SiftMoE, a limit for each token and layer", sift)
+    own = reaching(made.bound, lambda scale: priced(made.joules, made.bound, made.late, scale * bound / unit), bound)
+    yield row("one price, SiftMoE's bound", own)
+    yield row("one price, learned cost", learned)
