@@ -1,6 +1,7 @@
 """Steps of a trace: decisions equal to those at decode, requests that wait, and the command as a whole."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lynx_learn.hardware.traffic import Selection, Source, Traffic, buffered, la
 from lynx_learn.moe.decision import Routing
 from lynx_learn.offload.replay import halves
 from lynx_learn.selector.prices import Devices, Price
+from lynx_learn.show.tables import simulation_table
 from lynx_learn.traces.format import Trace
 
 HARDWARE = Path(__file__).parents[1] / "data" / "hardware"
@@ -225,3 +227,29 @@ def test_the_command_says_that_it_is_simulated(capsys: pytest.CaptureFixture[str
     assert out.startswith("Simulated: ")
     assert "1.00" in out
     assert "METRO" in out
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    """And in it the published orderings, for both models at every batch size."""
+    page = (HARDWARE.parents[1] / "docs" / "simulate.md").read_text()
+    tables = re.findall(r"^\| batch, rule (.+)\n\| --- .+\n((?:\|.+\n)+)", page, re.MULTILINE)
+    assert len(tables) == 6
+    heads = []
+    for head, body in tables:
+        rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in body.splitlines()}
+        columns = head.strip("| ").split(" | ")
+        heads.append(columns[-1])
+        cost = {name: float(row[-1].strip("| ")) for name, row in rows.items()}
+        for size in (4, 16, 64):
+            own = {name.partition(", ")[2]: value for name, value in cost.items() if name.startswith(f"{size}, ")}
+            if "EP, replicas, METRO" in own:
+                assert own["EP, replicas, METRO"] <= min(own["EP"], own["EP, replicas, tokens balanced"])
+                assert own["EP, selection by device load"] < min(own["EP, selection"], own["EP, CAEE"])
+            elif "streaming" in own:
+                assert own["streaming"] < min(own["EP"], own["EP, placed by popularity"])
+                assert own["streaming, selection"] < own["EP, selection"]
+            else:
+                assert own["one price, SiftMoE's bound"] < own["SiftMoE, a limit for each token and layer"] < 1
+    assert heads == ["time"] * 4 + ["energy"] * 2
+    report = simulate(options("devices"))
+    assert simulation_table(report).head == ["batch, rule", *tables[0][0].strip("| ").split(" | ")]

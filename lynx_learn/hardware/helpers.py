@@ -22,7 +22,7 @@ class Channels(NamedTuple):
     """What a token takes to reach each helper in each step `(steps, helpers)`."""
 
     joules: Tensor
-    """There and back, the answer in time; for a helper out of reach, at the most power."""
+    """There and back; for a helper out of reach, at the most power, in vain."""
     reached: Tensor
     """bool: whether the most power is enough."""
 
@@ -42,8 +42,7 @@ def channels(hardware: Helpers, steps: int, batch: int, hidden: int, seed: int) 
     noise = 10 ** ((hardware.noise - 30) / 10) * band
     most = 10 ** ((hardware.most_power - 30) / 10)
     power = noise / gain * math.expm1(min(bits / (band * half) * math.log(2), 700.0))
-    late = bits / (band * torch.log2(1 + most * gain / noise))
-    return Channels(2 * torch.where(power <= most, power * half, most * late), power <= most)
+    return Channels(2 * half * power.clamp_max(most), power <= most)
 
 
 class Choices(NamedTuple):

@@ -360,8 +360,8 @@ def replay_tables(report: dict[str, Any]) -> list[Table]:
 
 
 SIMULATED = {
-    "busiest": ("experts on the busiest", "{:.2f}"),
-    "mean": ("on all", "{:.2f}"),
+    "busiest": ("experts on the busiest", "{:.1f}"),
+    "mean": ("mean", "{:.1f}"),
     "experts": ("experts", "{:.1f}"),
     "bound": ("bound", "{:.3f}"),
     "late": ("late", "{:.1%}"),
