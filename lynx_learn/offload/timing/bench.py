@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...errors import OptionError
 from ...files import check_writable, write_json
-from ...moe.loading import environment, load_tokenizer, model_path
+from ...moe.loading import environment, load_tokenizer, model_path, pick_dtype
 from ...selector.selector import LynxSelector
 from ...show.progress import track
 from ...traces import corpus as corpora
@@ -98,7 +99,7 @@ def bench_offload(options: OffloadBenchOptions) -> dict[str, Any]:
             with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
                 for job in track(jobs, "bench", len(jobs), unit="ways"):
                     if job.way == MAPPED:
-                        pool.submit(write_stacked, job.model, str(Path(folder) / "stacked")).result()
+                        pool.submit(write_stacked, job).result()
                     rows += pool.submit(decode_way, job).result()
     except BaseException:
         if not there:
@@ -112,8 +113,11 @@ def bench_offload(options: OffloadBenchOptions) -> dict[str, Any]:
 def _jobs(options: OffloadBenchOptions, tokens: list[list[int]], folder: str) -> list[Job]:
     """The first one, with most experts in memory, is what the others' losses are measured against."""
 
+    dtype = pick_dtype(options.model, "auto", torch.device("cpu"))
+
     def job(way: str, share: float, **more: Any) -> Job:
-        return Job(way, options.model, share, tokens, options.prompt, folder, options.readers, options.threads, **more)
+        length, readers, threads = options.prompt, options.readers, options.threads
+        return Job(way, options.model, share, tokens, length, folder, dtype, readers, threads, **more)
 
     shares = sorted(options.shares, reverse=True)
     jobs = [job("no skipping", share) for share in shares]

@@ -1,5 +1,6 @@
 """One way to decode a model whose experts lie on disk, in a process of its own: what it holds in memory is its own too."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -17,13 +18,15 @@ from ...decode.runtime import Skipping
 from ...decode.simulate import Reference
 from ...decode.timing import with_threads
 from ...moe.families import moe_blocks
-from ...moe.loading import model_path, pick_dtype
+from ...moe.loading import model_path
 from ...selector.prices import RESIDENT, Uniform
 from ...selector.selector import LynxSelector
 from ..offload import Offloading, offload_experts
 
 # Ways that are no others' business than the user's own: transformers and accelerate as they come.
 MAPPED, ACCELERATE = "memory mapping", "accelerate"
+# Folder of the copy that is mapped.
+STACKED = "stacked"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Job:
         way: `MAPPED`, `ACCELERATE`, `no skipping`, the name of a predictor, or `uniform` or `residency` prices.
         thresholds: of the selector, one after the other; empty without skipping.
         tokens: text `(sequences, positions)`, of which so many are the prompt.
+        dtype: as `moe.loading.pick_dtype` gives it.
         folder: for `reference.safetensors`, which the first job writes, and for copies that a way needs.
     """
 
@@ -43,6 +47,7 @@ class Job:
     tokens: list[list[int]]
     prompt: int
     folder: str
+    dtype: str
     readers: int
     threads: int
     selector: str | None = None
@@ -51,11 +56,12 @@ class Job:
 
 
 @torch.no_grad()
-def write_stacked(model: str, folder: str) -> None:
+def write_stacked(job: Job) -> None:
     """A copy of the model that can be mapped: each layer's experts in one tensor, in the type that it runs in."""
-    path = model_path(model)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(model), trust_remote_code=False)
-    loaded.save_pretrained(folder, save_original_format=False)
+    _hush()
+    path = model_path(job.model)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=job.dtype, trust_remote_code=False)
+    loaded.save_pretrained(Path(job.folder) / STACKED, save_original_format=False)
 
 
 @torch.no_grad()
@@ -65,6 +71,7 @@ def decode_way(job: Job) -> list[dict[str, Any]]:
     Raises:
         ModelError, OptionError, SelectorError: it cannot be decoded so.
     """
+    _hush()
     tokens, start = torch.tensor(job.tokens), peak_rss()
     with with_threads(job.threads):
         run = _by_others if job.way in (MAPPED, ACCELERATE) else _by_us
@@ -78,7 +85,7 @@ def decode_way(job: Job) -> list[dict[str, Any]]:
 
 def _by_us(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     own = {"prefetch": job.way, "predictors": job.predictors} if job.predictors else {}
-    with offload_experts(job.model, job.share, readers=job.readers, **own) as offloaded:  # type: ignore[arg-type]
+    with offload_experts(job.model, job.share, readers=job.readers, dtype=job.dtype, **own) as offloaded:  # type: ignore[arg-type]
         layers, steps = len(offloaded.layers), tokens.shape[1] - job.prompt
         selector = None if job.selector is None else LynxSelector.from_pretrained(job.selector)
         for threshold in job.thresholds or (0.0,):
@@ -108,9 +115,9 @@ def _by_others(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any
     """Both read through the page cache, which holds nothing of the experts at first."""
     folder = Path(job.folder)
     if job.way == MAPPED:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "stacked", dtype="auto")
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / STACKED, dtype="auto")
     else:
-        model = _with_accelerate(job.model, folder / "accelerate")
+        model = _with_accelerate(job.model, job.dtype, folder / "accelerate")
     _forget([*folder.rglob("*"), *Path(model_path(job.model)).glob("*.safetensors")])
     logits, row = _decode(model.eval(), tokens, job.prompt, None)
     yield (
@@ -126,7 +133,7 @@ def _by_others(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any
     )
 
 
-def _with_accelerate(name: str, folder: Path) -> Any:
+def _with_accelerate(name: str, dtype: str, folder: Path) -> Any:
     """accelerate's disk offload of the experts: all of a layer are read when it runs."""
     path = model_path(name)
     with torch.device("meta"):
@@ -139,12 +146,15 @@ def _with_accelerate(name: str, folder: Path) -> Any:
         if own and not any(module_name == part or module_name.startswith(f"{part}.") for part in names):
             places[module_name] = "cpu"
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=_dtype(name), device_map=places, offload_folder=str(folder), trust_remote_code=False
+        path, dtype=dtype, device_map=places, offload_folder=str(folder), trust_remote_code=False
     )
 
 
-def _dtype(name: str) -> str:
-    return pick_dtype(name, "auto", torch.device("cpu"))
+def _hush() -> None:
+    """No bars of transformers and no advice: other processes show what is done."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _decode(
