@@ -33,6 +33,9 @@ gives the router's own experts and weights, that decode with skipping calls fewe
 gets what the kept experts and the surrogates give, and that nothing changes when it is off. Where a multimodal model
 has such a model as its text part, that part is listed; a part without a head of its own got one for the test.
 
+Experts that a checkpoint keeps in float8 (as DeepSeek-V3 and Qwen3-FP8 ship them) are refused by name, by `train` too: they
+have to be dequantized first. No such model was run here.
+
 ## Supported: {len(supported)} model types
 
 | model type | class | MoE layers found | scoring rule | with {OLDEST} |

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -171,6 +172,19 @@ def test_one_flipped_byte_is_found(shared_trace: Path, name: str, where: float, 
     finally:
         file.write_bytes(whole)
     Trace.open(shared_trace)
+
+
+def test_datasets_streams_a_trace_as_the_page_says(trace: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?IterableDataset.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace('"my/trace"', repr(str(trace))), names)
+    rows = list(names["data"].with_format("torch"))
+    opened = Trace.open(trace)
+    assert len(rows) == opened.collected_tokens
+    for key in LAYER_TENSORS:
+        wanted = torch.cat([shard[key] for shard in opened.layer_shards(0)]).float()
+        torch.testing.assert_close(torch.stack([row[key] for row in rows]).float(), wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", [SHARD_FILES[0], SHARD_FILES[4], SHARD_FILES[-1]])

@@ -1,29 +1,26 @@
 """Parts: who makes which, and that any number of processes, one of them killed, writes the bytes that one does."""
 
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
-from flows import LENGTH, PROMPT, calibrated, contents, one_line, tiny_flow, train_options
+from flows import contents, one_line
 from hypothesis import given
 from hypothesis import strategies as st
+from part_cases import CASES, Case, collecting, results
 
 from lynx_learn import cli
 from lynx_learn.errors import LynxError, OptionError, Unfinished
 from lynx_learn.fit.train import train
-from lynx_learn.measure.calibrate import CalibrateOptions, calibrate
-from lynx_learn.measure.coverage import CoverageOptions, coverage
-from lynx_learn.measure.evaluate import EvaluateOptions, evaluate
 from lynx_learn.parts import LOCK, Share, ShareOptions, deciding
-from lynx_learn.traces.collect import CollectOptions, collect
+from lynx_learn.traces.collect import CollectOptions
 
 WORLD = 4
 VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS")
@@ -112,56 +109,6 @@ def test_two_processes_do_not_put_together_at_once(tmp_path: Path) -> None:
 # The commands, with any number of processes.
 
 
-@dataclass(frozen=True)
-class Case:
-    """A command on tiny models: its options by folder of results, what runs it, a part of rank 1 (of train, which has two
-    layers here: of rank 0), and what is written last."""
-
-    options: Callable[[Path], Any]
-    run: Callable[[Any], object]
-    part: str
-    last: str
-
-
-def collecting(out: Path) -> CollectOptions:
-    flow = tiny_flow()
-    shape: dict[str, Any] = {"tokens": 9 * 2 * LENGTH, "length": LENGTH, "batch_size": 2, "mode": "generate"}
-    return CollectOptions(str(flow.model), str(out), str(flow.texts), prompt=PROMPT, **shape)
-
-
-def calibrating(out: Path) -> CalibrateOptions:
-    shutil.copytree(tiny_flow().selector, out, dirs_exist_ok=True)
-    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "groups": 12, "batch_sizes": [1, 2, 3, 4, 5]}
-    return CalibrateOptions(str(out), corpus=str(tiny_flow().texts), mode="teacher", budgets=[0.05, 0.1], **shape)
-
-
-def covering(out: Path) -> CoverageOptions:
-    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "groups": 40, "calibration_groups": 12}
-    few: dict[str, Any] = {"batch_sizes": [8], "budgets": [0.1], "resplits": 5, "bootstraps": 5}
-    texts = str(tiny_flow().texts)
-    return CoverageOptions(str(tiny_flow().selector), str(out), corpus=texts, mode="teacher", **shape, **few)
-
-
-def evaluating(out: Path) -> EvaluateOptions:
-    shape: dict[str, Any] = {"length": LENGTH, "prompt": PROMPT, "tokens": 1, "levels": [0.03, 0.1]}
-    batches: dict[str, Any] = {"batch_sizes": [2], "batches": ["mixed", "single"], "methods": ["learned", "random"]}
-    return EvaluateOptions(
-        str(calibrated()), str(out), corpus=str(tiny_flow().texts), mode="teacher", **shape, **batches
-    )
-
-
-CASES = {
-    "collect": Case(collecting, collect, "index/00003.safetensors", "manifest.json"),
-    "train": Case(
-        lambda out: train_options(tiny_flow(), out, tune_steps=2), train, ".train.part/00000.safetensors", "config.json"
-    ),
-    # Large batches are the first parts.
-    "calibrate": Case(calibrating, calibrate, ".calibrate-kl.part/batch-00004.json", "run-calibrate-kl.yaml"),
-    "coverage": Case(covering, coverage, "-00001.safetensors", "coverage.json"),
-    "evaluate": Case(evaluating, evaluate, "groups/2-mixed/00004.json", "report.json"),
-}
-
-
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
@@ -169,11 +116,6 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def ranks(options: Any, order: Iterator[int] | range = range(WORLD)) -> Iterator[Any]:
     return (replace(options, rank=rank, world_size=WORLD) for rank in order)
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """What a command has left, without the words in it that name the folder."""
-    return {name: data.replace(str(folder).encode(), b"OUT") for name, data in contents(folder).items()}
 
 
 def test_any_number_of_processes_writes_the_same_bytes(case: Case, tmp_path: Path) -> None:

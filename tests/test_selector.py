@@ -33,6 +33,19 @@ def test_a_policy_leaves_the_selector_as_it_is() -> None:
     assert all(torch.equal(value, before[key]) for key, value in selector.state_dict().items())
 
 
+def test_any_number_of_thresholds_holds_one_copy_of_the_selector() -> None:
+    model = tiny_model("qwen3_moe")
+    layers = find_moe_layers(model)
+    selector = random_selector(model)
+    policies = [selector.at_threshold(10.0**-step) for step in range(18)]
+    for policy in policies:
+        policy.bind(layers)
+    for layer in layers:
+        parts = [[*policy.ready[layer.index].selector.parameters()] for policy in policies]
+        assert len({tuple(part.data_ptr() for part in own) for own in parts}) == 1
+        assert len({float(policy.ready[layer.index].thresholds.max()) for policy in policies}) == 18
+
+
 def test_threshold_is_that_of_the_number_of_active_tokens() -> None:
     model = tiny_model("mixtral")
     selector = random_selector(model)

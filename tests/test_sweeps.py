@@ -1,23 +1,15 @@
 """Sweeps: which settings are measured, in which process, and that no process stays behind."""
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
-from flows import LENGTH, PROMPT, one_line, tiny_flow
+from flows import LENGTH, PROMPT, tiny_flow
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lynx_learn.decode.simulate import compare
-from lynx_learn.errors import OptionError
 from lynx_learn.measure.sweeps import (
     ABOVE,
     BELOW,
@@ -30,7 +22,6 @@ from lynx_learn.measure.sweeps import (
     Task,
     key,
     measure,
-    measuring,
     plan,
     settings_to_measure,
     walk,
@@ -155,78 +146,3 @@ def test_what_is_measured_is_what_a_comparison_measures() -> None:
     assert untouched["stats"]["bytes_ratio"] == 1.0
     # What later layers route depends on the policy, the first layer does not.
     assert untouched["stats"]["experts_after"][0] == result.stats[0].experts_before[0]
-
-
-# Processes.
-
-Ended = Callable[[subprocess.Popen[str]], Any]
-
-PROGRAM = f"""
-import sys
-from pathlib import Path
-from lynx_learn.measure.sweeps import Setup, Subject, Task, measuring
-if __name__ == "__main__":
-    selector, mark = sys.argv[1:]
-    subject = Subject(Setup(selector, None, None, "cpu", "auto", ("xshare", "random"), (0.02, 0.1), {PROMPT}, 0))
-    task = Task("cell", 0, [[5] * {LENGTH}] * 4, None)
-    with measuring(subject, 2) as run:
-        for count, _ in enumerate(run([task] * 100_000)):
-            Path(mark).write_text(str(count))
-"""
-
-
-def interrupt(process: subprocess.Popen[str]) -> None:
-    """As Ctrl-C on a terminal: every process of the group receives it."""
-    os.killpg(process.pid, signal.SIGINT)
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-
-
-def kill_a_worker(process: subprocess.Popen[str]) -> None:
-    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-
-
-def workers_of(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [pid for pid in map(int, children) if b"popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("end", "said"), [(interrupt, "KeyboardInterrupt"), (kill, ""), (kill_a_worker, "fewer --workers")]
-)
-def test_no_process_stays_behind(end: Ended, said: str, tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    (tmp_path / "program.py").write_text(PROGRAM)
-    words = [sys.executable, str(tmp_path / "program.py"), str(tiny_flow().selector), str(mark)]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: (mark.exists() and len(workers_of(process.pid)) == 2) or process.poll() is not None)
-    assert process.poll() is None
-    end(process)
-    err = process.communicate()[1]
-    assert process.returncode != 0
-    assert said in err
-    assert err.count("Traceback") <= 2
-    wait_for(lambda: not group_lives(process.pid))  # for ever, if one stays
-
-
-def group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        time.sleep(0.02)
-
-
-def test_an_error_of_the_caller_is_not_taken_for_a_dead_worker() -> None:
-    subject = Subject(setup("xshare"))
-    with pytest.raises(OptionError, match="mine") as error, measuring(subject, 2):
-        raise OptionError("mine")
-    assert one_line(error) == "mine"

@@ -20,7 +20,7 @@ from ..files import check_empty, digest
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.identity import Identity, differences, identify, part_of
 from ..moe.loading import LoadedModel, load_base, versions
-from ..parts import Share, ShareOptions, deciding
+from ..parts import Share, ShareOptions, deciding, in_workers
 from ..selector.config import RUN, SelectorConfig
 from ..selector.layer import LayerSelector
 from ..selector.saving import is_made_by, run_record, write_card
@@ -91,6 +91,7 @@ class TrainOptions(ShareOptions):
         self.share  # noqa: B018  # refuses what cannot be used
 
 
+@in_workers
 def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace | None = None) -> LynxSelector:
     """Fit a selector and write its directory; thresholds come from `calibrate`.
 

@@ -26,7 +26,7 @@ from ..errors import OptionError
 from ..files import PART, RunFolder, check_writable, read_object
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.loading import LoadedModel, load_base, versions
-from ..parts import Share, ShareOptions, deciding
+from ..parts import Share, ShareOptions, deciding, in_workers
 from ..selector.prices import read_prices
 from ..selector.saving import is_made_by, read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector, ThresholdPolicy
@@ -125,6 +125,7 @@ def check_groups(option: str, groups: int) -> None:
         )
 
 
+@in_workers
 def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> LynxSelector:
     """Find the thresholds and write them into the selector directory.
 

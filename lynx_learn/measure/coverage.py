@@ -37,7 +37,7 @@ from ..decode.served import ServedText, TextOptions
 from ..errors import OptionError
 from ..files import check_writable, write_json
 from ..moe.loading import LoadedModel, load_base
-from ..parts import ShareOptions, deciding
+from ..parts import ShareOptions, deciding, in_workers
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
 from ..show.progress import track
@@ -151,6 +151,7 @@ class CoverageOptions(TextOptions, ShareOptions):
         return self.served(*self.split)
 
 
+@in_workers
 def coverage(options: CoverageOptions) -> dict[str, Any]:
     """Measure what is not measured yet, draw, write `coverage.json`, and return it.
 

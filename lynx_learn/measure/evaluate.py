@@ -24,7 +24,7 @@ from ..decode.served import ServedText, TextOptions
 from ..errors import OptionError
 from ..files import check_writable
 from ..moe.loading import LoadedModel, versions
-from ..parts import ALL, Share, ShareOptions, deciding
+from ..parts import ALL, Share, ShareOptions, deciding, in_workers
 from ..rules.grids import METHODS
 from ..selector.saving import read_metrics, run_record, write_card
 from ..selector.selector import LynxSelector
@@ -33,11 +33,11 @@ from ..show.progress import track
 from ..traces.corpus import BUILT_IN, Split, check_corpus
 from ..traces.groups import Batches
 from .report import Cell, Store, make_report
-from .sweeps import Runner, Setup, Subject, Task, measuring, plan
+from .sweeps import Setup, Subject, Task, measure, plan
 
 FEWEST_GROUPS = 8
 # Options that do not decide what is measured.
-INCIDENTAL = ("out", "card", "workers")
+INCIDENTAL = ("out", "card")
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,6 @@ class EvaluateOptions(TextOptions, ShareOptions):
     """losses in nats per token at which methods are compared"""
     card: bool = False
     """also put the figures into the selector's card"""
-    workers: int = 1
-    """processes on a CPU, each with one thread and its own model; 1 is this process with all its threads"""
     _: KW_ONLY
     corpus: str = BUILT_IN
     """test text; must be used for nothing else"""
@@ -81,9 +79,8 @@ class EvaluateOptions(TextOptions, ShareOptions):
         for method in self.methods:
             if method not in METHODS:
                 raise OptionError(f"--methods {method} is unknown: expected some of {', '.join(METHODS)}")
-        for name in ("tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if self.tokens < 1:
+            raise OptionError(f"--tokens {self.tokens} is not usable: expected 1 or more")
         for level in self.levels:
             if not (level > 0 and math.isfinite(level)):
                 raise OptionError(f"--levels {level:g} is not usable: expected numbers above 0")
@@ -123,11 +120,12 @@ class EvaluateOptions(TextOptions, ShareOptions):
         return Setup(*own, methods, levels, self.prompt, self.seed)
 
 
+@in_workers
 def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dict[str, Any]:
     """Measure, write `report.json` and the figure, and return the report.
 
     Args:
-        loaded: the model that the options name, where it is loaded already; workers load their own.
+        loaded: the model that the options name, where it is loaded already.
 
     Raises:
         Unfinished: this process's groups are measured, and those of others are not all there.
@@ -138,8 +136,6 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
         check_writable(Path(place))
     check_corpus(options.corpus)
     subject = Subject(options.setup, loaded)
-    if options.workers > 1 and subject.loaded.input_device.type != "cpu":
-        raise OptionError(f"--workers {options.workers} is for a CPU: leave it out, or add --device cpu")
     if not (options.methods or subject.budgeted()):
         raise OptionError(
             f"--methods is empty and {options.selector} has no thresholds: run `lynx-learn calibrate` first"
@@ -150,9 +146,8 @@ def evaluate(options: EvaluateOptions, loaded: LoadedModel | None = None) -> dic
     store = Store(Path(options.out), identity(options, subject, cells), share.by)
     own = sum(len(part) for part in parts(cells, share.own))
     if not share.merge:
-        with measuring(subject, options.workers) as run:
-            for _ in track(finish(cells, store, run, options.setup.levels, share), "evaluate", own, unit="groups"):
-                pass
+        for _ in track(finish(cells, store, subject, share), "evaluate", own, unit="groups"):
+            pass
     first, rest = parts(cells, range)
     missing = [i for part in (first, rest) for i, task in enumerate(part) if store.read(*task) is None]
     share.check_all_there(missing, len(first) + len(rest), "groups", store.folder)
@@ -231,26 +226,23 @@ def by_size(cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=lambda cell: -cell.size)
 
 
-def finish(
-    cells: list[Cell], store: Store, run: Runner, levels: tuple[float, ...], share: Share = ALL
-) -> Iterator[None]:
+def finish(cells: list[Cell], store: Store, subject: Subject, share: Share = ALL) -> Iterator[None]:
     """Measure this process's groups that are not stored, and yield once for each: first groups first.
 
     Everybody needs all first groups, and measures those that nobody has measured when it comes to them.
     """
     known = {cell.name: cell for cell in cells}
     own_first, own = parts(cells, share.own)
-    yield from _store(store, run, [known[name].task(index, None) for name, index in own_first])
+    yield from _store(store, subject, [known[name].task(index, None) for name, index in own_first])
     for name, index in parts(cells, share.own_first)[0]:
-        for _ in _store(store, run, [known[name].task(index, None)]):
+        for _ in _store(store, subject, [known[name].task(index, None)]):
             pass
-    wanted = {name: plan(store.read(name, 0) or [], levels) for name in known}
-    yield from _store(store, run, [known[name].task(index, wanted[name]) for name, index in own])
+    wanted = {name: plan(store.read(name, 0) or [], subject.setup.levels) for name in known}
+    yield from _store(store, subject, [known[name].task(index, wanted[name]) for name, index in own])
 
 
-def _store(store: Store, run: Runner, tasks: list[Task]) -> Iterator[None]:
-    missing = [task for task in tasks if store.read(task.cell, task.index) is None]
-    yield from [None] * (len(tasks) - len(missing))
-    for task, rows in run(missing):
-        store.write(task.cell, task.index, rows)
+def _store(store: Store, subject: Subject, tasks: list[Task]) -> Iterator[None]:
+    for task in tasks:
+        if store.read(task.cell, task.index) is None:
+            store.write(task.cell, task.index, measure(subject, task))
         yield

@@ -7,14 +7,7 @@ rule's parameter is chosen by it, and nothing is tuned.
 """
 
 import math
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +15,6 @@ import torch
 
 from ..decode.simulate import Losses, Run, Simulation
 from ..decode.tally import Stats
-from ..errors import OptionError
 from ..moe.decision import Policy
 from ..moe.families import find_moe_layers
 from ..moe.loading import LoadedModel, load_base
@@ -47,7 +39,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a process needs to measure groups: names and numbers, so that it can be sent to another one."""
+    """All that it takes to measure groups."""
 
     selector: str
     model: str | None
@@ -199,70 +191,3 @@ def settings_to_measure(losses: list[float], levels: tuple[float, ...]) -> set[i
         crowded = min(range(1, len(kept) - 1), key=lambda i: place[i + 1] - place[i - 1])
         del kept[crowded], place[crowded]
     return set(kept)
-
-
-Runner = Callable[[list[Task]], Iterator[tuple[Task, list[Row]]]]
-
-
-@contextmanager
-def measuring(subject: Subject, workers: int) -> Iterator[Runner]:
-    """What measures tasks, in any order: this process, or several of one thread each with a model of their own.
-
-    The processes end with the context, also when it ends by an exception or Ctrl-C, and with this process, whatever
-    ends it.
-
-    Raises:
-        OptionError: a process died.
-    """
-    if workers == 1:
-        yield lambda tasks: ((task, measure(subject, task)) for task in tasks)
-        return
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    pool = ProcessPoolExecutor(workers, initializer=_start, initargs=(subject.setup, os.getpid()))
-
-    def run(tasks: list[Task]) -> Iterator[tuple[Task, list[Row]]]:
-        futures = {pool.submit(_measure, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise OptionError(
-            f"one of {workers} worker processes died, perhaps for lack of memory: take fewer --workers; what was "
-            "finished is kept, and the command goes on from there"
-        ) from None
-    except BaseException:
-        pool.shutdown(kill_workers=True)  # in the middle of a group, which may take minutes
-        raise
-    else:
-        pool.shutdown()
-
-
-_subject: Subject | None = None
-
-
-def _start(setup: Setup, parent: int) -> None:
-    """Prepare a worker process."""
-    import transformers
-
-    global _subject
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the first one decides
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    _subject = Subject(setup)
-
-
-def _end_with(parent: int) -> None:
-    """End with the process that started this one: a process whose parent ends is given another one."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _measure(task: Task) -> list[Row]:
-    assert _subject is not None
-    return measure(_subject, task)

@@ -22,6 +22,11 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether this process says nothing of progress."""
+    return _quiet
+
+
 def say(line: str) -> None:
     """A line of what is about to be done, unless nothing is to be said of progress."""
     if not _quiet:

@@ -20,7 +20,7 @@ from ..moe.families import MoeLayer, alike, find_moe_layers, model_type
 from ..moe.hooks import intercept
 from ..moe.identity import identify
 from ..moe.loading import LoadedModel, load_model
-from ..parts import Share, ShareOptions
+from ..parts import Share, ShareOptions, in_workers
 from ..show.progress import say, track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
@@ -99,6 +99,7 @@ class Tracer(Protocol):
         """Give back what does not go away by itself."""
 
 
+@in_workers
 def collect(options: CollectOptions, loaded: LoadedModel | None = None) -> Trace:
     """Write the trace directory `options.out` and return it opened.
 
