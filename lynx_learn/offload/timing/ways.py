@@ -84,31 +84,29 @@ def decode_way(job: Job) -> list[dict[str, Any]]:
 
 
 def _by_us(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    own = {"prefetch": job.way, "predictors": job.predictors} if job.predictors else {}
-    with offload_experts(job.model, job.share, readers=job.readers, dtype=job.dtype, **own) as offloaded:  # type: ignore[arg-type]
-        layers, steps = len(offloaded.layers), tokens.shape[1] - job.prompt
-        selector = None if job.selector is None else LynxSelector.from_pretrained(job.selector)
-        for threshold in job.thresholds or (0.0,):
+    own: Any = {"prefetch": job.way, "predictors": job.predictors} if job.predictors else {}
+    offloading = offload_experts(job.model, job.share, readers=job.readers, dtype=job.dtype, **own)
+    selector = None if job.selector is None else LynxSelector.from_pretrained(job.selector)
+    for threshold in job.thresholds or (0.0,):
+        with offloading as offloaded:  # whose slots are empty at first, for each threshold
             policy = None
             if selector is not None:
                 prices = RESIDENT[offloaded.layers[0].experts] if job.way == "residency" else Uniform()
                 policy = selector.at_threshold(threshold, prices=prices)
             with nullcontext() if policy is None else Skipping(offloaded.model, policy) as acting:
                 logits, row = _decode(offloaded.model, tokens, job.prompt, offloaded)
-            stats, count = offloaded.stats, tokens.shape[0] * steps
-            yield (
-                logits,
-                {
-                    **row,
-                    "threshold": threshold,
-                    "bytes_per_token": stats.bytes_read / count,
-                    "prefetched_bytes_per_token": stats.prefetched_bytes / count,
-                    "unused_bytes_per_token": stats.unused_bytes / count,
-                    "hits": stats.hits / max(stats.wanted, 1),
-                    "wait_ms": [1e3 * seconds / steps for seconds in stats.wait_seconds],
-                    "experts": None if acting is None else sum(acting.stats.experts_after) / layers,
-                },
-            )
+            stats, steps = offloaded.stats, tokens.shape[1] - job.prompt
+            count, layers = tokens.shape[0] * steps, len(offloaded.layers)
+            row |= {
+                "threshold": threshold,
+                "bytes_per_token": stats.bytes_read / count,
+                "prefetched_bytes_per_token": stats.prefetched_bytes / count,
+                "unused_bytes_per_token": stats.unused_bytes / count,
+                "hits": stats.hits / max(stats.wanted, 1),
+                "wait_ms": [1e3 * seconds / steps for seconds in stats.wait_seconds],
+                "experts": None if acting is None else sum(acting.stats.experts_after) / layers,
+            }
+        yield logits, row
 
 
 def _by_others(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -157,9 +155,7 @@ def _hush() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def _decode(
-    model: Any, tokens: Tensor, prompt: int, offloaded: Offloading | None
-) -> tuple[Tensor, dict[str, float | None]]:
+def _decode(model: Any, tokens: Tensor, prompt: int, offloaded: Offloading | None) -> tuple[Tensor, dict[str, Any]]:
     """Logits `(sequences, steps, vocabulary)` of decode steps fed with the text, and what they took; the prompt is not
     counted."""
     cache = model(input_ids=tokens[:, :prompt], use_cache=True).past_key_values
