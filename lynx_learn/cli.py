@@ -306,7 +306,7 @@ def _show(command: str, options: Any, result: Any) -> None:
         "calibrate": lambda: report.show(
             *report.calibration_lines({options.metric: figures(options.selector)["calibrate"][options.metric]})
         ),
-        "coverage": lambda: report.show(report.coverage_table(result)),
+        "coverage": lambda: report.show(report.coverage_table(result), report.guarantees_table(result)),
         "evaluate": lambda: report.show(
             report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
         ),

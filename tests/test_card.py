@@ -183,6 +183,7 @@ def test_coverage_shows_the_figures_that_were_measured() -> None:
     _, metrics = parts()
     report = metrics["coverage"]
     text = section(rendered(), "Coverage")
+    text, _, promises = text.partition("Calibrated on so many groups")
     head, *rows = table(text)
     assert [row[:2] for row in rows] == [["0.1", "2"], ["0.1, shifted", "2"], ["exact", ""]]
     for line, row in zip(rows[:-1], report["rows"], strict=True):
@@ -198,6 +199,8 @@ def test_coverage_shows_the_figures_that_were_measured() -> None:
         assert found["bytes"] == f"{row['bytes']:.0%}"
     exact = report["exact"]
     assert f"{exact['test_over']:.1%} and {exact['pool_over']:.1%} of the splits" in text
+    _, *rows = table(promises)
+    assert [row[:2] for row in rows] == [[row["guarantee"], str(row["groups"])] for row in report["guarantees"]]
     assert "20 random splits of 24 groups per batch size: 12 to calibrate" in text
     assert "20 independent draws" in text
     assert "of both 5.0% is allowed." in text

@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -24,12 +25,13 @@ from lynx_learn.errors import CorpusError, OptionError
 from lynx_learn.measure import coverage as module
 from lynx_learn.measure import pools
 from lynx_learn.measure.bound import Curve, clopper_pearson, plan, upper_bound
-from lynx_learn.measure.calibrate import PILOT_GROUPS, certify, pilot_curve, pilot_thresholds
+from lynx_learn.measure.calibrate import PILOT_GROUPS, Guarantee, certify, pilot_curve, pilot_thresholds
 from lynx_learn.measure.coverage import (
     CoverageOptions,
     bootstrap,
     coverage,
     figures,
+    guarantees,
     read_groups,
     recertify,
     resplit,
@@ -62,7 +64,7 @@ def plain_mean(values: Tensor, confidence: float) -> float:
 def test_a_right_bound_holds_and_is_used_well() -> None:
     """The share of overruns stays below what the confidence allows, and the bound on its own comes close to it."""
     pool, options = made_up(96, seed=0), drawing()
-    for over, missed in bootstrap(pool, None, options, SIZE).values():
+    for over, missed, *_ in bootstrap(pool, None, options, SIZE).values():
         assert over.sum() <= 0.05 * options.bootstraps
         assert 0.015 * options.bootstraps < missed < 0.05 * options.bootstraps
     for budget, outcomes in resplit(pool, None, options, SIZE).items():
@@ -74,7 +76,7 @@ def test_a_right_bound_holds_and_is_used_well() -> None:
 
 def test_a_wrong_bound_is_shown_to_fail() -> None:
     pool, options = made_up(96, seed=0), drawing()
-    for over, missed in bootstrap(pool, None, options, SIZE, plain_mean).values():
+    for over, missed, *_ in bootstrap(pool, None, options, SIZE, plain_mean).values():
         assert clopper_pearson(int(over.sum()), options.bootstraps)[0] > 0.05
         assert 0.4 * options.bootstraps < missed < 0.6 * options.bootstraps
     for budget, outcomes in resplit(pool, None, options, SIZE, plain_mean).items():
@@ -86,8 +88,9 @@ def test_a_lower_confidence_is_less_careful() -> None:
     pool = made_up(96, seed=1)
     careful, bold = (bootstrap(pool, None, drawing(confidence=c), SIZE) for c in (0.99, 0.8))
     for budget in careful:
-        assert careful[budget][0].sum() < bold[budget][0].sum()
-        assert careful[budget][1] < 0.03 * 600 < 0.15 * 600 < bold[budget][1]
+        assert careful[budget].over.sum() < bold[budget].over.sum()
+        assert careful[budget].missed < 0.03 * 600 < 0.15 * 600 < bold[budget].missed
+        assert careful[budget].least_bytes == bold[budget].least_bytes < bold[budget].bytes < careful[budget].bytes
 
 
 def test_shares_of_the_whole_pool_tell_of_the_expected_loss() -> None:
@@ -144,7 +147,7 @@ def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
         assert row["test_over"] == sum(test > budget for test in tests) / 200
         assert row["pool_over"] == sum(whole > budget for whole in wholes) / 200
         assert row["test_over"] > row["pool_over"]
-        over, missed = int(drawn[budget][0].sum()), drawn[budget][1]
+        over, missed = int(drawn[budget].over.sum()), drawn[budget].missed
         assert (row["true_over"], row["bound_misses"]) == (over / 50, missed / 50)
         assert row["true_over_interval"] == clopper_pearson(over, 50)
         assert row["bound_misses_interval"] == clopper_pearson(missed, 50)
@@ -157,6 +160,32 @@ def test_a_row_counts_what_the_splits_and_draws_gave() -> None:
             ("bytes", [o.bytes for o in certified]),
         ):
             assert row[key] == pytest.approx(np.mean(values))
+
+
+def test_every_guarantee_is_drawn_with_several_numbers_of_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What promises more is kept as well, and reads more; more groups make it sharper."""
+    monkeypatch.setattr(module, "TESTED_GROUPS", (8, 32))
+    pools = []
+    for pool in (made_up(96, 0), made_up(96, 1)):
+        # All, the last quarter, and two sources, of which the second loses more.
+        sums = torch.cat([pool.sums, pool.sums, 0.5 * pool.sums, 1.5 * pool.sums], 1)
+        pools.append((SIZE, replace(pool, sums=sums, counts=pool.counts.expand(4, -1))))
+    rows = guarantees(pools, drawing(batch_sizes=[SIZE, 4], bootstraps=60))
+    assert [(row["guarantee"], row["groups"]) for row in rows] == list(product(get_args(Guarantee), (8, 32)))
+    assert all(row["true_over"] <= 0.1 and row["least_bytes"] < row["bytes"] for row in rows)
+    found = {name: [row["bytes"] for row in rows if row["guarantee"] == name] for name in get_args(Guarantee)}
+    assert all(few > many for few, many in found.values())
+    for less, more in pairwise(("cell", "sizes", "all", "worst-source")):
+        assert all(a < b for a, b in zip(found[less], found[more], strict=True))
+
+
+def test_a_promise_that_covers_more_fails_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any margin each cell fails in many draws, and any of several in more of them."""
+    monkeypatch.setattr(module, "TESTED_GROUPS", (16,))
+    monkeypatch.setattr(module, "bootstrap", partial(bootstrap, bound=plain_mean))
+    rows = guarantees([(SIZE, made_up(96, seed, spread=0.4)) for seed in range(2)], drawing(bootstraps=60))
+    fails = {row["guarantee"]: row["true_over"] for row in rows}
+    assert 0 < fails["cell"] < fails["sizes"] <= fails["all"]
 
 
 def test_a_split_uses_each_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +321,9 @@ def test_the_report_is_what_is_written() -> None:
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
-    """Nor for another confidence, other draws, or without the shift; the figures follow those options."""
+    """Nor for another confidence or guarantee, other draws, or without the shift; the figures follow those options."""
     shutil.copytree(measured(), tmp_path / "out")
-    options = choices(tmp_path / "out", batch_sizes=[SIZE], confidence=0.6, resplits=10)
+    options = choices(tmp_path / "out", batch_sizes=[SIZE], confidence=0.6, guarantee="sizes", resplits=10)
     with not_measuring():
         report = coverage(options)
     assert len(report["rows"]) == 2
@@ -415,6 +444,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     report = report_of(tmp_path / "out")
     assert all(len(line) <= 80 for line in out.splitlines())
+    out, _, below = out.partition("Every guarantee, 20 independent calibrations")
     rows = re.split(r"\n(?=0\.|exact)", out.partition("─\n")[2])
     assert [row.split()[0] for row in rows] == ["0.05", "0.1", "0.05,", "0.1,", "exact"]
     for text, row in zip(rows, report["rows"], strict=False):
@@ -423,6 +453,8 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert wanted <= set(text.split())
         assert ("shifted" in text) == row["shift"]
     assert f" {report['exact']['test_over']:.1%} " in rows[-1]
+    shown = [line.split()[:3] for line in below.partition("─\n")[2].splitlines() if line.strip()]
+    assert shown == [[r["guarantee"], str(r["groups"]), f"{r['true_over']:.1%}"] for r in report["guarantees"]]
 
 
 # What is refused.

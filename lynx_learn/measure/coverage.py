@@ -19,16 +19,18 @@ often, at the threshold whose true mean is the budget, it lies below that mean.
 With `shift` both are repeated with calibration groups of some sources and test groups of others, where nothing is
 guaranteed. No two groups of a pool share a document, in `calibrate` as here, so to draw groups is to draw documents.
 What is guaranteed of a cell is all that `calibrate` guards there: the mean, that of the last quarter of the positions,
-and with `worst-source` that of every source. With `sizes` and `all` it is counted, too, how often any cell fails.
+and with `worst-source` that of every source. Draws from the same pools say beside it, for every guarantee and for several
+numbers of groups, how often what it promises fails anywhere (see `guarantees`).
 """
 
+import itertools
 import json
 import math
 from collections import Counter
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +57,9 @@ from .calibrate import (
 )
 from .pools import Meter, Pool
 
+# Groups that a threshold is tested on, of the calibrations that `guarantees` draws.
+TESTED_GROUPS = (8, 16, 32, 64)
+
 
 @dataclass(frozen=True)
 class CoverageOptions(TextOptions, ShareOptions):
@@ -71,8 +76,7 @@ class CoverageOptions(TextOptions, ShareOptions):
     metric: Literal["kl", "nll", "agreement"] = "kl"
     """what a budget counts, as in calibrate"""
     guarantee: Guarantee = "cell"
-    """what holds together at the confidence: each budget and batch size on its own (cell), all sizes of a budget (sizes),
-    all sizes and budgets (all), or each source of each cell (worst-source)"""
+    """what holds together at the confidence in the splits, as in calibrate; all of them are drawn beside it"""
     batch_sizes: list[int] = field(default_factory=lambda: [8, 32])
     """decode batch sizes"""
     confidence: float = 0.95
@@ -191,11 +195,13 @@ def put_together(
     rows: list[dict[str, Any]] = []
     pools: list[tuple[int, Pool]] = []
     sources: Counter[str] = Counter()
-    for (whole, *_), found in zip(texts, measured, strict=True):
+    steps = track(list(zip(texts, measured, strict=True)), "coverage: draws", len(texts), unit="batch sizes")
+    for (whole, *_), found in steps:
         size = len(whole[0][1])
         sources.update(name for _, names in whole for name in names)
-        pool, *shifted = [part for part in found if part is not None]
-        pools.append((size, pool))
+        complete = [part for part in found if part is not None]
+        pools.append((size, complete[0]))
+        pool, *shifted = [part.guarding(options.guarantee) for part in complete]
         rows += figures(pool, None, options, size)
         if shifted:
             first, second = shifted
@@ -207,7 +213,7 @@ def put_together(
         "sources": shares(sources),
         "exact": exact_levels(tested, options.groups - options.calibration_groups, options.groups, options.confidence),
         "rows": sorted(rows, key=lambda row: row["shift"]),
-        "together": together(pools, options),
+        "guarantees": guarantees(pools, options),
     }
     write_json(Path(options.out) / "coverage.json", report)
     if options.card:
@@ -311,15 +317,26 @@ def resplit(
     return found
 
 
+class Draws(NamedTuple):
+    """What calibrations on independent draws from a pool came to, of one budget."""
+
+    over: Tensor
+    """(bootstraps,), whether the certified threshold has a true mean above the budget, of anything that is guarded."""
+    missed: int
+    """Draws whose bound, at the threshold that loses the budget, lies below the true mean."""
+    bytes: float
+    """Read at the certified threshold, mean over the draws."""
+    least_bytes: float
+    """Read at the largest threshold that keeps the budget, which one would take who knew the true means."""
+
+
 def bootstrap(
     pool: Pool, other: Pool | None, options: CoverageOptions, size: int, bound: Bound = upper_bound
-) -> dict[float, tuple[Tensor, int]]:
+) -> dict[float, Draws]:
     """Calibrate on independent draws from the pool, which stands for the population that its groups came from.
 
-    Returns:
-        For each budget, in which draws `(bootstraps,)` the certified threshold has a true mean (the `other` pool's, if
-        given) above the budget, and the number of those whose bound at the threshold that loses the budget lies below
-        the true mean.
+    Args:
+        other: where given, its means are those that certified thresholds have to keep within the budget.
     """
     generator = torch.Generator().manual_seed(options.seed)
     over = {budget: torch.zeros(options.bootstraps, dtype=torch.bool) for budget in sorted(options.budgets)}
@@ -328,31 +345,50 @@ def bootstrap(
     whole = rising(points, [float(pool.losses_at(tau)[0].mean()) for tau in points])
     at_budget = {budget: threshold_at(whole, budget) for budget in over}
     true = {budget: float(pool.losses_at(tau)[0].mean()) for budget, tau in at_budget.items()}
-    steps = track(range(options.bootstraps), f"coverage, batch {size}: draws", options.bootstraps, unit="draws")
-    for draw in steps:
+    worst = rising(points, [pool.worst_at(tau) for tau in points])
+    least = {budget: float(pool.bytes_at(threshold_at(worst, budget)).mean()) for budget in over}
+    read = dict.fromkeys(over, 0.0)
+    for draw in range(options.bootstraps):
         chosen = torch.randint(pool.groups, (options.calibration_groups,), generator=generator)
         pilot, tested = chosen.tensor_split([PILOT_GROUPS])
         for budget, (tau, _) in recertify(pool, pilot, tested, options, size, bound).items():
             over[budget][draw] = (other or pool).worst_at(tau) > budget
+            read[budget] += float(pool.bytes_at(tau).mean())
             missed[budget] += bound(pool.losses_at(at_budget[budget], tested)[0], options.confidence) < true[budget]
-    return {budget: (over[budget], missed[budget]) for budget in over}
+    return {b: Draws(over[b], missed[b], read[b] / options.bootstraps, least[b]) for b in over}
 
 
-def together(pools: list[tuple[int, Pool]], options: CoverageOptions) -> list[dict[str, Any]]:
-    """How often what a joint guarantee covers fails anywhere, in independent draws for each batch size."""
-    if options.guarantee not in ("sizes", "all"):
-        return []
-    drawn = [bootstrap(pool, None, options, size) for size, pool in pools]
-    over = {budget: torch.stack([found[budget][0] for found in drawn]).any(0) for budget in sorted(options.budgets)}
-    joint = {"any": torch.stack(list(over.values())).any(0)} if options.guarantee == "all" else over
-    return [
-        {
-            "budget": budget,
-            "true_over": float(fails.double().mean()),
-            "true_over_interval": clopper_pearson(int(fails.sum()), options.bootstraps),
-        }
-        for budget, fails in joint.items()
-    ]
+def guarantees(pools: list[tuple[int, Pool]], options: CoverageOptions) -> list[dict[str, Any]]:
+    """For every guarantee, calibrated on several numbers of groups: how often what it promises fails, in independent draws.
+
+    A promise covers one cell, all sizes of a budget, or everything; of several the one that fails most often is counted.
+    """
+    steps = list(itertools.product(get_args(Guarantee), TESTED_GROUPS))
+    rows = []
+    for guarantee, tested in track(steps, "coverage of guarantees", len(steps), unit="rows"):
+        count = tested + PILOT_GROUPS
+        own = replace(options, guarantee=guarantee, calibration_groups=count, groups=count + FEWEST_GROUPS, shift=None)
+        drawn = [bootstrap(pool.guarding(guarantee), None, own, size) for size, pool in pools]
+        cells = [cell for found in drawn for cell in found.values()]
+        promises = [cell.over for cell in cells]
+        if guarantee == "sizes":
+            promises = [torch.stack([found[b].over for found in drawn]).any(0) for b in sorted(options.budgets)]
+        elif guarantee == "all":
+            promises = [torch.stack(promises).any(0)]
+        fails, missed = max(int(over.sum()) for over in promises), max(cell.missed for cell in cells)
+        rows.append(
+            {
+                "guarantee": guarantee,
+                "groups": tested,
+                "true_over": fails / options.bootstraps,
+                "true_over_interval": clopper_pearson(fails, options.bootstraps),
+                "bound_misses": missed / options.bootstraps,
+                "bound_misses_interval": clopper_pearson(missed, options.bootstraps),
+                "bytes": mean([cell.bytes for cell in cells]),
+                "least_bytes": mean([cell.least_bytes for cell in cells]),
+            }
+        )
+    return rows
 
 
 def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int) -> list[dict[str, Any]]:
@@ -360,8 +396,7 @@ def figures(pool: Pool, other: Pool | None, options: CoverageOptions, size: int)
     drawn = bootstrap(pool, other, options, size)
     rows = []
     for budget, outcomes in resplit(pool, other, options, size).items():
-        fails, missed = drawn[budget]
-        over = int(fails.sum())
+        over, missed = int(drawn[budget].over.sum()), drawn[budget].missed
         certified = [o for o in outcomes if o.threshold > 0]
         rows.append(
             {

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,12 +27,14 @@ from ..selector.selector import LynxSelector
 from ..show.progress import track
 from ..traces.groups import Group
 from .bound import FRACTIONS, Curve, threshold_at
-from .calibrate import PILOT_GROUPS, PILOT_STEP, CalibrateOptions, pilot_curve
+from .calibrate import PILOT_GROUPS, PILOT_STEP, CalibrateOptions, Guarantee, pilot_curve
 
 # Thresholds of the grid to one step of the pilot's: 25% apart.
 GRID = 5
 # The grid reaches beyond the losses that plans aim at by this factor, since pilots differ.
 MARGIN = 1.5
+# Parts of a group that every guarantee is about: all positions, and their last quarter.
+EVERYWHERE = 2
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Pool:
 
     Attributes:
         thresholds: `(points,)`, rising from 0, where nothing is skipped.
-        sums: `(points, guarded, groups)`; losses summed over the tokens of each part of a group whose mean shall stay
-            within the budget: all of them, those of the last quarter of the positions, and those of each source.
+        sums: `(points, guarded, groups)`; losses summed over the tokens of each part of a group whose mean may have to
+            stay within the budget: all of them, those of the last quarter of the positions, and those of each source.
         counts: `(guarded, groups)`; how many tokens these are.
         bytes: `(points, groups)`; bytes read relative to the untouched model.
     """
@@ -55,6 +57,12 @@ class Pool:
     @property
     def groups(self) -> int:
         return self.counts.shape[1]
+
+    def guarding(self, guarantee: Guarantee) -> "Pool":
+        """The same with those parts alone that a guarantee is about, in the order of `calibrate.guarded`."""
+        if guarantee == "worst-source":
+            return self
+        return replace(self, sums=self.sums[:, :EVERYWHERE], counts=self.counts[:EVERYWHERE])
 
     def losses_at(self, threshold: float, chosen: Tensor | slice = slice(None)) -> list[Tensor]:
         """Of everything that is guarded one value per chosen group, see `per_token`."""
@@ -75,19 +83,18 @@ class Pool:
         return torch.lerp(values[above - 1], values[above], min(1.0, (threshold - low) / (high - low)))
 
 
-def guarded_sums(result: Comparison, options: CalibrateOptions, sources: list[str]) -> tuple[Tensor, Tensor]:
-    """Sums and counts of tokens, both `(guarded, groups)`, in the order of `calibrate.guarded`.
+def guarded_sums(result: Comparison, metric: str, sources: list[str]) -> tuple[Tensor, Tensor]:
+    """Sums and counts of tokens, both `(guarded, groups)`, of all that any guarantee is about.
 
     Args:
         sources: of the whole pool.
     """
-    place = METRICS.index(options.metric)
+    place = METRICS.index(metric)
     rows = [(result.sums[:, :, place].sum(1), result.counts.sum(1))]
     rows.append((result.part_sums[:, -1, place], result.part_counts[:, -1]))
-    if options.guarantee == "worst-source":
-        for source in sources:
-            own = torch.tensor([[name == source for name in names] for names in result.sources])
-            rows.append(((result.sums[:, :, place] * own).sum(1), (result.counts * own).sum(1)))
+    for source in sources:
+        own = torch.tensor([[name == source for name in names] for names in result.sources])
+        rows.append(((result.sums[:, :, place] * own).sum(1), (result.counts * own).sum(1)))
     sums, counts = zip(*rows, strict=True)
     return torch.stack(sums), torch.stack(counts)
 
@@ -121,7 +128,6 @@ class Meter:
             "dtype": str(self.layers[0].dtype),
             "prompt": options.prompt,
             "metric": options.metric,
-            "guarantee": options.guarantee,
             "prices": options.prices,
             "ends": options.text.ends(loaded),
             "budgets": sorted(options.budgets),
@@ -172,7 +178,7 @@ class Meter:
             self.options.prompt,
             ends=self.options.text.ends(self.loaded),
         )
-        sums, counts = zip(*(guarded_sums(result, self.options, sources) for result in results), strict=True)
+        sums, counts = zip(*(guarded_sums(result, self.options.metric, sources) for result in results), strict=True)
         bytes_read = [[1.0] * len(groups), *([s.bytes_ratio for s in r.stats] for r in results)]
         return {
             "thresholds": torch.tensor([0.0, *thresholds], dtype=torch.float64),

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import printable
 from .floor import floor_lines
-from .tables import Table, calibration_table, coverage_table, evaluation_table, training_table
+from .tables import Table, calibration_table, coverage_table, evaluation_table, guarantees_table, training_table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
@@ -34,6 +34,7 @@ def render(config: dict[str, Any], metrics: dict[str, Any]) -> str:
         budgets=[budgets(metric, how, calibration[metric]) for metric, how in figures.items()],
         coverage=coverage,
         coverage_table=coverage_table(coverage).markdown if coverage else None,
+        guarantees_table=guarantees_table(coverage).markdown if coverage else None,
         worst=max(shifted, key=lambda row: (row["test_over"], row["test_share"] or 0.0), default=None),
         test=test,
         test_table=test_table(test).markdown if test else None,

@@ -180,12 +180,29 @@ def calibration_table(metric: str, how: dict[str, Any]) -> Table:
     return Table(f"Calibrated thresholds, metric {metric}", [*head, "groups"], rows)
 
 
+def percents(row: dict[str, Any], key: str) -> str:
+    """A share and its interval."""
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:.1%} {100 * low:.1f}–{high:.1%}"
+
+
+def guarantees_table(report: dict[str, Any]) -> Table:
+    """How often what each guarantee promises fails when it is calibrated anew, and the bytes that being sure costs."""
+    rows = [
+        [
+            row["guarantee"],
+            str(row["groups"]),
+            *(percents(row, key) for key in ("true_over", "bound_misses")),
+            *(f"{row[key]:.1%}" for key in ("bytes", "least_bytes")),
+        ]
+        for row in report["guarantees"]
+    ]
+    head = ["guarantee", "groups", "promise fails", "bound misses", "bytes", "bytes if means were known"]
+    return Table(f"Every guarantee, {report['options']['bootstraps']:,} independent calibrations", head, rows)
+
+
 def coverage_table(report: dict[str, Any]) -> Table:
     """How often calibration repeated on random splits exceeds its budget, and how close to it it comes."""
-
-    def percents(row: dict[str, Any], key: str) -> str:
-        low, high = row[f"{key}_interval"]
-        return f"{row[key]:.1%} {100 * low:.1f}–{high:.1%}"
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else f"{value:{form}}"
