@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from lynx_learn.show.tables import Table, loss
+from lynx_learn.show.tables import Table, guarantees_table, loss
 
 Report = dict[str, Any]
 
@@ -31,8 +31,9 @@ class Options:
         main, second: report folders of `lynx-learn evaluate`, of the reference MoE and of the second model.
         ablations: `ablations.json` of `ablations.py`.
         coverage: `coverage.json` of `lynx-learn coverage`.
-        certificate, quantised, quantised_larger: Markdown of `certificate.py` and of `quantised.py`, the latter of the small and of
-            the larger model.
+        certificate, large_batch: Markdown of `certificate.py`, of all texts and of some at batch 64.
+        long_decode, trained_length: Markdown of `long_decode.py`, beyond the positions that the model was trained on and within them.
+        quantised, quantised_larger: Markdown of `quantised.py`, of the small and of the larger model.
     """
 
     pages: list[str]
@@ -41,6 +42,9 @@ class Options:
     ablations: str | None = None
     coverage: str | None = None
     certificate: str | None = None
+    large_batch: str | None = None
+    long_decode: str | None = None
+    trained_length: str | None = None
     quantised: str | None = None
     quantised_larger: str | None = None
 
@@ -182,7 +186,11 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "second setting": ("second", setting),
     "ablations": ("ablations", ablation_rows),
     "coverage": ("coverage", coverage_rows),
+    "guarantees": ("coverage", lambda report: guarantees_table(report).markdown + "\n"),
     "certificate": ("certificate", str),
+    "large batch": ("large_batch", str),
+    "long decode": ("long_decode", str),
+    "trained length": ("trained_length", str),
     "quantised": ("quantised", str),
     "quantised larger": ("quantised_larger", str),
 }

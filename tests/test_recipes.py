@@ -204,14 +204,15 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     table.write_text("| a |\n")
     places = ["--config", "docs/measured-pages.yaml", f"--pages={json.dumps(list(map(str, pages)))}"]
     places += ["--main", report, "--second", "null", "--ablations", f"{ablations}/ablations.json"]
-    places += ["--coverage", f"{coverage}/coverage.json", "--certificate", table, "--quantised", table]
-    script("docs/measured_pages.py", *places, "--quantised_larger", table)
+    places += ["--coverage", f"{coverage}/coverage.json"]
+    tables = ("certificate", "large_batch", "long_decode", "trained_length", "quantised", "quantised_larger")
+    script("docs/measured_pages.py", *places, *(word for name in tables for word in (f"--{name}", table)))
     assert (tmp_path / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
     assert not (tmp_path / "frontier-second.svg").exists()
     filled = [page.read_text() for page in pages]
     assert [empty(text) for text in filled] == prose
     assert all("<!-- end -->\n<!--" not in text for text in filled)
-    names = ("frontier", "methods", "ablations", "coverage", "certificate", "quantised", "quantised larger")
+    names = {"frontier", "methods", "ablations", "coverage", "guarantees", *(name.replace("_", " ") for name in tables)}
     assert all(sum(f"<!-- {name} -->\n|" in text for text in filled) == 1 for name in names)
     assert sum("<!-- second -->\n<!-- end -->" in text for text in filled) == 1
 
@@ -241,6 +242,24 @@ def test_certificate_recipe_puts_every_text_into_one_table(tmp_path: Path, scrip
     assert rows[0][4] == f"{f'**{shown}**' if over else shown}, {point['bytes']:.0%}"
     assert rows[4][4] == " ".join(f"{value:.4f}" for value in point["kl_by_part"])
     assert len({row[4] for row in rows[:4]}) == 4  # other text loses something else
+
+
+def test_a_long_decode_is_measured_by_position_and_read_off_at_the_budget(tmp_path: Path, script: Script) -> None:
+    recipe = yaml.safe_load((ROOT / "train" / "long_decode.yaml").read_text())
+    assert recipe["stretch"] * 512 == recipe["length"]
+    places = ["--config", "train/long_decode.yaml", "--selector", calibrated(), "--model", tiny_flow().model]
+    places += ["--corpus", tiny_flow().texts, "--out", tmp_path / "page.md", "--budget", BUDGETS[1], "--prompt", PROMPT]
+    said = script(
+        "train/long_decode.py", *places, "--batch_size=2", f"--length={2 * LENGTH}", "--stretch=2", "--parts=3"
+    )
+    assert (tmp_path / "page.md").read_text() in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")]
+    found = {row[0]: row[1:] for row in rows}
+    mean, *parts = map(float, found["skipping in the last part alone"])
+    assert parts[:2] == [0, 0] < [parts[2]] * 2
+    assert mean == pytest.approx(sum(parts) / 3, abs=1e-4)
+    assert float(found["skipping everywhere"][1]) > 0
+    assert {f"all experts in every {n}th step" for n in recipe["every"]} < set(found)
 
 
 def test_quantised_experts_lose_more_in_fewer_bits_and_read_fewer_bytes(tmp_path: Path, script: Script) -> None:
@@ -299,6 +318,7 @@ def test_no_recipe_is_left_out() -> None:
             "ablations.yaml",
             "surrogates.yaml",
             "certificate.yaml",
+            "long_decode.yaml",
             "quantised.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything behind docs/frontier.md and docs/certificate.md once `train/selector.sh` has run: ablations, the second model,
-# quantised experts, text of other kinds, the pages.
+# quantised experts, text of other kinds, long decodes, the pages.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python train/ablations.py --config train/ablations.yaml
@@ -13,4 +13,8 @@ lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/s
 python train/quantised.py --config train/quantised.yaml
 python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --out runs/quantised-50m
 python train/certificate.py --config train/certificate.yaml
+large='{"batch_sizes": [64], "length": 512, "tokens": 15000, "workers": 1}'
+python train/certificate.py --config train/certificate.yaml --base "$large" --out runs/certificate-64
+python train/long_decode.py --config train/long_decode.yaml
+python train/long_decode.py --config train/long_decode.yaml --length 512 --stretch 1 --groups 4 --out runs/long-decode/long-decode-512.md
 python docs/measured_pages.py --config docs/measured-pages.yaml
