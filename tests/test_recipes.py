@@ -22,7 +22,10 @@ from lynx_learn import LynxSelector, cli, skip_experts
 from lynx_learn.decode.served import TextOptions
 from lynx_learn.fit.train import TrainOptions
 from lynx_learn.measure.evaluate import EvaluateOptions
+from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.loading import load_model
 from lynx_learn.traces.documents import read_documents
+from lynx_learn.traces.format import Trace
 
 Script = Callable[..., str]
 ROOT = Path(__file__).parents[1]
@@ -262,6 +265,35 @@ def test_a_long_decode_is_measured_by_position_and_read_off_at_the_budget(tmp_pa
     assert {f"all experts in every {n}th step" for n in recipe["every"]} < set(found)
 
 
+def test_stand_ins_leave_less_together_than_alone(tmp_path: Path, script: Script) -> None:
+    places = ["--config", "train/stand_ins.yaml", "--trace", tiny_flow().trace, "--selector", calibrated()]
+    said = script("train/stand_ins.py", *places, "--out", tmp_path / "page.md", "--tokens", 2000)
+    assert (tmp_path / "page.md").read_text() in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["0", "1", "all"]
+    for _, *cells in rows:
+        scalar, surrogate, both = map(float, cells)
+        assert 0 < both < 1.1
+        assert both <= surrogate + 0.01
+        assert scalar <= 1.1
+
+
+def test_a_scalar_finds_an_expert_that_is_a_multiple_of_another() -> None:
+    script = runpy.run_path(str(ROOT / "train" / "stand_ins.py"))
+    flow = tiny_flow()
+    trace, model = Trace.open(flow.trace), load_model(flow.model).model
+    layer = find_moe_layers(model)[0]
+    twin = 2.5 * layer.experts.down_proj[0]
+    with torch.no_grad():
+        layer.experts.gate_up_proj[:] = layer.experts.gate_up_proj[0]
+        layer.experts.down_proj[:] = twin
+        layer.experts.down_proj[0] /= 2.5
+    whole, scalar, surrogate, both = script["measure"](layer, trace, 2, script["Options"]("", "", "")).tolist()
+    assert scalar < 1e-6 * whole
+    # What a surrogate leaves is no multiple of another expert, so that the scalar helps less behind it.
+    assert 1e-6 * whole < both < surrogate < whole
+
+
 def test_quantised_experts_lose_more_in_fewer_bits_and_read_fewer_bytes(tmp_path: Path, script: Script) -> None:
     recipe = yaml.safe_load((ROOT / "train" / "quantised.yaml").read_text())
     TextOptions(**recipe["text"])
@@ -320,6 +352,7 @@ def test_no_recipe_is_left_out() -> None:
             "certificate.yaml",
             "long_decode.yaml",
             "quantised.yaml",
+            "stand_ins.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }
