@@ -33,7 +33,8 @@ class Options:
         coverage: `coverage.json` of `lynx-learn coverage`.
         certificate, large_batch: Markdown of `certificate.py`, of all texts and of some at batch 64.
         long_decode, trained_length: Markdown of `long_decode.py`, beyond the positions that the model was trained on and within them.
-        quantised, quantised_larger: Markdown of `quantised.py`, of the small and of the larger model.
+        quantised, quantised_larger, stand_ins, stand_ins_larger: Markdown of `quantised.py` and of `stand_ins.py`, of the small and
+            of the larger model.
     """
 
     pages: list[str]
@@ -47,6 +48,8 @@ class Options:
     trained_length: str | None = None
     quantised: str | None = None
     quantised_larger: str | None = None
+    stand_ins: str | None = None
+    stand_ins_larger: str | None = None
 
 
 def grid(head: list[str], rows: list[list[str]]) -> str:
@@ -193,6 +196,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "trained length": ("trained_length", str),
     "quantised": ("quantised", str),
     "quantised larger": ("quantised_larger", str),
+    "stand ins": ("stand_ins", str),
+    "stand ins larger": ("stand_ins_larger", str),
 }
 
 

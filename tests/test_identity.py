@@ -257,3 +257,13 @@ def test_experts_that_were_not_all_read_are_not_compared() -> None:
     assert passing.identity()["experts"] == [{}]
     passing.see("model.layers.0.mlp.experts.1.down_proj.weight", torch.ones(3, 4))
     assert passing.identity()["experts"] == [{"down_proj": sketch([torch.ones(2, 3, 4)])}]
+
+
+def test_packed_weights_are_compared_by_what_they_stand_for() -> None:
+    """A model whose attention torchao has rounded to 8 bits is another one, and is refused by the name of what differs."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = tiny_model("qwen3_moe")
+    selector = random_selector(model)
+    quantization.quantize_(model.model.layers[0].self_attn, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(SelectorError, match=r"differs in other weights \(by 0\.\d%, model.layers.\*.self_attn"):
+        skip_experts(model, selector.at_threshold(1.0))

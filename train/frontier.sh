@@ -13,6 +13,9 @@ lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/s
 python train/quantised.py --config train/quantised.yaml
 python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --out runs/quantised-50m
 python train/certificate.py --config train/certificate.yaml
+python train/stand_ins.py --config train/stand_ins.yaml
+python train/stand_ins.py --config train/stand_ins.yaml --trace runs/reference-moe-50m/trace \
+  --selector selectors/reference-moe-50m --out runs/stand-ins/50m.md
 large='{"batch_sizes": [64], "length": 512, "tokens": 15000, "workers": 1}'
 python train/certificate.py --config train/certificate.yaml --base "$large" --out runs/certificate-64
 python train/long_decode.py --config train/long_decode.yaml

@@ -206,11 +206,14 @@ def sketch(values: Sequence[Tensor]) -> Sketch:
 
 
 def _sample(value: Tensor) -> Tensor:
-    """At most `SAMPLE` values, always at the same places of a shape."""
+    """At most `SAMPLE` values, always at the same places of a shape; of packed ones (torchao) what they stand for."""
+    import torch
+
     value = value.detach()
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and hasattr(value, "qdata"):
+        value = value.dequantize()
     if value.numel() <= SAMPLE:
         return value.reshape(-1).float()
-    import torch
 
     places = np.unravel_index(_places(value.numel()), tuple(value.shape))
     return value[tuple(torch.from_numpy(axis).to(value.device) for axis in places)].float()
