@@ -133,7 +133,7 @@ def main(options: Options) -> None:
     variants = {"skipping everywhere": everywhere}
     for n in options.every:
         variants[f"all experts in every {n}th step"] = swept(all_rows(step % n == 0))
-    attended = [most_attended(loaded.model, tokens, options.prompt) for tokens in measured.groups]
+    attended = [most_attended(loaded.model, tokens, options.prompt, options.parts) for tokens in measured.groups]
     variants[f"all experts for the {ATTENDED:.0%} of tokens attended to most (oracle)"] = swept(attended)
 
     parts = [f"{positions[0] + options.prompt}–" for positions in step.tensor_split(options.parts)]
@@ -228,15 +228,17 @@ class Measured:
 
 
 @torch.no_grad()
-def most_attended(model: nn.Module, tokens: Tensor, prompt: int) -> Tensor:
-    """The decode positions whose keys later tokens give most of their attention, `(positions - prompt, sequences)`."""
+def most_attended(model: nn.Module, tokens: Tensor, prompt: int, parts: int) -> Tensor:
+    """The decode positions whose keys later tokens give most of their attention, `(positions - prompt, sequences)`.
+
+    So many in every part of the positions: late ones are attended to by few, which are near and so look at them more.
+    """
     model.set_attn_implementation("eager")  # type: ignore[operator]
     kept = []
     for row in tokens:
         received = sum(a.sum((0, 1, 2)) for a in model(input_ids=row[None], output_attentions=True).attentions)
-        # The mean over those that can attend to it, so that early ones are not favoured.
-        received = (received / torch.arange(len(row), 0, -1))[prompt:]
-        kept.append(received >= received.quantile(1 - ATTENDED))
+        pieces = received[prompt:].tensor_split(parts)
+        kept.append(torch.cat([piece >= piece.quantile(1 - ATTENDED) for piece in pieces]))
     model.set_attn_implementation("sdpa")  # type: ignore[operator]
     return torch.stack(kept, dim=1)
 
