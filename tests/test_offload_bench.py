@@ -12,6 +12,7 @@ from lynx_learn.errors import OptionError
 from lynx_learn.files import read_object
 from lynx_learn.offload.predict import PREDICTORS
 from lynx_learn.offload.replay import ReplayOptions, replay
+from lynx_learn.offload.timing import limits
 from lynx_learn.offload.timing.bench import OffloadBenchOptions, bench_offload, matched
 from lynx_learn.offload.timing.ways import ACCELERATE, MAPPED
 
@@ -65,8 +66,33 @@ def test_what_cannot_be_decoded_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"shares": []}, {"shares": [2.0]}, {"steps": 0}, {"readers": 0}, {"offload": "host"}], ids=str
+    "change",
+    [{"shares": []}, {"shares": [2.0]}, {"steps": 0}, {"readers": 0}, {"offload": "host"}, {"memory": 0}],
+    ids=str,
 )
 def test_options_that_cannot_be_used(change: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=f"--{next(iter(change))}"):
         OffloadBenchOptions("out", **change)
+
+
+def test_memory_cannot_be_limited_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HIERARCHIES", ((tmp_path / "none", "limit"), (tmp_path / "neither", "limit")))
+    with (
+        pytest.raises(OptionError, match=r"--memory is not usable here: .*; leave it out"),
+        limits.memory_limited(1, "x"),
+    ):
+        pass
+
+
+def test_a_way_that_takes_more_memory_than_there_is_is_named(tmp_path: Path) -> None:
+    try:
+        with limits.memory_limited(2**40, "lynx-learn-test"):
+            pass
+    except OptionError as error:
+        pytest.skip(str(error))
+    flow = tiny_flow()
+    options = OffloadBenchOptions(str(tmp_path / "out"), model=str(flow.model), corpus=str(flow.texts), shares=[0.5])
+    with pytest.raises(OptionError, match=r"'no skipping' was ended by the system, .*--memory 100000 is too little"):
+        bench_offload(replace(options, batch_size=2, prompt=4, steps=2, memory=100_000, others=False))
+    assert not (tmp_path / "out").exists()
+    assert not list(limits._hierarchy()[0].glob("lynx-learn-*"))

@@ -283,7 +283,7 @@ def offload_tables(report: dict[str, Any]) -> list[Table | str]:
     """Decode steps with experts on disk by what reads them and what skips, what was read ahead, and bytes at equal loss."""
     rows, ahead = report["rows"], [row for row in report["rows"] if row.get("prefetched_bytes_per_token")]
     size = f"{report['options']['model']}, batch {report['options']['batch_size']}"
-    head = ["way, share held", "experts", "MB / token", "there", "wait, ms", "KL", "tokens / s", "peak MB"]
+    head = ["way, share held", "experts", "MB / token", "there", "wait, ms", "n", "KL", "tokens / s", "peak MB"]
     lines: list[Table | str] = [
         Table(
             f"Experts on disk: {size}",
@@ -295,6 +295,7 @@ def offload_tables(report: dict[str, Any]) -> list[Table | str]:
                     _or_none(row["bytes_per_token"], "{:.3f}", 1e6),
                     _or_none(row["hits"], "{:.0%}"),
                     _or_none(row["wait_ms"] and sum(row["wait_ms"]) / len(row["wait_ms"]), "{:.2f}"),
+                    _or_none(row["batches"], "{}"),
                     f"{row['kl']:z.4f}",
                     f"{row['tokens_per_s']:.1f}",
                     _or_none(row["peak_rss"], "{:.0f}", 2**20),
@@ -302,7 +303,8 @@ def offload_tables(report: dict[str, Any]) -> list[Table | str]:
                 for row in rows
             ],
         ),
-        "wait: for the disk, of a layer and step; there: of the experts needed, when the gate has chosen. peak MB: of each way's own "
+        "wait: for the disk, of a layer and step; there: of the experts needed, when the gate has chosen; n: such batches that would "
+        "have to decode as one for computing to hide the reading. peak MB: of each way's own "
         f"process, {_or_none(rows[0]['start_rss'], '{:.0f}', 2**20)} of them before it loads the model.",
     ]
     if any(row["share"] is None for row in rows):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from ...show.progress import track
 from ...traces import corpus as corpora
 from ...traces.groups import decode_groups
 from ..predict import PREDICTORS
+from .limits import forget_limit
 from .ways import ACCELERATE, MAPPED, Job, decode_way, write_stacked
 
 
@@ -59,6 +61,8 @@ class OffloadBenchOptions:
     others: bool = True
     """also decode by plain memory mapping, and by accelerate's disk offload where that is installed; both need a copy of the
     model beside --out, which is removed again"""
+    memory: int | None = None
+    """bytes that each way may hold, page cache included, as on a machine with no more; needs Linux and root"""
     corpus: str = corpora.BUILT_IN
     """text to decode, as in bench"""
     seed: int = 0
@@ -70,6 +74,8 @@ class OffloadBenchOptions:
         for name in ("batch_size", "prompt", "steps", "readers", "threads"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        if self.memory is not None and self.memory < 1:
+            raise OptionError(f"--memory {self.memory} is not usable: expected 1 or more")
         for share in self.shares:
             if not 0 < share <= 1:
                 raise OptionError(f"--shares {share:g} is not usable: expected above 0, at most 1")
@@ -100,7 +106,7 @@ def bench_offload(options: OffloadBenchOptions) -> dict[str, Any]:
                 for job in track(jobs, "bench", len(jobs), unit="ways"):
                     if job.way == MAPPED:
                         pool.submit(write_stacked, job).result()
-                    rows += pool.submit(decode_way, job).result()
+                    rows += _result(pool, job)
     except BaseException:
         if not there:
             out.rmdir()
@@ -110,6 +116,19 @@ def bench_offload(options: OffloadBenchOptions) -> dict[str, Any]:
     return report
 
 
+def _result(pool: ProcessPoolExecutor, job: Job) -> list[dict[str, Any]]:
+    try:
+        return pool.submit(decode_way, job).result()
+    except BrokenProcessPool:
+        raise OptionError(
+            f"{job.way!r} was ended by the system, which does so where memory is short: "
+            + ("give more" if job.memory is None else f"--memory {job.memory} is too little for it; give more")
+            + ", or leave out what else a user could take with --others false"
+        ) from None
+    finally:
+        forget_limit(job.group)
+
+
 def _jobs(options: OffloadBenchOptions, tokens: list[list[int]], folder: str) -> list[Job]:
     """The first one, with most experts in memory, is what the others' losses are measured against."""
 
@@ -117,7 +136,8 @@ def _jobs(options: OffloadBenchOptions, tokens: list[list[int]], folder: str) ->
 
     def job(way: str, share: float, **more: Any) -> Job:
         length, readers, threads = options.prompt, options.readers, options.threads
-        return Job(way, options.model, share, tokens, length, folder, dtype, readers, threads, **more)
+        own = (share, tokens, length, folder, dtype, readers, threads, options.memory)
+        return Job(way, options.model, *own, **more)
 
     shares = sorted(options.shares, reverse=True)
     jobs = [job("no skipping", share) for share in shares]

@@ -1,6 +1,7 @@
 """One way to decode a model whose experts lie on disk, in a process of its own: what it holds in memory is its own too."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -22,6 +23,7 @@ from ...moe.loading import model_path
 from ...selector.prices import RESIDENT, Uniform
 from ...selector.selector import LynxSelector
 from ..offload import Offloading, offload_experts
+from .limits import memory_limited
 
 # Ways that are no others' business than the user's own: transformers and accelerate as they come.
 MAPPED, ACCELERATE = "memory mapping", "accelerate"
@@ -38,6 +40,7 @@ class Job:
         thresholds: of the selector, one after the other; empty without skipping.
         tokens: text `(sequences, positions)`, of which so many are the prompt.
         dtype: as `moe.loading.pick_dtype` gives it.
+        memory: bytes that it may hold, see `limits.memory_limited`; None: no limit.
         folder: for `reference.safetensors`, which the first job writes, and for copies that a way needs.
     """
 
@@ -50,9 +53,15 @@ class Job:
     dtype: str
     readers: int
     threads: int
+    memory: int | None = None
     selector: str | None = None
     thresholds: tuple[float, ...] = ()
     predictors: str | None = None
+
+    @property
+    def group(self) -> str:
+        """Name of the control group in which its memory is limited."""
+        return f"lynx-learn-{Path(self.folder).name}"
 
 
 @torch.no_grad()
@@ -73,7 +82,7 @@ def decode_way(job: Job) -> list[dict[str, Any]]:
     """
     _hush()
     tokens, start = torch.tensor(job.tokens), peak_rss()
-    with with_threads(job.threads):
+    with with_threads(job.threads), nullcontext() if job.memory is None else memory_limited(job.memory, job.group):
         run = _by_others if job.way in (MAPPED, ACCELERATE) else _by_us
         rows: list[dict[str, Any]] = []
         for logits, row in run(job, tokens):
@@ -104,9 +113,19 @@ def _by_us(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
                 "unused_bytes_per_token": stats.unused_bytes / count,
                 "hits": stats.hits / max(stats.wanted, 1),
                 "wait_ms": [1e3 * seconds / steps for seconds in stats.wait_seconds],
+                "batches": _batches(sum(stats.wait_seconds), count / row["tokens_per_s"]),
                 "experts": None if acting is None else sum(acting.stats.experts_after) / layers,
             }
         yield logits, row
+
+
+def _batches(waited: float, seconds: float) -> int:
+    """How many such batches would have to decode as one for computing to hide the reading (Klotski's n, arXiv 2502.06888).
+
+    Computing grows with the batches, and what is read hardly does once most experts are needed. n times what is computed
+    now must be at least what is read; that took no longer than all of the time.
+    """
+    return math.ceil(seconds / max(seconds - waited, 1e-9))
 
 
 def _by_others(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -126,6 +145,7 @@ def _by_others(job: Job, tokens: Tensor) -> Iterator[tuple[Tensor, dict[str, Any
             "bytes_per_token": row["disk_bytes_per_token"],
             "hits": None,
             "wait_ms": None,
+            "batches": None,
             "experts": None,
         },
     )
