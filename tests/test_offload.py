@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,42 @@ def test_outputs_are_those_of_the_untouched_model(name: str, slots: int, saved: 
 def opened(folder: Path) -> Any:
     loaded, checkpoint = load_without_experts(str(folder), "cpu", "float32", tokenizer=False)
     return loaded.model, checkpoint
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_may_lie_in_the_hosts_memory(name: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    """As for a GPU, and with a CPU in its place: all are read when it is attached, and no file any more after that."""
+    shutil.copytree(saved(name), tmp_path / "model")
+    with offload_experts(str(tmp_path / "model"), 0.3, dtype="float32", slow_memory="host") as offloaded:
+        for file in (tmp_path / "model").glob("*.safetensors"):
+            file.unlink()
+        offloaded.memory.disk.close()
+        assert torch.equal(outputs(offloaded.model), outputs(whole(saved(name))))
+        stats = offloaded.stats
+        assert 0 < stats.hits < stats.wanted
+        assert stats.bytes_read == (stats.wanted - stats.hits) * offloaded.memory.views[0].stored_bytes
+        assert offloaded.memory.copies is not None
+    assert offloaded.memory.copies is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu_fast_memory_is_the_gpus(name: str, saved: Callable[..., Path]) -> None:
+    folder, model = saved(name), whole(saved(name)).cuda()
+    tokens = words(5, 9).cuda()
+    with torch.no_grad(), offload_experts(str(folder), 0.3, dtype="float32", device="cuda") as offloaded:
+        wanted, given = (torch.cat(decode(own, tokens, 4), dim=1) for own in (model, offloaded.model))
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+        assert offloaded.memory.room.is_cuda
+        assert offloaded.memory.copies is not None
+        assert offloaded.memory.copies.room.is_pinned()
+        assert 0 < offloaded.stats.hits < offloaded.stats.wanted
+        with skip_experts(
+            offloaded.model, random_selector(model).at_threshold(1.0, prices=RESIDENT[offloaded.layers[0].experts])
+        ):
+            decode(offloaded.model, tokens, 4)
+    with pytest.raises(ModelError, match="not from disk"):
+        offload_experts(str(folder), 0.3, device="cuda", slow_memory="disk")
 
 
 @pytest.mark.parametrize("how", [{"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)

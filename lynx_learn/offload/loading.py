@@ -69,6 +69,7 @@ def load_without_experts(
         )
     model.name_or_path = model.config.name_or_path = path
     make_plain(model)
+    model._apply(lambda value: value if value.is_meta else value.to(target))
     encoder = load_tokenizer(name, model.get_input_embeddings().weight.shape[0], commit) if tokenizer else None
     return LoadedModel(model.eval(), encoder, commit or folder_revision(checkpoint.folder)), checkpoint
 

@@ -1,5 +1,7 @@
 """Fast memory: experts of all layers in slots, what is missing read by threads, and what comes next read ahead.
 
+What it is filled from is the checkpoint on disk or, for a model on a GPU, a copy of all experts in the host's memory.
+
 The order of a layer is Klotski's (arXiv 2502.06888): what the router has chosen and fast memory lacks is requested at
 once; experts that are there run while it is read, and the others in the order in which they arrive.
 """
@@ -32,7 +34,7 @@ class OffloadStats:
     """What was read since the last `reset`.
 
     Attributes:
-        bytes_read: of expert weights, from disk.
+        bytes_read: of expert weights, from disk or the host's memory.
         prefetched_bytes, unused_bytes: of these, what was read ahead, and what of that its layer did not need then.
         wanted, hits: experts that layers ran, and how many of them lay in fast memory when the gate had chosen.
         wait_seconds: of each layer, for reads that nothing was left to be computed beside.
@@ -54,6 +56,7 @@ class FastMemory:
         fast_memory: bytes; a float up to 1 is a share of all experts.
         eviction: which expert makes room, by default `LeastRecent`.
         readers: threads that read.
+        host: fill slots from the host's memory, which is filled from disk once; for layers on a GPU the only way.
 
     Raises:
         OptionError: it does not hold one token's experts of a layer.
@@ -66,8 +69,9 @@ class FastMemory:
         fast_memory: float,
         eviction: Eviction | None,
         readers: int,
+        host: bool = False,
     ) -> None:
-        self.layers, self.readers = layers, readers
+        self.layers, self.readers, self.host, self.device = layers, readers, host, layers[0].device
         self.views = [_Views(layer, own) for layer, own in zip(layers, parts, strict=True)]
         self.slot_bytes = max(views.bytes for views in self.views)
         experts = max(layer.num_experts for layer in layers)
@@ -102,13 +106,16 @@ class FastMemory:
         """While open, experts can be read from a checkpoint; all slots are empty at first.
 
         Raises:
-            ModelError: its files cannot be opened.
+            ModelError: its files cannot be opened, or read.
         """
         with ExitStack() as stack:
             self.disk = Disk(checkpoint.files)
             stack.callback(self.disk.close)
+            self.copies = HostCopies(self.views, self.disk, self.slot_bytes, self.device) if self.host else None
+            stack.callback(setattr, self, "copies", None)
             self.pool = stack.enter_context(ThreadPoolExecutor(self.readers, "lynx-read"))
-            self.room = torch.empty(self.slots.count * self.slot_bytes + ALIGNED, dtype=torch.uint8)
+            size = self.slots.count * self.slot_bytes + ALIGNED
+            self.room = torch.empty(size, dtype=torch.uint8, device=self.device)
             stack.callback(self._give_back)
             yield
 
@@ -149,7 +156,7 @@ class FastMemory:
                 if slot is None:
                     return
                 e = missing.popleft()
-                reading[self.pool.submit(self._read, index, e, slot)] = e, slot
+                reading[self._submit(index, e, slot)] = e, slot
             if foresee is not None:
                 foreseen, foresee = foresee(), None
                 self._read_ahead(*foreseen)
@@ -196,7 +203,7 @@ class FastMemory:
                 slot = slots.claim(index, e)
                 if slot is None:
                     break
-                self.ahead[self.pool.submit(self._read, index, e, slot)] = index, e, slot
+                self.ahead[self._submit(index, e, slot)] = index, e, slot
         slots.pinned[keep] = False
 
     def _take_ahead(self, index: int, wanted: set[int]) -> dict[Future[None], tuple[int, int]]:
@@ -245,15 +252,51 @@ class FastMemory:
         start = -self.room.data_ptr() % ALIGNED + slot * self.slot_bytes
         return self.room[start : start + self.slot_bytes]
 
-    def _read(self, index: int, expert: int, slot: int) -> None:
-        self.views[index].read(self.disk, expert, self._slot(slot))
+    def _submit(self, index: int, expert: int, slot: int) -> Future[None]:
+        """Let a thread fill a slot."""
+        if self.copies is None:
+            return self.pool.submit(self.views[index].read, self.disk, expert, self._slot(slot))
+        return self.pool.submit(self.copies.read, index, expert, self._slot(slot), self.copies.now())
+
+
+class HostCopies:
+    """All experts in the host's memory, each laid out as in a slot; pinned where a GPU is to read them.
+
+    Raises:
+        ModelError: an expert cannot be read from disk.
+    """
+
+    def __init__(self, views: Sequence["_Views"], disk: Disk, slot_bytes: int, device: torch.device) -> None:
+        self.device, on_gpu = device, device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        count = max(own.experts for own in views)
+        self.room = torch.empty(len(views), count, slot_bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        for index, own in enumerate(views):
+            for expert in range(own.experts):
+                own.read(disk, expert, self.room[index, expert])
+
+    def now(self) -> "torch.cuda.Event | None":
+        """When the device has done what it was given so far, and with it all that still reads a slot given away now."""
+        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def read(self, index: int, expert: int, slot: Tensor, free: "torch.cuda.Event | None") -> None:
+        """Fill a slot, once `free` has come; returns when it is filled."""
+        whole = self.room[index, expert]
+        if self.stream is None or free is None:
+            slot.copy_(whole)
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(free)
+            slot.copy_(whole, non_blocking=True)
+            done = self.stream.record_event()
+        done.synchronize()
 
 
 class _Views:
     """How one layer's experts lie in a slot: as far behind a multiple of `ALIGNED` as in the untouched model's memory."""
 
     def __init__(self, layer: MoeLayer, parts: list[Part]) -> None:
-        self.parts, self.dtype = parts, layer.dtype
+        self.parts, self.dtype, self.experts = parts, layer.dtype, layer.num_experts
         self.sizes = [torch.Size(part.shape).numel() * self.dtype.itemsize for part in parts]
         self.starts, end = [], 0
         for part, size in zip(parts, self.sizes, strict=True):

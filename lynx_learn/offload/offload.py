@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from .slots import Eviction, Slots
 from .spans import expert_parts
 
 NAME = "lynx_offload"
+SlowMemory = Literal["disk", "host"]
 
 
 class Resident(Uniform):
@@ -46,7 +47,7 @@ class Resident(Uniform):
 
     def of(self, layer: Any) -> Price:
         held = self.offloading.slots.held(layer.index)
-        return Price(torch.from_numpy((~held).astype(np.float32)))
+        return Price(torch.from_numpy((~held).astype(np.float32)).to(layer.device))
 
     def describe(self) -> dict[str, Any]:
         slots = self.offloading.slots
@@ -68,12 +69,13 @@ class Offloading:
         readers: int = 4,
         loaded: LoadedModel | None = None,
         predictors: Predictors | None = None,
+        slow_memory: SlowMemory | None = None,
     ) -> None:
         self.model, self.loaded, self.predictors = unwrapped(model), loaded, predictors or {}
         self.layers = find_moe_layers(self.model)
-        _check(self.layers)
+        host = _check(self.layers, slow_memory) == "host"
         parts = expert_parts(self.model, self.layers, checkpoint)
-        self.memory = FastMemory(self.layers, parts, fast_memory, eviction, readers)
+        self.memory = FastMemory(self.layers, parts, fast_memory, eviction, readers, host)
         self.checkpoint, self.lock = checkpoint, threading.Lock()
         self.stack: ExitStack | None = None
 
@@ -233,12 +235,20 @@ def _run_offloaded(experts: Any, hidden: Tensor, indices: Tensor, weights: Tenso
         return place.offloading.run(place.index, experts, hidden, indices, weights)
 
 
-def _check(layers: list[MoeLayer]) -> None:
+def _check(layers: list[MoeLayer], slow_memory: SlowMemory | None) -> SlowMemory:
+    """Where experts lie that fast memory does not hold."""
+    devices = sorted({str(layer.device) for layer in layers})
+    on_gpu = layers[0].device.type == "cuda"
+    if len(devices) > 1 or not (on_gpu or layers[0].device.type == "cpu"):
+        raise ModelError(f"experts can be offloaded on a CPU or one GPU: the model is on {', '.join(devices)}")
+    if on_gpu and slow_memory == "disk":
+        raise ModelError(
+            f"a GPU's fast memory is filled from the host's, not from disk: the model is on {devices[0]}; leave out slow_memory"
+        )
     for layer in layers:
-        if layer.device.type != "cpu":
-            raise ModelError(f"experts can be offloaded on a CPU only, so far: the model is on {layer.device}")
         if not hasattr(vars(layer.experts).get("config"), "_experts_implementation"):
             raise ModelError(f"layer {layer.name} has experts that run in code of their own: they cannot be offloaded")
+    return slow_memory or ("host" if on_gpu else "disk")
 
 
 def offload_experts(
@@ -250,8 +260,12 @@ def offload_experts(
     dtype: str = "auto",
     prefetch: str | None = None,
     predictors: str | None = None,
+    device: str = "cpu",
+    slow_memory: SlowMemory | None = None,
 ) -> Offloading:
     """Run a model whose experts do not fit in memory, by reading them from its checkpoint when they are needed.
+
+    On a GPU they are read from a copy in the host's memory, which is made when it is attached, and `fast_memory` is the GPU's.
 
     Without skipping, what it computes is what the model computes by `grouped_mm`, transformers' default, bit for bit. The
     checkpoint is only read.
@@ -266,6 +280,9 @@ def offload_experts(
         dtype: of a model that is not loaded yet, as in `load_model`.
         prefetch: how the next layer's experts are foreseen and read ahead: `popularity`, `correlation` or `learned`.
         predictors: folder with what prefetch knows, as `lynx-learn replay --predictors` writes it.
+        device: of a model that is not loaded yet, as in `load_model`.
+        slow_memory: where experts lie that fast memory does not hold: `disk`, the checkpoint, by default on a CPU; or `host`, a
+            copy of all of them in the host's memory, by default and only so on a GPU.
 
     Raises:
         ModelError: the model or its checkpoint cannot be used so, with the reason.
@@ -277,16 +294,20 @@ def offload_experts(
         raise OptionError(
             "prefetch and predictors go together: a way to foresee, and the folder that `lynx-learn replay --predictors` writes"
         )
+    if slow_memory not in (None, *get_args(SlowMemory)):
+        raise OptionError(f"slow_memory {slow_memory!r} is unknown: expected {' or '.join(get_args(SlowMemory))}")
     if readers < 1:
         raise OptionError(f"readers {readers} is not usable: expected 1 or more")
     if isinstance(model, str):
-        loaded, checkpoint = load_without_experts(model, "cpu", dtype, tokenizer=False)
-        offloading = Offloading(loaded.model, checkpoint, fast_memory, eviction, readers, loaded)
+        loaded, checkpoint = load_without_experts(model, device, dtype, tokenizer=False)
+        own = (fast_memory, eviction, readers, loaded)
+        offloading = Offloading(loaded.model, checkpoint, *own, slow_memory=slow_memory)
     else:
         place = store or getattr(unwrapped(model), "name_or_path", "")
         if not place:
             raise ModelError("the model does not say where its checkpoint is: give store=, its folder or Hub id")
-        offloading = Offloading(model, Checkpoint.open(str(place)), fast_memory, eviction, readers)
+        checkpoint = Checkpoint.open(str(place))
+        offloading = Offloading(model, checkpoint, fast_memory, eviction, readers, slow_memory=slow_memory)
     if prefetch is not None and predictors is not None:
         offloading.predictors = read_predictors(predictors, prefetch, offloading.layers)
     return offloading
