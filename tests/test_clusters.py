@@ -1,6 +1,7 @@
 """Workers that a command starts: on this machine, on a Ray cluster of two nodes, and on a Dask cluster; killed in the middle,
 they leave the bytes that one process leaves."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -250,6 +251,8 @@ def test_a_cluster_that_is_not_there(
 ) -> None:
     options = replace(collecting(tmp_path / "out"), workers=2, backend=backend)
     if backend == "dask" and find_spec(module) is not None:  # Ray finds one that anybody has started on this machine
+        # Read from the environment once, perhaps while another test had a cluster.
+        monkeypatch.setitem(importlib.import_module("dask").config.config, "scheduler-address", None)
         with pytest.raises(OptionError, match="--backend dask finds no cluster") as error:
             CASES["collect"].run(options)
         one_line(error)
