@@ -295,7 +295,7 @@ def offload_tables(report: dict[str, Any]) -> list[Table | str]:
                     _or_none(row["bytes_per_token"], "{:.3f}", 1e6),
                     _or_none(row["hits"], "{:.0%}"),
                     _or_none(row["wait_ms"] and sum(row["wait_ms"]) / len(row["wait_ms"]), "{:.2f}"),
-                    _or_none(row["batches"], "{}"),
+                    _or_none(row["batches"], "{:.0f}"),
                     f"{row['kl']:z.4f}",
                     f"{row['tokens_per_s']:.1f}",
                     _or_none(row["peak_rss"], "{:.0f}", 2**20),
