@@ -2,18 +2,21 @@
 they leave the bytes that one process leaves."""
 
 import importlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flows import LENGTH, PROMPT, calibrated, one_line, tiny_flow
+from flows import LENGTH, PROMPT, SENTENCE, calibrated, one_line, tiny_flow
 from part_cases import CASES, collecting, results
 
 from lynx_learn.errors import OptionError
@@ -215,6 +218,60 @@ def test_the_command_of_dask(dask: str, tmp_path: Path) -> None:
 
     page.run("--backend dask", "", scheduler=config.get("scheduler-address"))
     assert (tmp_path / "my" / "report" / "report.json").is_file()
+
+
+PROGRAM = """
+import sys
+from lynx_learn import CollectOptions, collect
+if __name__ == "__main__":
+    model, out, corpus = sys.argv[1:]
+    collect(CollectOptions(model, out, corpus=corpus, length=32, tokens=10**6, workers=2))
+"""
+
+
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """As Ctrl-C on a terminal: every process of the group receives it."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "said"), [(interrupt, "KeyboardInterrupt"), (kill, "")])
+def test_no_process_stays_behind(end: Callable[[Any], None], said: str, tmp_path: Path) -> None:
+    """Also in the middle of its work."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{SENTENCE} " * (100 + i)}) + "\n" for i in range(200)))
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(tiny_flow().model), str(tmp_path / "out"), str(texts)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: (tmp_path / "out" / "index").exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[1]
+    end(process)
+    err = process.communicate()[1]
+    assert process.returncode != 0
+    assert said in err
+    wait_for(lambda: not group_lives(process.pid))  # for ever, if one stays
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.02)
 
 
 # What is refused.

@@ -15,8 +15,8 @@ python train/quantised.py --config train/quantised.yaml --selector selectors/ref
 python train/certificate.py --config train/certificate.yaml
 python train/stand_ins.py --config train/stand_ins.yaml
 python train/stand_ins.py --config train/stand_ins.yaml --trace runs/reference-moe-50m/trace \
-  --selector selectors/reference-moe-50m --out runs/stand-ins/50m.md
-large='{"batch_sizes": [64], "length": 512, "tokens": 15000, "workers": 1}'
+  --selector selectors/reference-moe-50m --out runs/stand-ins/50m.md --compared 512
+large='{"batch_sizes": [64], "length": 512, "tokens": 15000}'
 python train/certificate.py --config train/certificate.yaml --base "$large" --out runs/certificate-64
 python train/long_decode.py --config train/long_decode.yaml
 python train/long_decode.py --config train/long_decode.yaml --length 512 --stretch 1 --groups 4 --out runs/long-decode/long-decode-512.md

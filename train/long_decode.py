@@ -47,7 +47,7 @@ class Options:
         model: the model it was trained for, a folder or name.
         corpus: text; documents of at least `length` tokens are used.
         out: Markdown file.
-        length: positions of a sequence, of which 32 are prompt.
+        length: positions of a sequence, of which the first `prompt` are prefill.
         stretch: how many times the positions that the model was trained on they are, for YaRN (arXiv 2309.00071).
         budget: a budget of the selector, nats.
         every: all experts in every n-th step, for each of these n.
@@ -95,7 +95,7 @@ class KeepingSome:
 
 @dataclass(frozen=True)
 class Point:
-    """One policy at one threshold: nats per token and the text's own loss by part, and bytes relative to untouched."""
+    """One policy at one threshold: nats per token by part of the positions, and bytes relative to untouched."""
 
     kl: list[float]
     bytes: float
