@@ -4,11 +4,8 @@ What the engine serves has to be what the same selector gives on the transformer
 the routing rule, the scale of what experts return and of what surrogates add all go into that.
 """
 
-import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,7 @@ import torch
 from tiny import VOCAB, build, words
 from torch import Tensor
 from transformers import PreTrainedModel
-from vllm_cases import environment
+from vllm_cases import run_cases
 
 from lynx_learn.decode.shapes import random_selector
 from lynx_learn.decode.simulate import simulated_logits
@@ -217,20 +214,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     engine |= {"kv_cache_memory_bytes": 50_000_000}
     cases.append({**reference, "name": "reference", "engine": engine})
     cases.append({**reference, "name": "reference split", "engine": {**engine, "tensor_parallel_size": 2}})
-    listed = folder / "cases.json"
-    listed.write_text(json.dumps(cases), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), str(listed)],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        cwd=folder,
-        # Graphs that Dynamo has traced, run as they are; and two workers on one memory node.
-        env=environment(VLLM_CPU_CI_ENV="1", VLLM_CPU_OMP_THREADS_BIND="nobind"),
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
-    return {**{result["name"]: result for result in found}, "subjects": subjects, "log": done.stdout}
+    # Graphs that Dynamo has traced, run as they are; and two workers on one memory node.
+    found, log = run_cases(folder, cases, VLLM_CPU_CI_ENV="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+    return {**{result["name"]: result for result in found}, "subjects": subjects, "log": log}
 
 
 def subject(results: dict[str, Any], family: str) -> Subject:

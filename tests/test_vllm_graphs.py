@@ -1,13 +1,10 @@
 """Skipping in the graphs that vLLM compiles, on both of its model runners, against engines without graphs and without skipping."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_cases import environment
+from vllm_cases import run_cases
 
 from lynx_learn.integrations.vllm.metrics import AUDIT
 from lynx_learn.moe.loading import reference_moe
@@ -63,22 +60,11 @@ def run(
         for name, engine, passes in cases
     ]
     caches = {"VLLM_CACHE_ROOT": str(folder / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), json.dumps(planned)],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        cwd=folder,
-        env=environment(**caches, **own),
-    )
     found = {}
-    for line in done.stdout.splitlines():
-        if line.startswith('{"name"'):
-            result = json.loads(line)
-            assert "error" not in result, result["error"]
-            print(f"{result['name']}: engine started in {result['start']:.1f} s")
-            found[result["name"]] = result["passes"]
-    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
+    for result in run_cases(folder, planned, **caches, **own)[0]:
+        assert "error" not in result, result["error"]
+        print(f"{result['name']}: engine started in {result['start']:.1f} s")
+        found[result["name"]] = result["passes"]
     return found
 
 

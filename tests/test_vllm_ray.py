@@ -3,7 +3,6 @@
 vLLM asks Ray for devices, of which its CPU has none: Ray is told of two, and vLLM what they are called.
 """
 
-import json
 import os
 import signal
 import socket
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from test_vllm import BUDGET, SELECTOR, SETTINGS, other_routers
-from vllm_cases import environment
+from vllm_cases import environment, run_cases
 
 from lynx_learn.moe.loading import reference_moe
 
@@ -67,16 +66,9 @@ def ran(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         {"name": "ray", "environment": asked, "engine": engine},
         {"name": "other model", "environment": asked, "engine": {**engine, "model": other}},
     ]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_cases.py")), json.dumps(planned)],
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        cwd=folder,
-        env=environment(RAY_ADDRESS=cluster, VLLM_HOST_IP="127.0.0.1", VLLM_CPU_OMP_THREADS_BIND="nobind"),
+    results, _ = run_cases(
+        folder, planned, RAY_ADDRESS=cluster, VLLM_HOST_IP="127.0.0.1", VLLM_CPU_OMP_THREADS_BIND="nobind"
     )
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    assert len(results) == len(planned), done.stdout[-2000:] + done.stderr[-4000:]
     return {result["name"]: result for result in results}
 
 

@@ -1,7 +1,7 @@
-"""Engines of vLLM started one after the other in one process, each under other settings; prints one JSON line each.
+"""Engines of vLLM started one after the other in one process, each under other settings; writes one JSON line each.
 
-A test runs this as a script: `python vllm_cases.py CASES`, with CASES a JSON list of {name, environment, engine}, or the
-file that holds it. A case may also have `prompts` (text or tokens), `sampling`, `architecture`, the class of the
+A test has `run_cases` run this as a script, `python vllm_cases.py CASES RESULTS`, where the file CASES holds a JSON list of
+{name, environment, engine}. A case may also have `prompts` (text or tokens), `sampling`, `architecture`, the class of the
 model, `reload`, a model whose weights take the place of the loaded ones at the end, and `passes`: the prompts are then run
 again and again, each time with other `extra_args` for the requests, given to them in turns; `audits`, for each pass how often it
 is audited, in an engine that was told to audit; and `cuda_graphs`, to have them although they are refused.
@@ -12,6 +12,7 @@ With TRITON_INTERPRET=1 the kernels that vLLM's second model runner needs are in
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 from copy import copy
@@ -27,6 +28,27 @@ def environment(**own: str) -> dict[str, str]:
     """What tests start processes with vLLM in: their own settings and none of the caller's."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("LYNX_")}
     return {**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **own}
+
+
+def run_cases(folder: Path, cases: list[dict[str, Any]], **own: str) -> tuple[list[dict[str, Any]], str]:
+    """What came out of each case, in a process with the settings `own`; and all that was printed.
+
+    Results come through a file: what workers print lands in the middle of a line.
+    """
+    listed, results = folder / "cases.json", folder / "results.jsonl"
+    listed.write_text(json.dumps(cases), encoding="utf-8")
+    results.touch()
+    done = subprocess.run(
+        [sys.executable, __file__, str(listed), str(results)],
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        cwd=folder,
+        env=environment(**own),
+    )
+    found = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
+    return found, done.stdout + done.stderr
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +158,6 @@ if __name__ == "__main__":
     if "RAY_ADDRESS" in os.environ:
         name_device()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this very process
-    listed = sys.argv[1] if sys.argv[1].startswith("[") else Path(sys.argv[1]).read_text(encoding="utf-8")
-    for case in json.loads(listed):
-        print(json.dumps({"name": case["name"], **run(case)}), flush=True)
+    with open(sys.argv[2], "a", encoding="utf-8") as results:
+        for case in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+            print(json.dumps({"name": case["name"], **run(case)}), file=results, flush=True)
