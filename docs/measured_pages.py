@@ -17,7 +17,8 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from lynx_learn.show.tables import Table, guarantees_table, loss
+from lynx_learn.show.quality import guarantees_table, loss
+from lynx_learn.show.tables import Table
 
 Report = dict[str, Any]
 

@@ -293,29 +293,28 @@ def _hush_transformers() -> None:
 
 def _show(command: str, options: Any, result: Any) -> None:
     from .selector.saving import read_metrics as figures
-    from .show import tables as report
+    from .show import quality, speed
+    from .show.tables import show
 
     views: dict[str, Callable[[], None]] = {
-        "collect": lambda: report.show(
-            f"{result.collected_tokens:,} tokens in {result.shards} shards: {result.folder}"
-        ),
-        "train": lambda: report.show(
-            report.training_table(figures(options.out)["train"]["layers"]),
+        "collect": lambda: show(f"{result.collected_tokens:,} tokens in {result.shards} shards: {result.folder}"),
+        "train": lambda: show(
+            quality.training_table(figures(options.out)["train"]["layers"]),
             f"selector without thresholds: {options.out}; next: lynx-learn calibrate --selector {options.out}",
         ),
-        "calibrate": lambda: report.show(
-            *report.calibration_lines({options.metric: figures(options.selector)["calibrate"][options.metric]})
+        "calibrate": lambda: show(
+            *quality.calibration_lines({options.metric: figures(options.selector)["calibrate"][options.metric]})
         ),
-        "coverage": lambda: report.show(report.coverage_table(result), report.guarantees_table(result)),
-        "evaluate": lambda: report.show(
-            report.evaluation_table(result), report.matched_table(result), report.ratios_table(result)
+        "coverage": lambda: show(quality.coverage_table(result), quality.guarantees_table(result)),
+        "evaluate": lambda: show(
+            quality.evaluation_table(result), quality.matched_table(result), quality.ratios_table(result)
         ),
-        "bench": lambda: report.show(*report.bench_tables(result)),
+        "bench": lambda: show(*speed.bench_tables(result)),
         "bench --url": lambda: print(json.dumps(result, indent=2)),
-        "bench --offload": lambda: report.show(*report.offload_tables(result)),
-        "replay": lambda: report.show(*report.replay_tables(result)),
-        "simulate": lambda: report.show(report.simulation_table(result)),
-        "export": lambda: report.show(*report.export_lines(result)),
+        "bench --offload": lambda: show(*speed.offload_tables(result)),
+        "replay": lambda: show(*speed.replay_tables(result)),
+        "simulate": lambda: show(speed.simulation_table(result)),
+        "export": lambda: show(*speed.export_lines(result)),
     }
     if command in views:
         views[command]()

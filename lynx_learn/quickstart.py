@@ -18,7 +18,8 @@ from .measure.evaluate import EvaluateOptions, evaluate
 from .moe.loading import REFERENCE, REFERENCE_50M, LoadedModel, generate_plainly, in_repository, load_model
 from .selector.saving import read_metrics
 from .selector.selector import LynxSelector
-from .show.tables import Table, calibration_lines, matched_table, show, training_table
+from .show.quality import calibration_lines, matched_table, training_table
+from .show.tables import Table, show
 from .traces import corpus as corpora
 from .traces.collect import CollectOptions, collect
 from .traces.groups import decode_groups

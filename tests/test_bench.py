@@ -17,7 +17,7 @@ from lynx_learn.decode.timing import Steps
 from lynx_learn.errors import LynxError
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import find_moe_layers
-from lynx_learn.show.tables import bench_tables
+from lynx_learn.show.speed import bench_tables
 
 
 def stats(before: float, after: float) -> Stats:

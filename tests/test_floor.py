@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from lynx_learn.show.floor import floor_lines
-from lynx_learn.show.tables import calibration_lines
+from lynx_learn.show.quality import calibration_lines
 
 CELL = {
     "threshold": 0.5,

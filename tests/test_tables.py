@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from evaluate_cases import tiny_report
 
-from lynx_learn.show import tables
+from lynx_learn.show import quality, tables
 
 METRICS = json.loads((Path(__file__).parents[1] / "selectors" / "reference-moe" / "metrics.json").read_text())
 # The shipped selector has no coverage; figures as wide as they get.
@@ -20,14 +20,14 @@ COVERED = {
 }
 EXACT = {"options": {"metric": "kl"}, "exact": {"test_over": 0.1055, "pool_over": 0.0194, "true_over": 0.05}}
 MAKERS: dict[str, Callable[[], Any]] = {
-    "training": lambda: tables.training_table(METRICS["train"]["layers"]),
-    "coverage": lambda: tables.coverage_table(
+    "training": lambda: quality.training_table(METRICS["train"]["layers"]),
+    "coverage": lambda: quality.coverage_table(
         {"rows": [COVERED, {**COVERED, "shift": True, "test_share": None}], **EXACT}
     ),
-    "evaluation": lambda: tables.evaluation_table(METRICS["evaluate"]),
-    "calibration": lambda: tables.calibration_table("kl", METRICS["calibrate"]["kl"]).without("groups"),
-    "matched": lambda: tables.matched_table(METRICS["evaluate"]),
-    "ratios": lambda: tables.ratios_table(METRICS["evaluate"]),
+    "evaluation": lambda: quality.evaluation_table(METRICS["evaluate"]),
+    "calibration": lambda: quality.calibration_table("kl", METRICS["calibrate"]["kl"]).without("groups"),
+    "matched": lambda: quality.matched_table(METRICS["evaluate"]),
+    "ratios": lambda: quality.ratios_table(METRICS["evaluate"]),
 }
 
 
@@ -46,7 +46,7 @@ def test_tables_of_the_shipped_selector_fit(name: str, capsys: pytest.CaptureFix
 
 def test_what_rounds_to_nothing_has_no_sign() -> None:
     point = {**METRICS["evaluate"]["points"][-1], "kl": -1e-7, "nll": -1e-7}
-    (row,) = tables.evaluation_table({**METRICS["evaluate"], "points": [point]}).rows
+    (row,) = quality.evaluation_table({**METRICS["evaluate"], "points": [point]}).rows
     assert row[4].startswith("0.0000 ")
     assert row[5].startswith("+0.0000 ")
 
@@ -85,19 +85,19 @@ def test_tables_show_the_report(capsys: pytest.CaptureFixture[str]) -> None:
         assert not [line for line in lines if len(line) > 80]
         return "\n".join(lines), " ".join(lines).split()
 
-    page, words = printed(tables.evaluation_table(report))
+    page, words = printed(quality.evaluation_table(report))
     for point in report["points"]:
         row = f"{point['method']}.* {point['batch_size']}( single)? +{point['experts']:.1f} +{point['bytes']:.0%} +{point['kl']:.4f}"
         assert re.search(rf"^{row}", page, re.MULTILINE), row
         assert set(point["setting"].split()) <= set(words)
         assert {f"±{point['kl_margin']:.4f}", f"{point['nll']:+.4f}", f"±{point['nll_margin']:.4f}"} <= set(words)
-    page, _ = printed(tables.matched_table(report))
+    page, _ = printed(quality.matched_table(report))
     for method, batch in {(row["method"], f"{row['batch_size']}") for row in report["matched"]}:
         of_it = [row for row in report["matched"] if (row["method"], f"{row['batch_size']}") == (method, batch)]
         for row in (row for row in of_it if row["bytes"] is not None):
             cell = f"{row['bytes']:.0%}/{row['experts']:.1f}"
             assert re.search(rf"^{method} +{batch}.* {cell}( |$)", page, re.MULTILINE), cell
-    _, words = printed(tables.ratios_table(report))
+    _, words = printed(quality.ratios_table(report))
     for row in report["ratios"]:
         ratio = row["bytes_to_best_rule"]
         if ratio and ratio["low"]:

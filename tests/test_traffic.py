@@ -20,7 +20,7 @@ from lynx_learn.hardware.traffic import Selection, Source, Traffic, buffered, la
 from lynx_learn.moe.decision import Routing
 from lynx_learn.offload.replay import halves
 from lynx_learn.selector.prices import Devices, Price
-from lynx_learn.show.tables import simulation_table
+from lynx_learn.show.speed import simulation_table
 from lynx_learn.traces.format import Trace
 
 HARDWARE = Path(__file__).parents[1] / "data" / "hardware"

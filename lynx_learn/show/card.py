@@ -5,7 +5,8 @@ from typing import Any
 
 from ..errors import printable
 from .floor import floor_lines
-from .tables import Table, calibration_table, coverage_table, evaluation_table, guarantees_table, training_table
+from .quality import calibration_table, coverage_table, evaluation_table, guarantees_table, training_table
+from .tables import Table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
