@@ -137,6 +137,10 @@ class Share:
         """Of so many parts those that this process makes."""
         return range(0) if self.merge else range(self.rank, count, self.world_size)
 
+    def owns(self, part: int) -> bool:
+        """Whether this process makes a part, where nobody knows yet how many there will be."""
+        return part in self.own(part + 1)
+
     def own_first(self, count: int) -> list[int]:
         """All of so many parts: what everybody needs is made by its owner, or by who comes to it before."""
         return sorted(range(count), key=lambda part: part % self.world_size != self.rank)

@@ -21,6 +21,7 @@ from .selector.features import NAMES
 from .selector.surrogates import MOST_RANKS, rank_for
 from .show.tables import Table, show
 from .traces.format import bytes_per_token
+from .traces.target import fewest_tokens
 
 # By which names configurations say how many experts a token goes to.
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
@@ -40,8 +41,10 @@ class PlanOptions:
 
     model: str
     """folder, Hub id or file of a configuration, or reference-moe; no weights are read"""
-    tokens: int = 100_000
-    """number of tokens to collect"""
+    tokens: int | None = None
+    """number of tokens to collect; by default 100000, or what --tokens_per_expert needs, whose limit it is otherwise"""
+    tokens_per_expert: int = 0
+    """tokens that every expert shall have, counted as if all were as busy as the rarest: routing that is uneven needs more"""
     length: int = 256
     """tokens of a collected sequence"""
     batch_size: int = 16
@@ -54,14 +57,19 @@ class PlanOptions:
     """floating point operations a second that a process really does, such as 1e14 for a GPU, 5e10 for two CPU cores"""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        for name, least in (("tokens", 1), ("tokens_per_expert", 0), ("length", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"--{name} {value} is not usable: expected {least} or more")
         for name in ("memory", "rate"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"--{name} {getattr(self, name):g} is not usable: expected a number above 0")
         if not 0 <= self.surrogate_share < 1:
             raise OptionError(f"--surrogate_share {self.surrogate_share:g} is not usable: expected 0 or more, below 1")
+
+    def collected(self, shape: "Shape") -> int:
+        """Tokens that are collected, at least."""
+        return fewest_tokens(self.tokens, self.tokens_per_expert, shape.experts, shape.top_k)
 
 
 class Shape(NamedTuple):
@@ -128,7 +136,7 @@ def plan(options: PlanOptions) -> list[Cost]:
     ]
     head = ["command", "disk", "memory", "FLOP", "hours", "most processes"]
     show(
-        Table(f"{options.model}: {options.tokens:,} tokens at {options.rate:.0e} FLOP/s", head, rows),
+        Table(f"{options.model}: {options.collected(shape):,} tokens at {options.rate:.0e} FLOP/s", head, rows),
         f"{shape.layers} MoE layers of {shape.experts} experts, {shape.top_k} for each token, width {shape.hidden}; "
         f"{size(shape.bytes)} of weights, surrogates of mean rank {shape.rank(options.surrogate_share)}",
         f"hours are those of one process; ! is more than --memory {options.memory:g} GB: such a model is spread over devices",
@@ -183,7 +191,7 @@ def read_shape(name: str) -> Shape:
 
 def costs(shape: Shape, options: PlanOptions) -> list[Cost]:
     """What each command takes on a model of this shape."""
-    sequences = -(-options.tokens // options.length)
+    sequences = -(-options.collected(shape) // options.length)
     tokens, shards = sequences * options.length, -(-sequences // options.batch_size)
     token = bytes_per_token(shape.layers, shape.hidden, shape.itemsize, shape.experts, shape.top_k)
     selector = shape.selector(options.surrogate_share)

@@ -73,6 +73,21 @@ def test_costs_grow_with_tokens_and_layers(command: int) -> None:
     assert (deeper.memory > one.memory) == (command != 1)  # a layer is fitted alone
 
 
+def test_a_target_of_tokens_for_every_expert() -> None:
+    """That of a trace whose experts are alike; of a real one, no more than it needed."""
+
+    def disk(**options: Any) -> float:
+        return costs(SHAPE, PlanOptions("m", **options))[0].disk
+
+    assert disk(tokens_per_expert=1000) == disk(tokens=1000 * SHAPE.experts // SHAPE.top_k)
+    assert disk(tokens_per_expert=1000, tokens=4096) == disk(tokens=4096)
+    assert disk() == disk(tokens=100_000)
+    trace = Trace.open(tiny_flow().trace)
+    reached = int(trace.assigned().min())
+    shape = read_shape(str(tiny_flow().model))
+    assert PlanOptions("m", tokens_per_expert=reached).collected(shape) <= trace.collected_tokens
+
+
 def test_a_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(PlanOptions(str(tiny_flow().model), memory=1e-6))
     said = capsys.readouterr().out

@@ -24,6 +24,7 @@ pytest.importorskip("vllm", reason="needs an environment with vLLM: .ci/vllm mak
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 LENGTH, ROWS, SHARDS, PROMPT = 96, 8, 2, 16
+TARGET = 20
 ENGINE = {"kv_cache_memory_bytes": 100_000_000, "block_size": 32}
 # A request of LENGTH + 1 tokens takes four blocks: all of them together do not fit, and some have to come back.
 FEW_BLOCKS = {**ENGINE, "num_gpu_blocks_override": 3 * ROWS}
@@ -65,6 +66,7 @@ def said(folder: Path) -> list[str]:
         asked(folder / "teacher"),
         asked(folder / "generate", **generate),
         asked(folder / "again", **generate),
+        asked(folder / "target", tokens=None, tokens_per_expert=TARGET),
         asked(folder / "own", engine_options={"enforce_eager": False}),
         asked(folder / "dense-trace", model=str(dense)),
         asked(folder / "none", engine_options={"no_such_option": 1}),
@@ -110,6 +112,22 @@ def test_as_transformers_runs_the_same_tokens(
         torch.testing.assert_close(chosen, own, rtol=1e-3, atol=1e-4)
 
 
+def test_a_target_of_tokens_for_every_expert(folder: Path, said: list[str]) -> None:
+    """It begins as the trace without one, and ends with the first shard that reaches it."""
+    trace, plain = Trace.open(folder / "target"), Trace.open(folder / "teacher")
+    assert trace.reached
+    assert min(trace.fewest) >= TARGET
+    both = min(trace.collected_tokens, plain.collected_tokens)
+    assert torch.equal(trace.index()["tokens"][:both], plain.index()["tokens"][:both])
+    last = torch.stack(
+        [
+            torch.bincount(list(trace.layer_shards(i))[-1]["indices"].flatten(), minlength=32)
+            for i in range(len(trace.fewest))
+        ]
+    )
+    assert int((trace.assigned() - last).min()) < TARGET
+
+
 def test_a_selector_is_trained_from_it(
     folder: Path, said: list[str], model: tuple[Any, list[MoeLayer]], tmp_path: Path
 ) -> None:
@@ -136,9 +154,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(folder: Path, said: lis
 @pytest.mark.parametrize(
     ("case", "line"),
     [
-        (3, "OptionError --engine_options has enforce_eager, which collect sets itself: leave it out"),
-        (4, "has no Mixture-of-Experts block of a known shape"),
-        (5, "no_such_option"),
+        (4, "OptionError --engine_options has enforce_eager, which collect sets itself: leave it out"),
+        (5, "has no Mixture-of-Experts block of a known shape"),
+        (6, "no_such_option"),
     ],
 )
 def test_refused(case: int, line: str, said: list[str], folder: Path) -> None:

@@ -33,8 +33,8 @@ def say(line: str) -> None:
         _say(line)
 
 
-def track(items: Iterable[Item], title: str, total: int, weight: int = 1, unit: str = "steps") -> Iterator[Item]:
-    """Yield the items, showing how many of `total` are done; each counts for `weight` of the unit named."""
+def track(items: Iterable[Item], title: str, total: int | None, weight: int = 1, unit: str = "steps") -> Iterator[Item]:
+    """Yield the items, showing how many of `total` (None: nobody knows) are done; each counts for `weight` of the unit named."""
     if _quiet:
         yield from items
         return
@@ -46,7 +46,7 @@ def track(items: Iterable[Item], title: str, total: int, weight: int = 1, unit: 
     _say_end(title, f"{done * weight:,} {unit}", time.monotonic() - start)
 
 
-def _with_lines(items: Iterable[Item], title: str, total: int, weight: int, unit: str) -> Iterator[Item]:
+def _with_lines(items: Iterable[Item], title: str, total: int | None, weight: int, unit: str) -> Iterator[Item]:
     """A line every half minute, also while one item takes longer than that."""
     start, done, end = time.monotonic(), 0, Event()
 
@@ -102,7 +102,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _line(title: str, done: int, total: int, weight: int, unit: str, passed: float) -> str:
+def _line(title: str, done: int, total: int | None, weight: int, unit: str, passed: float) -> str:
+    if total is None:
+        return f"{title}: {done * weight:,} {unit}, {duration(passed)} so far"
     share = f"{done * weight:,} of {total * weight:,} {unit}"
     if not done:
         return f"{title}: {share}, {duration(passed)} so far"
@@ -114,7 +116,7 @@ def _say_end(title: str, what: str, seconds: float) -> None:
     _say(f"{title}: {what} in {duration(seconds)}")
 
 
-def _with_bar(items: Iterable[Item], title: str, total: int, weight: int, unit: str) -> Iterator[Item]:
+def _with_bar(items: Iterable[Item], title: str, total: int | None, weight: int, unit: str) -> Iterator[Item]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -126,7 +128,7 @@ def _with_bar(items: Iterable[Item], title: str, total: int, weight: int, unit: 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total * weight, rate="")
+        task = bar.add_task(title, total=None if total is None else total * weight, rate="")
         for item in items:
             yield item
             bar.advance(task, weight)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..show.progress import say, track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
 from .sampling import Sampling, continue_rows
+from .target import Target, fewest_tokens, in_words, most_tokens
 
 # Entry points by which other engines are found: each a function of CollectOptions that gives a Tracer.
 ENGINES = "lynx_learn.engines"
@@ -43,8 +44,10 @@ class CollectOptions(ShareOptions):
     set as name:config:split"""
     split: corpora.Split = "fit"
     """part of the corpus to read, by document; calibrate and evaluate read the other parts"""
-    tokens: int = 100_000
-    """number of tokens to collect"""
+    tokens: int | None = None
+    """number of tokens to collect; by default 100000, or as many as --tokens_per_expert needs, whose limit it is otherwise"""
+    tokens_per_expert: int = 0
+    """go on until every expert of every MoE layer has so many tokens, or the corpus ends"""
     mode: Literal["teacher", "generate"] = "teacher"
     """teacher runs the text itself; generate runs the model's own continuations of prompts from the text"""
     length: int = 256
@@ -71,9 +74,10 @@ class CollectOptions(ShareOptions):
             raise OptionError("--engine_options is not usable with transformers: give it with --engine vllm")
         if self.engine == "vllm" and self.device != "auto":
             raise OptionError(f"--device {self.device} is not usable: vLLM runs on the device that it was built for")
-        for name in ("tokens", "length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"--{name} {getattr(self, name)} is not usable: expected 1 or more")
+        for name, least in (("tokens", 1), ("tokens_per_expert", 0), ("length", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"--{name} {value} is not usable: expected {least} or more")
         if self.mode == "generate" and not 0 < self.prompt < self.length:
             raise OptionError(f"--prompt {self.prompt} is not usable: expected 1 to --length - 1 ({self.length - 1})")
         self.share  # noqa: B018  # refuses what cannot be used
@@ -120,10 +124,14 @@ def collect(options: CollectOptions, loaded: LoadedModel | None = None) -> Trace
             if not share.merge:
                 check_room(out, trace_options)
             _write_shards(writer, tracer, share)
+        else:
+            writer.trim()
     trace = Trace.open(out, verify=was_there)
-    if trace.collected_tokens < options.tokens:
+    if options.tokens_per_expert:
+        print(in_words(trace))
+    elif trace.collected_tokens < trace.options.tokens:
         text = f"{options.corpus!r} ({options.split} split)"
-        print(f"{text} holds {trace.collected_tokens:,} of the {options.tokens:,} tokens asked for")
+        print(f"{text} holds {trace.collected_tokens:,} of the {trace.options.tokens:,} tokens asked for")
     return trace
 
 
@@ -147,7 +155,8 @@ def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
         corpus=options.corpus,
         split=options.split,
         mode=options.mode,
-        tokens=options.tokens,
+        tokens=most_tokens(options.tokens, options.tokens_per_expert),
+        tokens_per_expert=options.tokens_per_expert,
         length=options.length,
         prompt=options.prompt if options.mode == "generate" else 0,
         bos=options.bos,
@@ -191,18 +200,29 @@ class TransformersTracer:
 
 def check_room(out: Path, options: TraceOptions) -> None:
     """Say what will be written, and refuse when the disk has no room for it."""
-    tokens = -(-options.tokens // options.length) * options.length
+    tokens = fewest_tokens(options.tokens, options.tokens_per_expert, options.num_experts, options.top_k)
+    tokens = -(-tokens // options.length) * options.length
     needed = tokens * options.bytes_per_token
     existing = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if out.is_dir() else 0
     free = shutil.disk_usage(existing).free
     say(
-        f"{tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} ({free / 1e9:,.1f} GB free)"
+        f"{'at least ' if options.tokens_per_expert else ''}{tokens:,} tokens × {len(options.layers)} layers: {needed / 1e6:,.1f} MB into {out} "
+        f"({free / 1e9:,.1f} GB free)"
     )
     if needed - there > free:
         raise TraceError(
-            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer --tokens or another --out"
+            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free: ask for fewer tokens or another --out"
         )
+
+
+class Given(NamedTuple):
+    """What a shard was made of."""
+
+    text: str
+    sequences: int
+    sources: int
+    """Sources that the shards up to this one name."""
 
 
 def _write_shards(writer: TraceWriter, tracer: Tracer, share: Share) -> None:
@@ -215,43 +235,49 @@ def _write_shards(writer: TraceWriter, tracer: Tracer, share: Share) -> None:
         options.split,  # type: ignore[arg-type]
         options.bos,  # type: ignore[arg-type]
     )
-    wanted = -(-options.tokens // options.length)
+    wanted = -(-options.tokens // options.length) if options.tokens else None
+    target = Target(writer, share)
     batches = _batches(islice(sequences, wanted), options.sequences_per_shard)
+    needed = takewhile(lambda numbered: target.needs(numbered[0]), enumerate(batches))
+    expected = None if wanted is None else -(-wanted // options.sequences_per_shard)
     sources: list[str] = []
-    phases = dict.fromkeys(PHASES, 0)
+    given: list[Given] = []
     prompt = options.prompt if options.mode == "generate" else 0
-    texts: list[str] = []
-    expected = -(-wanted // options.sequences_per_shard)
-    own = set(share.own(expected))
-    for shard, (rows, names) in enumerate(
-        track(batches, "collect", expected, options.sequences_per_shard * options.length, "tokens")
+    for shard, (rows, names) in track(
+        needed, "collect", expected, options.sequences_per_shard * options.length, "tokens"
     ):
         for name in names:
             if name not in sources:
                 sources.append(name)
-        phases["prompt"] += rows.shape[0] * prompt
-        phases["generated" if prompt else "teacher"] += rows.shape[0] * (rows.shape[1] - prompt)
-        given = rows[:, : prompt or None]
-        texts.append(_text(given))
-        if shard not in own:
+        rows = rows[:, : prompt or None]
+        given.append(Given(_text(rows), len(rows), len(sources)))
+        if not share.owns(shard):
             continue
         stored = writer.stored(shard)
         if stored is not None:
-            _check_text(writer, texts[shard], stored, given.shape[1])
+            _check_text(writer, given[shard].text, stored, rows.shape[1])
         else:
-            rows, traced = tracer.run(given, options, shard)
+            rows, traced = tracer.run(rows, options, shard)
             first = shard * options.sequences_per_shard
             writer.write(shard, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
-    shards = len(texts)
-    missing = [shard for shard in range(shards) if writer.written(shard) is None]
-    share.check_all_there(missing, shards, "shards", writer.folder)
-    with share.alone(writer.folder):
-        if writer.complete:
-            return
-        for shard in set(range(shards)) - own:
-            if (there := writer.written(shard)) is not None:
-                _check_text(writer, texts[shard], there[0], prompt or options.length)
-        writer.finish(shards, sources, {k: v for k, v in phases.items() if v})
+    if not writer.complete:
+        shards, missing = target.end(len(given))
+        share.check_all_there(missing, shards, "shards", writer.folder)
+        with share.alone(writer.folder):
+            if not writer.complete:
+                _finish(writer, share, given[:shards], sources, prompt)
+    writer.trim()
+
+
+def _finish(writer: TraceWriter, share: Share, given: list[Given], sources: list[str], prompt: int) -> None:
+    """Write the manifest of shards that are all there."""
+    length = writer.options.length
+    for shard, own in enumerate(given):
+        if not share.owns(shard) and (there := writer.written(shard)) is not None:
+            _check_text(writer, own.text, there[0], prompt or length)
+    count = sum(own.sequences for own in given)
+    phases = {"prompt": count * prompt, "generated" if prompt else "teacher": count * (length - prompt)}
+    writer.finish(len(given), sources[: given[-1].sources], {name: n for name, n in phases.items() if n})
 
 
 def _text(rows: Tensor) -> str:

@@ -3,7 +3,8 @@
     manifest.json            written last; its presence means the trace is complete
     options.json             written first; what an interrupted run must match to go on
     index/00000.safetensors  per shard: token, sequence, position, phase and source of each token; in its metadata the
-                             checksums of the shard's other files, by which an interrupted run knows what is whole
+                             checksums of the shard's other files, by which an interrupted run knows what is whole,
+                             and how many of its tokens each expert has
     layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights
 
 Every file is written under a temporary name, flushed and renamed.
@@ -22,11 +23,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import TraceError
-from ..files import MARK, RunFolder, checksum, digest
+from ..files import MARK, PART, RunFolder, checksum, digest, read_object
 from ..moe.identity import Identity, is_identity
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+# Of an index: the checksums of the shard's files, and the tokens of each expert by layer.
+ABOUT = "shard"
 PHASES = ("prompt", "generated", "teacher")
 LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
 INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
@@ -57,6 +60,9 @@ class TraceOptions(TracedModel):
     split: str
     mode: str
     tokens: int
+    """At most; 0 without a limit, which only a target can do without."""
+    tokens_per_expert: int = 0
+    """Target of every expert of every layer; 0 without one."""
     length: int
     prompt: int
     bos: str
@@ -104,7 +110,7 @@ class TraceWriter(RunFolder):
         *layers, index = (self.folder / name for name in shard_names(len(self.options.layers), shard))
         try:
             with safe_open(index, "pt") as file:
-                sums = [str(value) for value in json.loads(file.metadata()["sha256"])]
+                sums = [str(value) for value in json.loads(file.metadata()[ABOUT])["sha256"]]
                 tensors = {key: file.get_tensor(key) for key in INDEX_TENSORS}
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None
@@ -123,10 +129,20 @@ class TraceWriter(RunFolder):
             return None
         return tensors if found == expected else None
 
+    def assigned(self, shard: int) -> Tensor | None:
+        """Tokens of each expert `(layers, experts)` in a shard whose files are all there; else None."""
+        return None if self.written(shard) is None else assigned(self.folder, shard)
+
+    def last(self) -> int:
+        """The highest number of the shards whose index is there; -1 where there is none."""
+        return max((int(path.stem) for path in self.folder.glob("index/*.safetensors")), default=-1)
+
     def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
         files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
-        sums = json.dumps([digest(data) for data in files])
-        files[-1] = save({k: v.contiguous() for k, v in index.items()}, {"sha256": sums})
+        assigned = [count_tokens(tensors["indices"], self.options.num_experts).tolist() for tensors in layers]
+        # As one value: safetensors writes several in any order.
+        about = json.dumps({"sha256": [digest(data) for data in files], "assigned": assigned})
+        files[-1] = save({k: v.contiguous() for k, v in index.items()}, {ABOUT: about})
         for name, data in zip(shard_names(len(self.options.layers), shard), files, strict=True):
             self.put(name, data)
 
@@ -143,15 +159,37 @@ class TraceWriter(RunFolder):
                 raise TraceError(f"{self.folder / index} is not there whole: collect again with the same options")
             files |= {**dict(zip(layers, there[1][:-1], strict=True)), index: checksum(self.folder / index)}
         tokens = sum(phases.values())
+        fewest = torch.stack([assigned(self.folder, shard) for shard in range(shards)]).sum(0).amin(-1).tolist()
         manifest = {
             **asdict(self.options),
             "shards": shards,
             "collected_tokens": tokens,
+            **({"fewest": fewest} if self.options.tokens_per_expert else {}),
             "sources": sources,
             "phases": phases,
             "sha256": files,
         }
         self.put_json(MANIFEST, manifest)
+
+    def trim(self) -> None:
+        """Of a complete trace: remove shards that it does not have, made by a process that was ahead of the others."""
+        end, own = int(read_object(self.folder / MANIFEST)["shards"]), f".safetensors{self.by}{PART}"
+        for path in self.folder.glob("*/*"):
+            number = path.name.lstrip(".").partition(".")[0]
+            if number.isdigit() and int(number) >= end and (path.name[0] != "." or path.name.endswith(own)):
+                path.unlink(missing_ok=True)
+
+
+def count_tokens(indices: Tensor, experts: int) -> Tensor:
+    """How many of the tokens `(tokens, top_k)` go to each expert; an index that is none is found when the trace is read."""
+    known = indices[(indices >= 0) & (indices < experts)]
+    return torch.bincount(known, minlength=experts)
+
+
+def assigned(folder: Path, shard: int) -> Tensor:
+    """Tokens of each expert `(layers, experts)` in a shard that is there."""
+    with safe_open(folder / f"index/{shard:05d}.safetensors", "pt") as file:
+        return torch.tensor(json.loads(file.metadata()[ABOUT])["assigned"])
 
 
 class Trace:
@@ -163,6 +201,8 @@ class Trace:
         self.collected_tokens = int(manifest.pop("collected_tokens"))
         self.sources: list[str] = manifest.pop("sources")
         self.phases: dict[str, int] = manifest.pop("phases")
+        self.fewest = [int(count) for count in manifest.pop("fewest", [])]
+        """Of each layer the tokens of its rarest expert, where there was a target."""
         self.sha256: dict[str, str] = manifest.pop("sha256")
         self.options = TraceOptions(**{**manifest, "layers": tuple(manifest["layers"])})
         for field in fields(self.options):
@@ -241,6 +281,15 @@ class Trace:
                     f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again"
                 )
             yield tensors
+
+    @property
+    def reached(self) -> bool:
+        """Whether every expert has as many tokens as it should."""
+        return min(self.fewest, default=0) >= self.options.tokens_per_expert
+
+    def assigned(self) -> Tensor:
+        """Tokens of each expert `(layers, experts)`."""
+        return torch.stack([assigned(self.folder, shard) for shard in range(self.shards)]).sum(0)
 
     def index(self) -> dict[str, Tensor]:
         """Token, sequence, position, phase and source of every token, each `(tokens,)`."""
