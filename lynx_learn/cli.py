@@ -313,7 +313,9 @@ def _show(command: str, options: Any, result: Any) -> None:
         "bench --url": lambda: print(json.dumps(result, indent=2)),
         "bench --offload": lambda: show(*speed.offload_tables(result)),
         "replay": lambda: show(*speed.replay_tables(result)),
-        "simulate": lambda: show(speed.simulation_table(result)),
+        "simulate": lambda: show(
+            speed.simulation_table(result), *([speed.measured_table(result)] if result["measured"] else [])
+        ),
         "export": lambda: show(*speed.export_lines(result)),
     }
     if command in views:

@@ -3,13 +3,18 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lynx_learn.hardware.described import Helpers, read_hardware
-from lynx_learn.hardware.helpers import Choices, channels, choices, least, priced
+from lynx_learn.hardware.helpers import WAYS, Channels, Choices, channels, choices, least, priced, subsets
+from lynx_learn.hardware.measured import ByRadio, curve_over, read_off
+from lynx_learn.moe.decision import Routing
 
 HARDWARE = read_hardware(Path(__file__).parents[1] / "data" / "hardware" / "helpers-8.yaml")
 assert isinstance(HARDWARE, Helpers)
@@ -96,3 +101,72 @@ def test_siftmoe_takes_least_of_what_is_within_its_limit(made: Choices, limit: i
         allowed = [c for c in in_time if made.bound[token, c] <= max(limit, lowest)]
         assert taken in allowed
         assert made.joules[token, taken] == min(made.joules[token, c] for c in allowed)
+
+
+SIFT, BOUND, COST = WAYS
+
+
+def by_radio(way: str, number: float, reached: list[bool]) -> tuple[ByRadio, Any]:
+    """A token whose three experts lie on three helpers, the last one the dearest; and what it decides in a layer."""
+    selector = SimpleNamespace(
+        costs=lambda routing: torch.tensor([[[0.5, 0.1, 0.02]]]),
+        surrogates=SimpleNamespace(answer=lambda hidden, indices, weights: weights.sum(-1, keepdim=True) * hidden),
+    )
+    # Outputs of 0 and 1 are alike, 2 is small.
+    distances = torch.tensor([[[0.0, 0.1, 1.0], [0.1, 0.0, 1.0], [1.0, 1.0, 0.0]]])
+    stats = SimpleNamespace(norms=torch.ones(1, 3), distances=distances, lengths=torch.tensor([[1.0, 1.0, 0.2]]))
+    scene: Any = SimpleNamespace(
+        selector=SimpleNamespace(layers=[selector]), stats=stats, hardware=replace(HARDWARE, helpers=3)
+    )
+    policy = ByRadio(way, number, scene, Channels(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([reached])))
+    routing = Routing(
+        torch.ones(1, 1, 2),
+        torch.zeros(1, 1, 3),
+        torch.tensor([[[0, 1, 2]]]),
+        torch.tensor([[[0.5, 0.3, 0.2]]]),
+        torch.ones(1, 1, dtype=torch.bool),
+    )
+    layer: Any = SimpleNamespace(index=0)
+    return policy, policy.decide(layer, routing)
+
+
+def test_who_answers_for_a_helper_that_is_not_asked() -> None:
+    policy, same = by_radio(SIFT, 0.0, [True] * 3)
+    assert same.indices.tolist() == [[[0, 1, 2]]]
+    assert (policy.taken, policy.everything) == (7.0, 7.0)
+    # The limit allows 1 to be answered by 0 (.3 × .1) and 2 by nothing (.2 × .2).
+    policy, two = by_radio(SIFT, 0.071, [True] * 3)
+    assert (two.indices[..., :2].tolist(), policy.taken) == ([[[0, 0]]], 1.0)
+    assert torch.equal(two.weights, torch.tensor([[[0.5, 0.3, 0.0]]]))
+    # One that is out of reach is left out whatever it costs.
+    policy, late = by_radio(BOUND, 0.0, [False, True, True])
+    assert (late.indices.tolist(), policy.taken) == ([[[1, 1, 2]]], 6.0)
+
+
+def test_surrogates_answer_where_costs_are_learned() -> None:
+    """At this price 1 and 2 cost less than they take."""
+    policy, made = by_radio(COST, 0.06, [True] * 3)
+    assert policy.taken == 1.0
+    assert torch.equal(made.weights, torch.tensor([[[0.5, 0.0, 0.0]]]))
+    assert torch.allclose(made.addition, torch.full((1, 1, 2), 0.5))
+
+
+def test_subsets_are_in_the_order_of_choices() -> None:
+    one = torch.ones(3)
+    kept = subsets(3)
+    made = choices(one, one > 0, torch.arange(3), torch.ones(3, 4), torch.tensor([1.0, 2.0, 4.0]))
+    assert made.cost.tolist() == [float(torch.tensor([1.0, 2.0, 4.0])[~own].sum()) for own in kept]
+
+
+def test_energy_is_read_off_between_points() -> None:
+    def measure(number: float) -> tuple[float, float]:
+        """A loss with a floor, and energy that falls as loss grows."""
+        loss = 0.002 + number**2
+        return loss, loss**-0.5
+
+    curve = curve_over(measure, 0.001, 0.05)
+    assert min(curve)[0] == pytest.approx(0.002, rel=0.05)
+    assert max(curve)[0] >= 0.05
+    assert read_off(curve, 0.01) == pytest.approx(10.0, rel=1e-3)
+    assert read_off(curve, 0.001) is None
+    assert read_off(curve, 1.0) is None

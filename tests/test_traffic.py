@@ -20,7 +20,7 @@ from lynx_learn.hardware.traffic import Selection, Source, Traffic, buffered, la
 from lynx_learn.moe.decision import Routing
 from lynx_learn.offload.replay import halves
 from lynx_learn.selector.prices import Devices, Price
-from lynx_learn.show.speed import simulation_table
+from lynx_learn.show.speed import measured_table, simulation_table
 from lynx_learn.traces.format import Trace
 
 HARDWARE = Path(__file__).parents[1] / "data" / "hardware"
@@ -197,6 +197,7 @@ def test_options_that_cannot_be_used(change: dict[str, Any]) -> None:
         ("devices", {"budget": 0.5}, "not calibrated for a budget of 0.5"),
         ("devices", {"batch_sizes": [500]}, "batches of 500 need more"),
         ("devices", {"selector": "selectors/reference-moe"}, "was trained for reference-moe"),
+        ("devices", {"levels": [0.01]}, "--levels is for hardware of helpers"),
         ("devices", {"hardware": "missing.yaml"}, "--hardware missing.yaml cannot be read"),
         ("devices", {"trace": "missing"}, "missing holds no trace"),
     ],
@@ -210,6 +211,28 @@ def test_what_cannot_be_simulated(
     with pytest.raises(LynxError, match=reason) as error:
         simulate(given)
     one_line(error)
+
+
+def test_energy_at_equal_measured_loss() -> None:
+    """More loss takes less energy; the sequences that decode are those whose steps are replayed."""
+    source, _ = read()
+    index = source.trace.index()
+    tokens = source.groups(4, 20)
+    assert sum(own.shape[1] for own in tokens) <= 20
+    first = index["sequence"][source.rows].unique()[:4]
+    rows = [index["tokens"][index["sequence"] == number][: tokens[0].shape[1]] for number in first]
+    assert torch.equal(tokens[0], torch.stack(rows).long())
+    given = options("helpers", model=str(tiny_flow().model), batch_sizes=[4], levels=[0.02, 0.05])
+    found = simulate(given)["measured"]
+    by_rule: dict[str, list[float]] = {}
+    for row in found:
+        by_rule.setdefault(row["rule"], []).append(row["energy"])
+    assert len(by_rule) == 3
+    for less, more in by_rule.values():
+        assert 0 < more < less < 1
+    table = measured_table({"measured": found, "model": "m", "hardware": "h"})
+    assert table.head == ["batch, rule", "KL 0.02", "KL 0.05"]
+    assert table.rows[0] == [f"4, {found[0]['rule']}", *(f"{energy:.2f}" for energy in by_rule[found[0]["rule"]])]
 
 
 def test_a_die_must_hold_an_expert(tmp_path: Path) -> None:

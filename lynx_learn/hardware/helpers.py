@@ -1,7 +1,7 @@
 """Wireless helpers: sending a token to the helper that holds its expert takes energy, the more the worse the channel."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -58,6 +58,11 @@ class Choices(NamedTuple):
     """(..., choices), bool: whether a helper that is out of reach is asked."""
 
 
+def subsets(top_k: int) -> Tensor:
+    """Which of its experts a token keeps in each choice `(choices, top_k)`, bool, in the order of `Choices`."""
+    return torch.tensor(list(product((True, False), repeat=top_k)))
+
+
 def choices(joules: Tensor, reached: Tensor, helper: Tensor, bounds: Tensor, costs: Tensor) -> Choices:
     """Weigh every subset of each token's experts.
 
@@ -69,8 +74,7 @@ def choices(joules: Tensor, reached: Tensor, helper: Tensor, bounds: Tensor, cos
     """
     top_k = joules.shape[-1]
     found = []
-    for kept in product((True, False), repeat=top_k):
-        own = torch.tensor(kept)
+    for own in subsets(top_k):
         first = [
             (own & (helper == helper[..., i : i + 1]))[..., :i].any(-1).logical_not() & own[i] for i in range(top_k)
         ]
@@ -103,16 +107,49 @@ def priced(joules: Tensor, loss: Tensor, late: Tensor, price: float) -> Tensor:
     return (loss + price * joules).masked_fill(late, math.inf).argmin(-1)
 
 
-def distances(stats: ExpertStats, traffic: Traffic) -> Tensor:
-    """Bound of one expert of a token standing in for another, or nothing: weight × mean distance of their outputs, relative
-    to the layer's mean output norm `(steps, layers, sequences, top_k, top_k + 1)`."""
+def sift(made: Choices, limit: float) -> Tensor:
+    """SiftMoE's, with one limit for all tokens and layers."""
+    return least(made.joules, made.bound, made.late, torch.tensor(limit))
+
+
+def by_bound(made: Choices, price: float) -> Tensor:
+    return priced(made.joules, made.bound, made.late, price)
+
+
+def by_cost(made: Choices, price: float) -> Tensor:
+    return priced(made.joules, made.cost, made.late, price)
+
+
+# Ways of choosing, by the one number that each has.
+WAYS: dict[str, Callable[[Choices, float], Tensor]] = {
+    "SiftMoE, a limit for each token and layer": sift,
+    "one price, SiftMoE's bound": by_bound,
+    "one price, learned cost": by_cost,
+}
+
+
+def taken(part: Tensor, choice: Tensor) -> Tensor:
+    """What each token's choice has of a part of `Choices`."""
+    return part.gather(-1, choice.unsqueeze(-1)).squeeze(-1).double()
+
+
+def bound_tables(stats: ExpertStats) -> Tensor:
+    """Mean distance of two experts' outputs, in the last column from nothing, relative to the layer's mean output norm
+    `(layers, experts, experts + 1)`."""
     scale = stats.norms.mean(-1).clamp_min(1e-20)[:, None, None]
-    table = torch.cat([stats.distances, stats.lengths.unsqueeze(-1)], dim=-1) / scale
-    nothing = torch.full_like(traffic.indices[..., :1], traffic.experts)
-    stand_ins = torch.cat([traffic.indices, nothing], dim=-1)
-    layer = torch.arange(len(table))[:, None, None, None]
-    found = table[layer, traffic.indices.unsqueeze(-1), stand_ins.unsqueeze(-2)]
-    return found * traffic.weights.unsqueeze(-1)
+    return torch.cat([stats.distances, stats.lengths.unsqueeze(-1)], dim=-1) / scale
+
+
+def distances(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Bound of one expert of a token standing in for another, or nothing: weight × distance `(..., top_k, top_k + 1)`.
+
+    Args:
+        table: of the layer, as in `bound_tables`.
+        indices, weights: as routed `(..., top_k)`.
+    """
+    nothing = torch.full_like(indices[..., :1], len(table))
+    stand_ins = torch.cat([indices, nothing], dim=-1)
+    return table[indices.unsqueeze(-1), stand_ins.unsqueeze(-2)] * weights.unsqueeze(-1)
 
 
 def rules(
@@ -132,19 +169,17 @@ def rules(
         OptionError: a token has too many experts.
     """
     steps, layers, sequences, top_k = traffic.indices.shape
-    if top_k > MOST_EXPERTS:
-        raise OptionError(
-            f"--hardware of helpers is not usable: tokens have {top_k} experts, expected {MOST_EXPERTS} at most"
-        )
+    check_experts(top_k)
     found = channels(hardware, steps, sequences, hidden, seed)
     helper = blocks(traffic.experts, hardware.helpers)[traffic.indices]
     step = torch.arange(steps)[:, None, None, None]
     joules, reached = found.joules[step, helper], found.reached[step, helper]
-    made = choices(joules, reached, helper, distances(stats, traffic), traffic.costs)
+    bounds = [
+        distances(table, traffic.indices[:, layer], traffic.weights[:, layer])
+        for layer, table in enumerate(bound_tables(stats))
+    ]
+    made = choices(joules, reached, helper, torch.stack(bounds, dim=1), traffic.costs)
     unit = float(made.joules[..., 0].mean())
-
-    def taken(part: Tensor, choice: Tensor) -> Tensor:
-        return part.gather(-1, choice.unsqueeze(-1)).squeeze(-1).double()
 
     def row(rule: str, choice: Tensor) -> dict[str, Any]:
         return {
@@ -155,17 +190,28 @@ def rules(
             "late": float(taken(made.late, choice).mean()),
         }
 
-    def reaching(part: Tensor, choose: Any, limit: float) -> Tensor:
-        return largest(choose, lambda choice: float(taken(part, choice).mean()), limit)
+    def reaching(part: Tensor, way: str, start: float, limit: float) -> Tensor:
+        """The choice with the largest number, some multiple of `start`, whose mean of `part` is within a limit."""
+        return largest(
+            lambda scale: WAYS[way](made, scale * start), lambda choice: float(taken(part, choice).mean()), limit
+        )
 
     everything = torch.zeros(traffic.active.shape, dtype=torch.long)
     yield row("all experts", everything)
     loss = traffic.loss(selection.keep(traffic)) / layers
-    price = loss / unit
-    learned = reaching(made.cost, lambda scale: priced(made.joules, made.cost, made.late, scale * price), loss)
+    *others, ours = WAYS
+    learned = reaching(made.cost, ours, loss / unit, loss)
     bound = float(taken(made.bound, learned).mean())
-    sift = reaching(made.bound, lambda scale: least(made.joules, made.bound, made.late, torch.tensor(scale)), bound)
-    yield row("SiftMoE, a limit for each token and layer", sift)
-    own = reaching(made.bound, lambda scale: priced(made.joules, made.bound, made.late, scale * bound / unit), bound)
-    yield row("one price, SiftMoE's bound", own)
-    yield row("one price, learned cost", learned)
+    for way in others:
+        yield row(way, reaching(made.bound, way, 1.0 if way == others[0] else bound / unit, bound))
+    yield row(ours, learned)
+
+
+def check_experts(top_k: int) -> None:
+    """Raises:
+    OptionError: a token has too many experts.
+    """
+    if top_k > MOST_EXPERTS:
+        raise OptionError(
+            f"--hardware of helpers is not usable: tokens have {top_k} experts, expected {MOST_EXPERTS} at most"
+        )

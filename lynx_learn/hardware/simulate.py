@@ -16,6 +16,7 @@ from ..selector.selector import LynxSelector
 from ..traces.format import Trace
 from . import chiplets, devices, helpers
 from .described import Chiplets, Devices, Helpers, read_hardware
+from .measured import Scene, at_losses
 from .traffic import Selection, Source, Traffic
 
 
@@ -33,6 +34,8 @@ class SimulateOptions:
     """budget that the selector is calibrated for"""
     model: str | None = None
     """the trace's model, whose experts are compared with each other: for helpers only"""
+    levels: list[float] = field(default_factory=list)
+    """measured losses (KL, nats per token) at which ways of choosing helpers are compared too; it takes minutes"""
     batch_sizes: list[int] = field(default_factory=lambda: [4, 16, 64])
     """sequences that decode together"""
     steps: int = 100
@@ -46,11 +49,13 @@ class SimulateOptions:
         for name, values in (("batch_sizes", self.batch_sizes), ("steps", [self.steps])):
             if not values or min(values) <= 0:
                 raise OptionError(f"--{name} {values} is not usable: expected numbers above 0")
+        if any(not level > 0 for level in self.levels):
+            raise OptionError(f"--levels {self.levels} is not usable: expected nats above 0")
 
 
 @torch.no_grad()
 def simulate(options: SimulateOptions) -> dict[str, Any]:
-    """What was found: `kind` of the hardware, and `rows` by batch size and rule.
+    """What was found: `kind` of the hardware, `rows` by batch size and rule, and `measured` by batch size, rule and level.
 
     Popularity is of the first half of the sequences, the figures of the others.
 
@@ -71,25 +76,36 @@ def simulate(options: SimulateOptions) -> dict[str, Any]:
     source = Source.read(trace, *halves(trace), selection.selector if selection else None)
     weights = trace.options.expert_bytes // getattr(torch, trace.options.dtype).itemsize
     hidden = trace.options.hidden_size
-    stats = None
+    scene = None
     if isinstance(hardware, Helpers):
         if options.model is None or selection is None:
             raise OptionError("--hardware of helpers needs --selector, and --model to compare its experts: give both")
-        stats = measure_experts(find_moe_layers(load_model(options.model).model), trace, pairs=False)
+        model = load_model(options.model, "cpu").model
+        layers = find_moe_layers(model)
+        stats = measure_experts(layers, trace, pairs=False)
+        scene = Scene(hardware, source, model, layers, selection.selector, stats)
+    elif options.levels:
+        raise OptionError("--levels is for hardware of helpers: leave it out")
 
     def found(traffic: Traffic) -> Any:
         if isinstance(hardware, Devices):
             return devices.rules(hardware, source, traffic, selection, weights)
         if isinstance(hardware, Chiplets):
             return chiplets.rules(hardware, source, traffic, selection, weights, hidden)
-        assert stats is not None
+        assert scene is not None
         assert selection is not None
-        return helpers.rules(hardware, source, traffic, selection, stats, hidden, options.seed)
+        return helpers.rules(hardware, source, traffic, selection, scene.stats, hidden, options.seed)
 
     rows = [
         {"batch_size": size, **row}
         for size in options.batch_sizes
         for row in found(source.traffic(size, options.steps))
+    ]
+    measured = [
+        {"batch_size": size, **row}
+        for size in options.batch_sizes
+        if scene is not None and options.levels
+        for row in at_losses(scene, size, options.steps, options.levels, options.seed)
     ]
     result = {
         "simulated": True,
@@ -98,6 +114,7 @@ def simulate(options: SimulateOptions) -> dict[str, Any]:
         "model": trace.options.model,
         "budget": options.budget if selection else None,
         "rows": rows,
+        "measured": measured,
     }
     if options.report:
         write_json(Path(options.report), result)

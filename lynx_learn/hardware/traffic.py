@@ -104,6 +104,19 @@ class Source:
         active = torch.ones(indices.shape[:-1], dtype=torch.bool)
         return Traffic(indices, weights, costs, active, self.trace.options.num_experts, tokens.numel())
 
+    def groups(self, size: int, most: int) -> list[Tensor]:
+        """Tokens of the same steps, each group `(size, positions)` from its sequences' first position on.
+
+        Raises:
+            TraceError: there are too few sequences.
+        """
+        index = self.trace.index()
+        rows = read_steps(self.trace, size, most, self.rows, self.routed).tokens
+        position = index["position"][rows[:, 0]]
+        starts = (position == position[0]).nonzero().flatten().tolist()
+        found = index["tokens"][rows].long().tensor_split(starts[1:])
+        return [own.T for own in found if len(own) > self.trace.options.prompt + 1]
+
 
 @dataclass(frozen=True)
 class Selection:

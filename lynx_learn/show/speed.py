@@ -169,6 +169,21 @@ def simulation_table(report: dict[str, Any]) -> Table:
     )
 
 
+def measured_table(report: dict[str, Any]) -> Table:
+    """Energy of ways of choosing helpers, by batch size and rule, at equal measured loss."""
+    levels = list(dict.fromkeys(row["level"] for row in report["measured"]))
+    cells: dict[str, list[str]] = {}
+    for row in report["measured"]:
+        cells.setdefault(f"{row['batch_size']}, {row['rule']}", []).append(
+            "not reached" if row["energy"] is None else f"{row['energy']:.2f}"
+        )
+    return Table(
+        f"Energy relative to all experts, simulated, at equal measured loss: {report['model']} on {report['hardware']}",
+        ["batch, rule", *(f"KL {level:g}" for level in levels)],
+        [[name, *own] for name, own in cells.items()],
+    )
+
+
 def bench_tables(report: dict[str, Any]) -> list[Table | str]:
     """Times of decode steps and whole calls with skipping on and off, the loss, and where the time of deciding goes."""
     if "skipped" in report:

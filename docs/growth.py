@@ -1,0 +1,144 @@
+"""How each command's time and memory grow, and what `lynx-learn plan` says of them.
+
+python docs/growth.py --out runs/growth
+python docs/growth.py --model reference-moe --tokens 10000 --out runs/growth-reference
+
+With 1, 2 and 4 times the tokens, and of models with random weights also the layers and the experts, each command is a
+process of its own on a CPU. An exponent is the slope of the logarithm of its time, without that of `lynx-learn plan`, which
+loads the libraries and no model. Memory is the most that the process holds (its resident set), without that of the same
+command; beside it stands what `plan` says.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jsonargparse import auto_cli
+
+from lynx_learn import reference_moe
+from lynx_learn.plan import PlanOptions, costs, read_shape
+
+STEPS = (1, 2, 4)
+BASE = {"layers": 4, "experts": 16, "tokens": 8192}
+LENGTH = 256
+TEXT = ("--length", LENGTH, "--mode", "teacher")
+# By which of its rows `plan` tells of a command.
+ROWS = {"collect": 0, "train": 1, "tune": 2, "calibrate": 3}
+
+
+class Run(NamedTuple):
+    """One command: seconds, and the bytes of its resident set at its largest."""
+
+    seconds: float
+    memory: float
+
+
+def command(*words: object) -> Run:
+    """Run `lynx-learn` with these words in a process of its own."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "lynx_learn.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"lynx-learn {' '.join(map(str, words))} ended with {os.waitstatus_to_exitcode(status)}")
+    return Run(time.monotonic() - start, usage.ru_maxrss * 1024.0)
+
+
+def write_model(folder: Path, layers: int, experts: int, hidden: int = 256, inner: int = 512) -> str:
+    """A model of random weights with the tokenizer of the reference MoE."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(reference_moe())
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        moe_intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=hidden // 8,
+    )
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
+    """Each command once, in the order of the flow."""
+    trace, selector = folder / "trace", folder / "selector"
+    own = ("--device", "cpu", "--dtype", "float32", "--quiet")
+    found = {
+        "collect": command("collect", "--model", model, "--tokens", tokens, "--length", LENGTH, "--out", trace, *own),
+        "train": command("train", "--trace", trace, "--tune-steps", 0, "--reference", "false", "--out", selector, *own),
+        "tune": command(
+            *("train", "--trace", trace, "--tune-steps", 10, "--tune-batch-sizes", 16, "--reference", "false"),
+            *("--epochs", 1, "--out", folder / "tuned", *own),
+        ),
+    }
+    text = ("--selector", selector, "--batch-sizes", 4, "--tokens", tokens, *TEXT, *own)
+    found["calibrate"] = command("calibrate", *text, "--budgets", 0.01)
+    found["evaluate"] = command("evaluate", *text, "--methods", "learned", "--out", folder / "report")
+    shutil.rmtree(folder)
+    return found
+
+
+def slope(seconds: list[float]) -> float:
+    """The exponent of growth, by least squares on logarithms."""
+    x = [math.log(step) for step in STEPS[: len(seconds)]]
+    y = [math.log(max(value, 1e-3)) for value in seconds]
+    mean = sum(x) / len(x)
+    return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
+
+
+def main(out: str, model: str | None = None, tokens: int = BASE["tokens"], steps: int = len(STEPS)) -> None:
+    """Print two tables and write the figures.
+
+    Args:
+        out: folder, new or empty.
+        model: folder of a model, or reference-moe; by default models with random weights.
+        tokens: at 1×.
+        steps: how many of 1×, 2× and 4×.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty: choose another --out, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = command("plan", model or "reference-moe", "--quiet")
+    base = {**BASE, "tokens": tokens}
+    measured: dict[str, list[dict[str, Run]]] = {}
+    rows = []
+    for axis in ["tokens"] if model else ["tokens", "layers", "experts"]:
+        for step in STEPS[:steps]:
+            sizes = {**base, axis: base[axis] * step}
+            given = model or write_model(folder / "model", sizes["layers"], sizes["experts"])
+            found = measure(given, folder / "run", sizes["tokens"])
+            measured.setdefault(axis, []).append(found)
+            planned = costs(read_shape(given), PlanOptions(given, tokens=sizes["tokens"], length=LENGTH))
+            for name, row in ROWS.items():
+                held = found[name].memory - libraries.memory
+                rows.append((f"{axis} {step}×", name, held, planned[row].memory))
+    print("| command | " + " | ".join(f"exponent of {axis}" for axis in measured) + " | seconds at 1× |")
+    print("| --- |" + " --- |" * (len(measured) + 1))
+    for name in measured["tokens"][0]:
+        seconds = {axis: [run[name].seconds - libraries.seconds for run in runs] for axis, runs in measured.items()}
+        slopes = " | ".join(f"{slope(own):.2f}" if len(own) > 1 else "–" for own in seconds.values())
+        print(f"| {name} | {slopes} | {seconds['tokens'][0]:.1f} |")
+    print("\n| size | command | memory measured, MB | planned, MB | ratio |\n| --- | --- | --- | --- | --- |")
+    for size, name, held, planned_bytes in rows:
+        print(f"| {size} | {name} | {held / 1e6:.0f} | {planned_bytes / 1e6:.0f} | {held / planned_bytes:.2f} |")
+    (folder / "growth.json").write_text(
+        json.dumps({"libraries": libraries, "base": base, "measured": measured, "memory": rows}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
