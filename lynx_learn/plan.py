@@ -239,15 +239,15 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
     if rows < shape.hidden:
-        solve = 2 * rows**2 * shape.hidden + (len(PENALTIES) + 1) * rows**3 / 3
-        applied = 4 * rows * shape.hidden + 2 * rows**2
+        solve = 4 * rows**2 * shape.hidden + (len(PENALTIES) + 2) * DECOMPOSITION * rows**3
+        solve += 8 * rows * (shape.hidden + rows) * widths
     else:
-        solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
         applied = 4 * shape.hidden**2
-    if shape.hidden > NARROW:
-        solve += STEPS * widths * applied
-    else:
-        solve += (len(PENALTIES) + 1) * (shape.hidden * applied + DECOMPOSITION * shape.hidden**3)
+        solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
+        if shape.hidden > NARROW:
+            solve += STEPS * widths * applied
+        else:
+            solve += (len(PENALTIES) + 1) * (shape.hidden * applied + DECOMPOSITION * shape.hidden**3)
     return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
 
 

@@ -2,9 +2,9 @@
 
 Reduced-rank regression after Izenman (1975), "Reduced-rank regression for the multivariate linear model"; with a ridge
 penalty after Mukherjee and Zhu (2011), "Reduced rank ridge regression and its kernel extensions". With X and Y centred
-and weighted, the directions are the leading eigenvectors of Y'PY, where P = X (X'X + penalty)⁻¹ X'. P goes through a
-Cholesky factor of the smaller one of X'X and XX' (of tokens and width), in float64. Of wide models Y'PY is not decomposed:
-the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
+and weighted, the directions are the leading eigenvectors of Y'PY, where P = X (X'X + penalty)⁻¹ X'. P goes through the
+smaller one of X'X and XX' (of width and tokens), in float64. Where tokens are fewer, so does Y'PY; where they are more and the
+model is wide, it is not decomposed: the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
 """
 
 from typing import NamedTuple
@@ -63,21 +63,33 @@ class _ByWidth:
 
 
 class _ByTokens:
-    """The same where there are fewer tokens than width, from XX'."""
+    """The same where there are fewer tokens than width, from XX' = U diag(k) U' and YY', and exact.
+
+    Y'PY has the eigenvalues of S'YY'S with S = U diag(k / (k + penalty))^½, which has a row and a column for each token.
+    """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x.double(), y.double()
-        self.gram = self.x @ self.x.T
+        values, self.basis = torch.linalg.eigh(self.x @ self.x.T)
+        self.values = values.clamp_min(0)
+        turned = self.basis.T @ self.y
+        self.outputs = turned @ turned.T
 
     def penalise(self, penalty: float) -> None:
-        self.penalty, self.factor = penalty, _factor(self.gram, penalty)
+        self.inverse = 1 / (self.values + penalty)
+        self.root = (self.values * self.inverse).sqrt()
 
-    def explained(self, directions: Tensor) -> Tensor:
-        values = self.y @ directions
-        return self.y.T @ (values - self.penalty * torch.cholesky_solve(values, self.factor))
+    def leading(self, count: int) -> tuple[Tensor, Tensor]:
+        """As `_leading`. Errors of float32 are relative to the largest of what is explained."""
+        inner = self.root.unsqueeze(1) * self.outputs * self.root
+        energy, vectors = (part.double().flip(-1)[..., :count] for part in torch.linalg.eigh(inner.float()))
+        energy = energy.clamp_min(0)
+        up = self.y.T @ (self.basis @ (self.root.unsqueeze(1) * vectors))
+        return torch.nn.functional.normalize(up, dim=0).T, energy
 
     def down(self, up: Tensor) -> Tensor:
-        return (self.x.T @ torch.cholesky_solve(self.y @ up.T, self.factor)).T
+        turned = self.basis.T @ (self.y @ up.T)
+        return (self.x.T @ (self.basis @ (self.inverse.unsqueeze(1) * turned))).T
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
@@ -134,6 +146,8 @@ def _leading(
     There are fewer than `count` where there are fewer tokens. Equal input gives equal output.
     """
     most = min(y.shape)
+    if isinstance(ridge, _ByTokens):
+        return *ridge.leading(min(count, most)), None
     if y.shape[1] <= NARROW:
         energy, vectors = torch.linalg.eigh(
             ridge.explained(torch.eye(y.shape[1], dtype=torch.float64, device=y.device))
