@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint.blocks import without_weights
 from .errors import ModelError, OptionError
-from .fit.layer import BYTES_OF_A_NUMBER, MOST_TOKENS, ROWS_BYTES
+from .fit.layer import BYTES_OF_A_NUMBER, CHECK, MOST_TOKENS, ROWS_BYTES
 from .fit.low_rank import MORE, NARROW, PENALTIES
 from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
@@ -227,12 +227,14 @@ def costs(shape: Shape, options: PlanOptions) -> list[Cost]:
 
 def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, float]:
     """Memory of the fit of one layer, and operations of that of all."""
-    rows = tokens * shape.top_k / shape.experts
+    # Of an expert; it is fitted on those that are neither held out nor checked on.
+    assigned = tokens * shape.top_k / shape.experts
+    rows = assigned * CHECK / 10
     side, rank = min(rows, shape.hidden), shape.rank(options.surrogate_share)
     experts = shape.experts * shape.expert_numbers * shape.itemsize
     inputs = min(ROWS_BYTES / BYTES_OF_A_NUMBER, tokens * shape.top_k * shape.hidden) * shape.itemsize
     # One expert's inputs and outputs, as they are and centred, and the Gram matrix with what is made of it.
-    solved = 4 * 4 * rows * shape.hidden + 4 * 8 * side**2
+    solved = 4 * 4 * assigned * shape.hidden + 4 * 8 * side**2
     kept = min(tokens, MOST_TOKENS)
     scored = kept * (shape.hidden * (shape.itemsize + 4) + shape.top_k * (4 * len(NAMES) + 12))
     memory = experts + max(inputs + solved, scored)
