@@ -4,8 +4,8 @@ python docs/growth.py --out runs/growth
 python docs/growth.py --model reference-moe --tokens 10000 --out runs/growth-reference
 
 With 1, 2 and 4 times the tokens, and of models with random weights also the layers and the experts, each command is a
-process of its own on a CPU. An exponent is the slope of the logarithm of its time, without that of `lynx-learn plan`, which
-loads the libraries and no model. Memory is the most that the process holds (its resident set), without that of the same
+process of its own on one CPU core. An exponent is the slope of the logarithm of its CPU time, without that of `lynx-learn
+plan`, which loads the libraries and no model; what else runs on the machine changes CPU time least. Memory is the most that the process holds (its resident set), without that of the same
 command; beside it stands what `plan` says.
 """
 
@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ ROWS = {"collect": 0, "train": 1, "tune": 2, "calibrate": 3}
 
 
 class Run(NamedTuple):
-    """One command: seconds, and the bytes of its resident set at its largest."""
+    """One command: CPU seconds, and the bytes of its resident set at its largest."""
 
     seconds: float
     memory: float
@@ -42,12 +41,15 @@ class Run(NamedTuple):
 
 def command(*words: object) -> Run:
     """Run `lynx-learn` with these words in a process of its own."""
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "lynx_learn.cli", *map(str, words)], stdout=subprocess.DEVNULL)
+    # One thread: the time of several depends on who waits for whom.
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lynx_learn.cli", *map(str, words)], stdout=subprocess.DEVNULL, env=own
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"lynx-learn {' '.join(map(str, words))} ended with {os.waitstatus_to_exitcode(status)}")
-    return Run(time.monotonic() - start, usage.ru_maxrss * 1024.0)
+    return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024.0)
 
 
 def write_model(folder: Path, layers: int, experts: int, hidden: int = 256, inner: int = 512) -> str:
@@ -126,7 +128,7 @@ def main(out: str, model: str | None = None, tokens: int = BASE["tokens"], steps
             for name, row in ROWS.items():
                 held = found[name].memory - libraries.memory
                 rows.append((f"{axis} {step}×", name, held, planned[row].memory))
-    print("| command | " + " | ".join(f"exponent of {axis}" for axis in measured) + " | seconds at 1× |")
+    print("| command | " + " | ".join(f"exponent of {axis}" for axis in measured) + " | CPU seconds at 1× |")
     print("| --- |" + " --- |" * (len(measured) + 1))
     for name in measured["tokens"][0]:
         seconds = {axis: [run[name].seconds - libraries.seconds for run in runs] for axis, runs in measured.items()}

@@ -236,7 +236,8 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     # One expert's inputs and outputs, as they are and centred, and the Gram matrix with what is made of it.
     solved = 4 * 4 * assigned * shape.hidden + 4 * 8 * side**2
     kept = min(tokens, MOST_TOKENS)
-    scored = kept * (shape.hidden * (shape.itemsize + 4) + shape.top_k * (4 * len(NAMES) + 12))
+    # Hidden states once in parts and once joined.
+    scored = kept * (shape.hidden * 2 * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
     memory = experts + max(inputs + solved, scored)
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE

@@ -34,6 +34,8 @@ finally:
 
 # Costs are divided by the layer's mean; below this share of it they count as this, so that a logarithm stays finite.
 SMALLEST_COST = 1e-6
+# Columns of the hidden states that are in float32 at a time.
+COLUMNS_AT_A_TIME = 1024
 # Rows the gradient-boosted reference is fitted on; its time grows with them, its figures hardly.
 REFERENCE_ROWS = 60_000
 
@@ -141,11 +143,14 @@ class ScorerTraining(L.LightningModule):
 def new_scorer(kind: str, fit: Assignments, residuals: Tensor) -> Scorer:
     """An untrained scorer, which is the two-factor formula; `residuals` are the experts' mean squared residuals."""
     scorer = SCORERS[kind](len(residuals), fit.hidden.shape[1])
-    flat, hidden = fit.features.flatten(0, 1), fit.hidden.float()
+    flat = fit.features.flatten(0, 1)
     scorer.mean.copy_(flat.mean(0))
     scorer.spread.copy_(flat.std(0).clamp_min(1e-3))
-    scorer.hidden_mean.copy_(hidden.mean(0))
-    scorer.hidden_spread.copy_(hidden.std(0).clamp_min(1e-3))
+    # Some columns at a time: a float32 copy of all hidden states of a wide model would be the most that a fit holds.
+    for columns in torch.arange(fit.hidden.shape[1]).split(COLUMNS_AT_A_TIME):
+        hidden = fit.hidden[:, columns[0] : columns[-1] + 1].float()
+        scorer.hidden_mean[columns] = hidden.mean(0)
+        scorer.hidden_spread[columns] = hidden.std(0).clamp_min(1e-3)
     scorer.log_residual.copy_(residuals.clamp_min(1e-30).log())
     return scorer
 
