@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         "empty": lambda folder: (folder / "model.safetensors").unlink(),
         "cut": lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
         "quantized": lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1)
+            (folder / "config.json").read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1)
         ),
     }.items():
         shutil.copytree(flow.model, tmp_path / name)

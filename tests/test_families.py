@@ -146,7 +146,7 @@ def test_probabilities_in_the_place_of_logits_are_taken_back() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_experts_in_eight_bits_are_refused_by_name(dtype: torch.dtype) -> None:
-    """transformers runs native FP8 experts by functions of its own, and everything computed in their type is rounded."""
+    """Without the scales of transformers' own FP8 experts nobody knows what they stand for."""
     model = tiny_model("qwen3_moe")
     for layer in find_moe_layers(model):
         for name, value in list(layer.experts.named_parameters()):

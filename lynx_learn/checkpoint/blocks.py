@@ -2,7 +2,8 @@
 
 The model is built without weights (on torch's meta device). Which of the checkpoint's tensors a block needs is told by the
 names that transformers gives them, and they go through the conversions that transformers applies when it loads a whole
-model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined.
+model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined, weights in
+float8 multiplied with the scales of their blocks.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 from ..moe.families import MoeLayer, check_structure, find_moe_layers, moe_blocks, read_block
+from ..moe.fp8.scaled import cast_rest, is_fp8, quantizer_of, refuse_broken_blocks, stays_fp8
 from ..moe.loading import COMMIT, LoadedModel, hub_commit, model_path, pick_device, pick_dtype
 from .stored import Checkpoint, sources
 
@@ -28,7 +30,11 @@ class Layers(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what experts compute in."""
+        """Of what enters and leaves experts."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether gradients go through the model as `load_model` loads it."""
 
     def layer(self, index: int) -> Any:
         """A context in which the layer's weights are there; gives a `MoeLayer`."""
@@ -40,6 +46,7 @@ class LoadedLayers:
     def __init__(self, loaded: LoadedModel) -> None:
         self.layers = find_moe_layers(loaded.model)
         self.names, self.dtype = tuple(layer.name for layer in self.layers), self.layers[0].dtype
+        self.trainable = not any(is_fp8(layer.experts) for layer in self.layers)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[MoeLayer]:
@@ -74,7 +81,13 @@ class StoredLayers:
         kind = pick_dtype(name, dtype, self.device, commit)
         try:
             config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            if getattr(config, "quantization_config", None) is not None:
+            self.quantizer = quantizer_of(config)
+            self.trainable = self.quantizer is None or not stays_fp8(self.quantizer, self.device)
+            if self.quantizer is not None:  # whatever runs the model
+                self.quantizer.quantization_config.dequantize = True
+                for part in (config, config.get_text_config(decoder=True)):
+                    vars(part).pop("quantization_config", None)
+            elif getattr(config, "quantization_config", None) is not None:
                 raise ModelError(f"{name} is quantized: its layers cannot be read one by one; load it dequantized")
             self.dtype = (config.dtype or torch.float32) if kind == "auto" else getattr(torch, kind)
             self.model = without_weights(config, self.dtype)
@@ -86,7 +99,7 @@ class StoredLayers:
         check_structure(self.model)
         self.blocks = list(moe_blocks(self.model))
         self.names = tuple(name for name, _, _ in self.blocks)
-        self.conversions = lambda: get_model_conversion_mapping(self.model)
+        self.conversions = lambda: get_model_conversion_mapping(self.model, hf_quantizer=self.quantizer)
         self.keys = self._keys(checkpoint)
 
     @contextmanager
@@ -102,6 +115,8 @@ class StoredLayers:
             held = [*block.named_parameters(), *block.named_buffers()]
             if missing := sorted(key for key, value in held if value.is_meta):
                 raise ModelError(f"model {self.name!r} lacks {len(missing)} weights of {name} ({missing[0]}, …)")
+            if self.quantizer is not None:
+                cast_rest(block, self.dtype)
             yield read_block(self.model.eval(), index, name, block, experts)
         finally:
             block.to("meta")
@@ -110,9 +125,12 @@ class StoredLayers:
         """For each block the checkpoint's names of its tensors, and the files that hold them."""
         owner = {key: name for name, block, _ in self.blocks for key in (f"{name}.{own}" for own in block.state_dict())}
         found: dict[str, dict[str, Path]] = {name: {} for name in self.names}
-        for parameter, places in sources(self.model, checkpoint).items():
+        shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in checkpoint.tensors.items()}
+        for parameter, places in sources(self.model, checkpoint, self.quantizer).items():
             if parameter in owner:
                 keys = [key for part in places.values() for key in part]
+                if self.quantizer is not None:
+                    refuse_broken_blocks(shapes, keys, self.quantizer.quantization_config.weight_block_size, self.name)
                 found[owner[parameter]] |= {key: checkpoint.files[checkpoint.tensors[key].span.file] for key in keys}
         return found
 
@@ -125,6 +143,7 @@ class StoredLayers:
             device_map={"": self.device},
             dtype=self.dtype,
             dtype_plan=self.model._get_dtype_plan(self.dtype),
+            hf_quantizer=self.quantizer,
             weight_mapping=self.conversions(),  # type: ignore[no-untyped-call,arg-type]
         )
         shown = logging.is_progress_bar_enabled()

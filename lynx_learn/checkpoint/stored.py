@@ -98,15 +98,16 @@ def _header(number: int, file: Path) -> dict[str, Stored]:
     return found
 
 
-def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, dict[Any, list[str]]]:
+def sources(model: nn.Module, checkpoint: Checkpoint, quantizer: Any = None) -> dict[str, dict[Any, list[str]]]:
     """Names in the checkpoint of each parameter, by the converter and pattern that they come through (None: by name).
 
-    Names are mapped as transformers does when it loads; the model needs no weights.
+    Names are mapped as transformers does when it loads, by a quantizer as well if the checkpoint needs one; the model needs
+    no weights.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -117,6 +117,11 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         raise TraceError(
             f"{trace.folder} was collected from {trace.options.model}, whose MoE layers are others: give that one with --model"
         )
+    if options.tune_steps and not layers.trainable:
+        raise OptionError(
+            f"{trace.options.model} runs in transformers' FP8 kernels here, through which no gradient goes: train with "
+            "--tune_steps 0, or on a checkpoint with its weights dequantized"
+        )
     numbers = trace.options.expert_bytes / getattr(torch, trace.options.dtype).itemsize
     rank = rank_for(options.surrogate_share, numbers, trace.options.hidden_size)
     selector = LynxSelector(_config(options, trace, trace.options.identity, rank))

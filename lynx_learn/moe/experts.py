@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .families import MoeLayer
+from .fp8.scaled import SCALE
 from .hooks import foreign
 
 BY_DISTINCT = "lynx_grouped_mm"
@@ -21,18 +23,21 @@ def _by_distinct(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor)
     What is left out points at an expert that stays, with weight 0; its rows would be multiplied for nothing.
     Arguments as those of an experts module.
     """
-    if torch.compiler.is_compiling():
-        return _grouped(experts, hidden, indices, weights)
-    if hidden.device.type != "cpu":
-        kernels = _kernels(hidden.device)
-        able = kernels is not None and kernels.takes(hidden, indices, weights)
-        return (partial(_in_kernels, kernels) if able else _grouped)(experts, hidden, indices, weights)
+    if torch.compiler.is_compiling() or hidden.device.type != "cpu":
+        return _in_groups(experts, hidden, indices, weights)
     if int(weights.count_nonzero()) < weights.numel():
         output = _in_one_call(experts, hidden, indices, weights)
         return _one_by_one(experts, hidden, indices, weights) if output is None else output
     # `grouped_mm` is a loop over all experts, used or not.
     many = weights.numel() >= experts.num_experts
     return (_untouched() if many else _one_by_one)(experts, hidden, indices, weights)
+
+
+def _in_groups(experts: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """By products of groups of rows, an expert's each: off the CPU, and experts in float8 wherever they run."""
+    kernels = None if torch.compiler.is_compiling() else _kernels(hidden.device)
+    able = kernels is not None and kernels.takes(hidden, indices, weights)
+    return (partial(_in_kernels, kernels) if able else _grouped)(experts, hidden, indices, weights)
 
 
 def _untouched() -> Any:
@@ -146,6 +151,9 @@ def _products(experts: Any, rows: Tensor, expert: Tensor, ends: Tensor) -> Tenso
     """
     from transformers.integrations.moe import _grouped_linear
 
+    if hasattr(experts, f"down_proj{SCALE}"):
+        return _fp8_products(experts, rows, ends)
+
     def linear(x: Tensor, name: str) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
         return _grouped_linear(x, getattr(experts, name), ends, bias=bias, is_transposed=experts.is_transposed)
@@ -155,6 +163,25 @@ def _products(experts: Any, rows: Tensor, expert: Tensor, ends: Tensor) -> Tenso
     else:
         inner = experts.act_fn(linear(rows, "up_proj"))
     return linear(inner, "down_proj")
+
+
+def _fp8_products(experts: Any, rows: Tensor, ends: Tensor) -> Tensor:
+    """As `_products` of experts in float8, by the kernels that transformers multiplies them with."""
+    from transformers.integrations.finegrained_fp8 import load_finegrained_fp8_kernel
+
+    multiply = load_finegrained_fp8_kernel().grouped_matmul
+    counts = functional.pad(ends, (1, 0)).diff().int()
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        weight, scale = getattr(experts, name), getattr(experts, f"{name}{SCALE}")
+        product: Tensor = multiply(
+            x, weight, scale, offsets=ends, tokens_per_expert=counts, block_size=experts.block_size
+        )
+        return product
+
+    if experts.has_gate:
+        return linear(experts._apply_gate(linear(rows, "gate_up_proj")), "down_proj")
+    return linear(experts.act_fn(linear(rows, "up_proj")), "down_proj")
 
 
 @cache
@@ -202,9 +229,11 @@ def experts_by_distinct(layers: list[MoeLayer]) -> Iterator[None]:
     `batched_mm` reads one expert per assignment, so skipping would save nothing; off the CPU `generate()` switches
     `grouped_mm` to it for decode. Other implementations (`eager`, kernels of other libraries) stay what they are.
     """
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _by_distinct)
+    ALL_FP8_EXPERTS_FUNCTIONS.register(BY_DISTINCT, _in_groups)
     _compiled()  # compiled, where nobody has yet, before a step waits for it
     for device in {layer.device for layer in layers}:
         _kernels(device)

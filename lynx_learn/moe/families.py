@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .fp8.scaled import computed_in, refuse_other_small
 from .loading import device_of, in_memory
 from .routing_rules import ScoringRule, matching_rule
 
@@ -57,7 +58,7 @@ class Layer(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what its experts compute in."""
+        """Of what enters and leaves its experts."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class MoeLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.experts.parameters()).dtype
+        return computed_in(self.experts)
 
     def logits_of(self, output: Any) -> Tensor:
         """Logits `(tokens, experts)` out of the router's output; of probabilities their logarithm, which does as well."""
@@ -214,12 +215,7 @@ def _read_block(index: int, name: str, block: nn.Module, experts: nn.Module) -> 
     if not isinstance(router, nn.Module):
         raise ModelError("has experts but no child `gate` or `router`")
     stacked = [p for p in experts.parameters(recurse=False) if p.ndim == 3]
-    small = sorted({str(p.dtype).removeprefix("torch.") for p in experts.parameters() if p.itemsize < 2})
-    if small:
-        raise ModelError(
-            f"keeps its experts in {small[0]}; surrogates and the experts' own functions need 16 or 32 bits: load the "
-            "model with its weights dequantized"
-        )
+    refuse_other_small(experts)
     if len(stacked) < 2:
         raise ModelError("does not keep its expert weights as stacked 3-D parameters")
     arguments = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -268,10 +264,9 @@ def _read_router(block: nn.Module, router: nn.Module, experts: nn.Module, num_ex
     weight = next((p for p in router.parameters() if p.ndim == 2), None)
     if weight is None:
         raise ModelError("has a router without a weight matrix")
-    dtype = next(experts.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(PROBE_TOKENS, weight.shape[1], generator=generator)
-    probe = probe.to(device_of(router), dtype if dtype.itemsize > 1 else weight.dtype)
+    probe = probe.to(device_of(router), computed_in(experts))
     place = _find_logits(_run(block, router, experts, probe), num_experts)
     # Large enough for logits to spread, whatever the scale the weights were initialised with.
     spread = place.logits.float().std(dim=0).mean().clamp_min(1e-6)

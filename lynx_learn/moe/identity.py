@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # an exported graph is served without torch, and reads identi
     from torch import Tensor, nn
 
     from .families import Layer, MoeLayer
+    from .fp8.scaled import Scaled
 
 # Numbers of modules that matter in training only.
 FOR_TRAINING = re.compile("dropout|jitter|noise|coef|norm_type")
@@ -40,12 +41,14 @@ Identity = dict[str, Any]
 def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identity:
     """What is compared of a model; without `model` not the weights outside of its MoE layers."""
     from .families import MoeLayer
+    from .fp8.scaled import weights_of
     from .loading import in_memory
 
     found: Identity = {"routers": [{} for _ in layers]}
     for layer, own in zip(layers, found["routers"], strict=True):
         with in_memory(layer.router):
-            own |= {key: sketch([value]) for key, value in layer.router.state_dict().items()}
+            state = weights_of(layer.router.state_dict(), getattr(layer.router, "block_size", None))
+            own |= {key: sketch([value]) for key, value in state}
     whole = [layer for layer in layers if isinstance(layer, MoeLayer)]
     if len(whole) < len(layers):
         return found
@@ -56,7 +59,8 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
         with in_memory(layer.experts):
             # Those that are offloaded are not read for this.
             own = {name: value for name, value in layer.experts.named_parameters() if not value.is_meta}
-            experts |= {name: sketch([value]) for name, value in own.items()}
+            weights = weights_of(own, getattr(layer.experts, "block_size", None))
+            experts |= {name: sketch([value]) for name, value in weights}
     if model is not None:
         found["rest"] = dict(_rest(model, whole))
     return found
@@ -87,13 +91,14 @@ def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, S
     rotary embeddings, scales, what norms add. Those of one name in all layers are taken together."""
     import torch
 
+    from .fp8.scaled import Scaled, weights_of
     from .loading import in_memory
 
     taken = {id(p) for layer in layers for part in (layer.router, layer.experts) for p in part.parameters()}
     taken |= set(_of_adapters(model))
     alike: dict[str, list[Tensor]] = {}
 
-    def add(name: str, value: Tensor) -> None:
+    def add(name: str, value: Tensor | Scaled) -> None:
         plain = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
         alike.setdefault(re.sub(r"\b\d+\b", "*", plain), []).append(_sample(value))
 
@@ -110,8 +115,10 @@ def _rest(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[tuple[str, S
             continue
         taken |= {id(p) for p in module.parameters(recurse=False)}  # embeddings that are the head too
         with in_memory(module, recurse=False):
-            for name, value in module.named_parameters(path, recurse=False):
-                if name in own and value.is_floating_point() and value.itemsize > 1:
+            block = getattr(module, "block_size", None)
+            for name, value in weights_of(dict(module.named_parameters(path, recurse=False)), block):
+                plain = isinstance(value, Scaled) or (value.is_floating_point() and value.itemsize > 1)
+                if name in own and plain:
                     add(name, value)
     for name, parts in sorted(alike.items()):
         yield name, sketch(parts)
@@ -144,26 +151,45 @@ class Passing:
     Args:
         num_experts: of each MoE layer.
         depth: layers that the model has; a checkpoint may have more behind them, to speculate with.
+        block: rows and columns of a block of float8 weights that has a scale; None: there are no such weights.
     """
 
-    def __init__(self, num_experts: int, depth: int) -> None:
+    def __init__(self, num_experts: int, depth: int, block: Any = None) -> None:
         self.num_experts, self.depth = num_experts, depth
+        self.block = tuple(block) if block else None
+        self.waiting: dict[str, Tensor] = {}
         self.rest: dict[str, dict[tuple[int, ...], Tensor]] = {}
         self.experts: dict[str, dict[str, tuple[Any, Any]]] = {}
 
     def see(self, name: str, value: Tensor) -> None:
         """One tensor, under the name that it has in the checkpoint."""
         numbers = tuple(int(number) for number in re.findall(r"\b\d+\b", name))
-        if not value.is_floating_point() or value.itemsize < 2 or (numbers and numbers[0] >= self.depth):
+        if not value.is_floating_point() or (numbers and numbers[0] >= self.depth):
             return
+        if (whole := self._with_scale(name, value)) is None:
+            return
+        name, found_value = whole
         if (found := EXPERT.fullmatch(name)) and found[3] in PARTS:
-            self._expert(found[1], int(found[2]), value, *PARTS[found[3]])
+            self._expert(found[1], int(found[2]), found_value, *PARTS[found[3]])
         elif found := ALL_EXPERTS.fullmatch(name):
-            self.experts.setdefault(found[1], {})[found[2]] = (_sample(value), np.ones(1, bool))
+            self.experts.setdefault(found[1], {})[found[2]] = (_sample(found_value), np.ones(1, bool))
         else:
-            self.rest.setdefault(re.sub(r"\b\d+\b", "*", name), {})[numbers] = _sample(value)
+            self.rest.setdefault(re.sub(r"\b\d+\b", "*", name), {})[numbers] = _sample(found_value)
 
-    def _expert(self, block: str, expert: int, value: Tensor, name: str, part: int, parts: int) -> None:
+    def _with_scale(self, name: str, value: Tensor) -> tuple[str, Tensor | Scaled] | None:
+        """A tensor that can be looked at: one in float8 once its scale has passed too; None: not yet, or never."""
+        from .fp8.scaled import KIND, SCALE, Scaled
+
+        plain = name.removesuffix(SCALE)
+        if self.block is None or (plain == name and value.dtype != KIND):
+            return (name, value) if value.itemsize > 1 else None
+        other = self.waiting.pop(plain, None)
+        if other is None:
+            self.waiting[plain] = value
+            return None
+        return plain, Scaled(*((value, other) if plain == name else (other, value)), self.block)
+
+    def _expert(self, block: str, expert: int, value: Tensor | Scaled, name: str, part: int, parts: int) -> None:
         """Sampled at the places that it has among all experts, where it lies in one piece."""
         import torch
 
@@ -176,7 +202,7 @@ class Passing:
             name, (torch.zeros(len(places)), np.zeros(len(places), bool))
         )
         if len(sample) == len(places):  # otherwise experts differ in shape
-            sample[inside] = value.detach().reshape(-1)[torch.from_numpy(places[inside] - start)].float()
+            sample[inside] = _at(value, places[inside] - start)
             seen[inside] = True
 
     def identity(self) -> Identity:
@@ -192,7 +218,7 @@ class Passing:
         }
 
 
-def sketch(values: Sequence[Tensor]) -> Sketch:
+def sketch(values: Sequence[Tensor | Scaled]) -> Sketch:
     """Of one or several tensors as one."""
     import torch
 
@@ -205,18 +231,27 @@ def sketch(values: Sequence[Tensor]) -> Sketch:
     return [float(f"{number:.6g}") for number in numbers]
 
 
-def _sample(value: Tensor) -> Tensor:
-    """At most `SAMPLE` values, always at the same places of a shape; of packed ones (torchao) what they stand for."""
+def _sample(value: Tensor | Scaled) -> Tensor:
+    """At most `SAMPLE` values, always at the same places of a shape; of packed and scaled ones what they stand for."""
     import torch
 
-    value = value.detach()
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) and hasattr(value, "qdata"):
-        value = value.dequantize()
-    if value.numel() <= SAMPLE:
-        return value.reshape(-1).float()
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) and hasattr(value, "qdata"):  # of torchao
+            value = value.dequantize()
+        if value.numel() <= SAMPLE:
+            return value.reshape(-1).float()
+    return _at(value, _places(value.numel()) if value.numel() > SAMPLE else np.arange(value.numel()))
 
-    places = np.unravel_index(_places(value.numel()), tuple(value.shape))
-    return value[tuple(torch.from_numpy(axis).to(value.device) for axis in places)].float()
+
+def _at(value: Tensor | Scaled, places: Any) -> Tensor:
+    """At places in the flattened values, `(places,)`."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value.at(places)
+    index = np.unravel_index(places, tuple(value.shape))
+    return value.detach()[tuple(torch.from_numpy(axis).to(value.device) for axis in index)].float()
 
 
 # numpy promises that RandomState gives the same numbers in every version.

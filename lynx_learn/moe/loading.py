@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from .fp8.scaled import cast_rest, quantizer_of, refuse_broken_blocks, stays_fp8
 
 REFERENCE, REFERENCE_50M = "reference-moe", "reference-moe-50m"
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -167,7 +169,7 @@ def load_model(
     Raises:
         ModelError: the model cannot be loaded, or its tokenizer is not one for it; with the reason.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = model_path(name)
     placement: dict[str, Any] = {}
@@ -179,6 +181,9 @@ def load_model(
         dtype = pick_dtype(name, dtype, target, commit)
         # Said in so many words: left out, transformers asks on the terminal whether to run the repository's code.
         safe: dict[str, Any] = {"trust_remote_code": False, "revision": commit or "main"}
+        quantizer = quantizer_of(AutoConfig.from_pretrained(path, **safe))
+        if quantizer is not None and not stays_fp8(quantizer, target):
+            placement["quantization_config"] = _dequantized(name, quantizer.quantization_config, commit)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
         )
@@ -188,7 +193,9 @@ def load_model(
                 f"model {name!r} lacks {len(missing)} weights ({missing[0]}, …), which would be random: its files are "
                 "not whole or not of this kind of model"
             )
-        if not placement:
+        if "quantization_config" in placement:
+            cast_rest(model, model.config.dtype if dtype == "auto" else getattr(torch, dtype))
+        if "device_map" not in placement:
             model = model.to(target)
     except ModelError:
         raise
@@ -197,6 +204,30 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     encoder = load_tokenizer(name, rows, commit) if tokenizer else None
     return LoadedModel(model.eval(), encoder, commit or folder_revision(Path(path)))
+
+
+def _dequantized(name: str, settings: Any, commit: str | None) -> Any:
+    """The settings of a checkpoint in float8, which is then dequantized while it is loaded; says so in one line.
+
+    Raises:
+        ModelError: transformers cannot.
+    """
+    folder = Path(model_path(name))
+    if commit:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(str(folder), revision=commit, allow_patterns=["model*.safetensors", "*.json"]))
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            shapes |= {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    refuse_broken_blocks(shapes, shapes, settings.weight_block_size, f"model {name!r}")
+    print(
+        f"{name} keeps weights in float8, in which this device does not multiply: they are dequantized", file=sys.stderr
+    )
+    settings.dequantize = True
+    return settings
 
 
 def load_base(

@@ -44,6 +44,10 @@ def load_without_experts(
     safe: dict[str, Any] = {"trust_remote_code": False, "revision": commit or "main"}
     try:
         config = AutoConfig.from_pretrained(path, **safe)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{name} is quantized: experts are read from disk as they are; load a checkpoint that is not"
+            )
         with torch.device("meta"):
             kind: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         precision = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -59,6 +63,8 @@ def load_without_experts(
         model, report = loaded
         if (checkpoint.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path, revision=commit or "main")
+    except ModelError:
+        raise
     except Exception as error:  # transformers and torch raise many kinds; to the user they are one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"model {name!r} cannot be loaded without its experts ({reason})") from error

@@ -14,7 +14,7 @@ from ...moe.identity import Passing
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from .acting.acting import Acting
 from .checks.reasons import audit_reasons, check, engine_reasons, recording_reasons
-from .layers import find_layers, looking
+from .layers import find_layers, looking, passing_of
 from .record import Recording
 from .settings import Settings, UnsupportedError, logger, read_settings, recorded, refuse
 
@@ -50,7 +50,7 @@ def load_model(load: Callable[[], Any], worker: Any) -> Any:
     if not policy.skips:
         logger().info_once("lynx-learn: a budget of 0 leaves the model untouched")
         return load()
-    passing = Passing(policy.selector.config.num_experts, config.model_config.hf_text_config.num_hidden_layers)
+    passing = passing_of(policy.selector.config.num_experts, config.model_config)
     with looking(passing):
         result = load()
     attach(worker, settings, policy, passing)

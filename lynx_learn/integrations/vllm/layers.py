@@ -53,6 +53,13 @@ class Wrapping:
         self.undo.clear()
 
 
+def passing_of(num_experts: int, model: Any) -> Passing:
+    """What sketches the weights of a model of this engine configuration while they are read."""
+    quantization = getattr(getattr(model, "hf_config", None), "quantization_config", None)
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    return Passing(num_experts, model.hf_text_config.num_hidden_layers, block)
+
+
 @contextmanager
 def looking(passing: Passing) -> Iterator[None]:
     """Have the weights of a checkpoint that vLLM reads meanwhile looked at."""

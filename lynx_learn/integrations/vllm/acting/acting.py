@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from ....errors import LynxError
-from ....moe.identity import Passing
 from ....selector.selector import ThresholdPolicy
 from .. import metrics as metrics
-from ..layers import EngineLayer, Wrapping, check_shape, find_layers, looking
+from ..layers import EngineLayer, Wrapping, check_shape, find_layers, looking, passing_of
 from ..settings import Settings, UnsupportedError, asked_budget, logger, refuse
 from .audit import Audit, check_forward
 from .layer import ASSIGNMENTS, CHECK, NAME, LayerHook
@@ -174,7 +173,7 @@ class Acting(Wrapping):
     def _reload_weights(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Weights that are put in place of the loaded ones may be another model's."""
         selector = self.policy.selector
-        passing = Passing(selector.config.num_experts, self.runner.model_config.hf_text_config.num_hidden_layers)
+        passing = passing_of(selector.config.num_experts, self.runner.model_config)
         with looking(passing):
             result = own(*args, **kwargs)
         try:

@@ -135,7 +135,7 @@ def recording_reasons(config: Any) -> list[Reason]:
         text = f"traces are not recorded in vLLM's model runner V2: set {name}=0"
         found.append(Reason(text, environment={name: "0"}))
     if kind := config.model_config.quantization:
-        text = f"vLLM runs this model quantized ({kind}), and `train` reads experts that are not: collect from those"
+        text = f"vLLM runs this model quantized ({kind}), which was never recorded: collect with --engine transformers"
         found.append(Reason(text))
     return found
 
