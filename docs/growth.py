@@ -1,12 +1,13 @@
 """How each command's time and memory grow, and what `lynx-learn plan` says of them.
 
 python docs/growth.py --out runs/growth
-python docs/growth.py --model reference-moe --tokens 10000 --out runs/growth-reference
+python docs/growth.py --model reference-moe-50m --out runs/growth-50m --steps 1
+python docs/growth.py --hidden 1024 --experts 32 --layers 2 --out runs/growth-wide --steps 1
 
-With 1, 2 and 4 times the tokens, and of models with random weights also the layers and the experts, each command is a
-process of its own on one CPU core. An exponent is the slope of the logarithm of its CPU time, without that of `lynx-learn
-plan`, which loads the libraries and no model; what else runs on the machine changes CPU time least. Memory is the most that the process holds (its resident set), without that of the same
-command; beside it stands what `plan` says.
+Each command is a process of its own on one CPU core, run once for 1, 2 and 4 times the tokens, and of models with random
+weights also the layers and the experts. An exponent is the slope of the logarithm of its CPU time, which other work on the
+machine changes little. Memory is the most that the process holds (its resident set). From both is taken off what the same
+command takes on a model and a text of next to no size: libraries, mostly.
 """
 
 import json
@@ -22,14 +23,16 @@ import torch
 from jsonargparse import auto_cli
 
 from lynx_learn import reference_moe
+from lynx_learn.measure.calibrate import CalibrateOptions
 from lynx_learn.plan import PlanOptions, costs, read_shape
 
 STEPS = (1, 2, 4)
-BASE = {"layers": 4, "experts": 16, "tokens": 8192}
-LENGTH = 256
-TEXT = ("--length", LENGTH, "--mode", "teacher")
+LENGTH, SIZE = 256, 4
+# Of a model and a text of next to no size.
+NOTHING = {"layers": 1, "experts": 8, "hidden": 32, "inner": 16}
+FEWEST_TOKENS = 2560
 # By which of its rows `plan` tells of a command.
-ROWS = {"collect": 0, "train": 1, "tune": 2, "calibrate": 3}
+ROWS = {"collect": 0, "train, rank 0 of 2: layers": 1, "train, rank 1: layers, tuning": 2, "calibrate": 3}
 
 
 class Run(NamedTuple):
@@ -52,7 +55,7 @@ def command(*words: object) -> Run:
     return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024.0)
 
 
-def write_model(folder: Path, layers: int, experts: int, hidden: int = 256, inner: int = 512) -> str:
+def write_model(folder: Path, layers: int, experts: int, hidden: int, inner: int) -> str:
     """A model of random weights with the tokenizer of the reference MoE."""
     from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -78,15 +81,28 @@ def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
     """Each command once, in the order of the flow."""
     trace, selector = folder / "trace", folder / "selector"
     own = ("--device", "cpu", "--dtype", "float32", "--quiet")
+    learn = (
+        *("train", "--trace", trace, "--tune-steps", 4, "--tune-batch-sizes", 16, "--reference", "false"),
+        *("--epochs", 1, "--out", selector, "--world-size", 2, *own),
+    )
     found = {
         "collect": command("collect", "--model", model, "--tokens", tokens, "--length", LENGTH, "--out", trace, *own),
-        "train": command("train", "--trace", trace, "--tune-steps", 0, "--reference", "false", "--out", selector, *own),
-        "tune": command(
-            *("train", "--trace", trace, "--tune-steps", 10, "--tune-batch-sizes", 16, "--reference", "false"),
-            *("--epochs", 1, "--out", folder / "tuned", *own),
-        ),
+        "train, rank 0 of 2: layers": command(*learn, "--rank", 0),
+        "train, rank 1: layers, tuning": command(*learn, "--rank", 1),
     }
-    text = ("--selector", selector, "--batch-sizes", 4, "--tokens", tokens, *TEXT, *own)
+    text = (
+        "--selector",
+        selector,
+        "--batch-sizes",
+        SIZE,
+        "--tokens",
+        tokens,
+        "--length",
+        LENGTH,
+        "--mode",
+        "teacher",
+        *own,
+    )
     found["calibrate"] = command("calibrate", *text, "--budgets", 0.01)
     found["evaluate"] = command("evaluate", *text, "--methods", "learned", "--out", folder / "report")
     shutil.rmtree(folder)
@@ -101,44 +117,58 @@ def slope(seconds: list[float]) -> float:
     return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
 
 
-def main(out: str, model: str | None = None, tokens: int = BASE["tokens"], steps: int = len(STEPS)) -> None:
+def main(
+    out: str,
+    model: str | None = None,
+    tokens: int = 5120,
+    layers: int = 2,
+    experts: int = 8,
+    hidden: int = 256,
+    inner: int = 512,
+    steps: int = len(STEPS),
+) -> None:
     """Print two tables and write the figures.
 
     Args:
         out: folder, new or empty.
-        model: folder of a model, or reference-moe; by default models with random weights.
-        tokens: at 1×.
+        model: folder of a model, or the name of one of this project; by default models with random weights.
+        tokens: at 1×; also `layers` and `experts` of a model with random weights.
+        hidden: its width; `inner`: that of an expert.
         steps: how many of 1×, 2× and 4×.
     """
     folder = Path(out)
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: choose another --out, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    libraries = command("plan", model or "reference-moe", "--quiet")
-    base = {**BASE, "tokens": tokens}
+    nothing = measure(write_model(folder / "model", **NOTHING), folder / "run", FEWEST_TOKENS)
+    base = {"tokens": tokens, "layers": layers, "experts": experts}
     measured: dict[str, list[dict[str, Run]]] = {}
-    rows = []
-    for axis in ["tokens"] if model else ["tokens", "layers", "experts"]:
+    memory: list[tuple[str, str, float, float]] = []
+    first: dict[str, Run] = {}
+    for axis in ["tokens"] if model else list(base):
         for step in STEPS[:steps]:
             sizes = {**base, axis: base[axis] * step}
-            given = model or write_model(folder / "model", sizes["layers"], sizes["experts"])
-            found = measure(given, folder / "run", sizes["tokens"])
-            measured.setdefault(axis, []).append(found)
-            planned = costs(read_shape(given), PlanOptions(given, tokens=sizes["tokens"], length=LENGTH))
-            for name, row in ROWS.items():
-                held = found[name].memory - libraries.memory
-                rows.append((f"{axis} {step}×", name, held, planned[row].memory))
+            given = model or write_model(folder / "model", sizes["layers"], sizes["experts"], hidden, inner)
+            if step > 1 or not first:
+                found = measure(given, folder / "run", sizes["tokens"])
+                first = first or found
+                options = PlanOptions(given, tokens=sizes["tokens"], length=LENGTH)
+                planned = costs(read_shape(given), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
+                for name, row in ROWS.items():
+                    held = found[name].memory - nothing[name].memory
+                    memory.append((f"{axis} {step}×", name, held, planned[row].memory))
+            measured.setdefault(axis, []).append(first if step == 1 else found)
     print("| command | " + " | ".join(f"exponent of {axis}" for axis in measured) + " | CPU seconds at 1× |")
     print("| --- |" + " --- |" * (len(measured) + 1))
-    for name in measured["tokens"][0]:
-        seconds = {axis: [run[name].seconds - libraries.seconds for run in runs] for axis, runs in measured.items()}
+    for name in first:
+        seconds = {axis: [run[name].seconds - nothing[name].seconds for run in runs] for axis, runs in measured.items()}
         slopes = " | ".join(f"{slope(own):.2f}" if len(own) > 1 else "–" for own in seconds.values())
         print(f"| {name} | {slopes} | {seconds['tokens'][0]:.1f} |")
     print("\n| size | command | memory measured, MB | planned, MB | ratio |\n| --- | --- | --- | --- | --- |")
-    for size, name, held, planned_bytes in rows:
+    for size, name, held, planned_bytes in memory:
         print(f"| {size} | {name} | {held / 1e6:.0f} | {planned_bytes / 1e6:.0f} | {held / planned_bytes:.2f} |")
     (folder / "growth.json").write_text(
-        json.dumps({"libraries": libraries, "base": base, "measured": measured, "memory": rows}, indent=2)
+        json.dumps({"nothing": nothing, "base": base, "measured": measured, "memory": memory}, indent=2)
     )
 
 

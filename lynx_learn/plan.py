@@ -189,14 +189,14 @@ def read_shape(name: str) -> Shape:
     )
 
 
-def costs(shape: Shape, options: PlanOptions) -> list[Cost]:
-    """What each command takes on a model of this shape."""
+def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None = None) -> list[Cost]:
+    """What each command takes on a model of this shape; `calibrate` by default with its own options' defaults."""
     sequences = -(-options.collected(shape) // options.length)
     tokens, shards = sequences * options.length, -(-sequences // options.batch_size)
     token = bytes_per_token(shape.layers, shape.hidden, shape.itemsize, shape.experts, shape.top_k)
     selector = shape.selector(options.surrogate_share)
     shard = options.batch_size * options.length * token
-    calibrate = CalibrateOptions("")
+    calibrate = calibrate or CalibrateOptions("")
     sizes = calibrate.batch_sizes
     measured = sum(size * calibrate.length * calibrate.most_groups(size) for size in sizes)
     largest = max(PASS_TOKENS, max(sizes) * calibrate.length)

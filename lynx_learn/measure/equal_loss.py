@@ -18,7 +18,7 @@ RESAMPLES = 200
 # Share of the resamples in which a level may be out of a curve's reach before there is no interval.
 UNREACHED = 0.05
 # Not rules that anybody could deploy without training, so a learned method is not measured against the best of them.
-NO_RULES = ("learned", "learned_lda", "formula", "oracle")
+NO_RULES = ("learned", "learned_lda", "formula", "oracle", "one_expert")
 METRICS = ("kl", "nll")
 
 Reading = tuple[float, float] | None

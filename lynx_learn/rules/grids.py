@@ -1,7 +1,8 @@
 """Every method that is measured, with the settings that it is swept over."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -283,6 +284,13 @@ def _named(name: str, policy: ThresholdPolicy) -> ThresholdPolicy:
     return policy
 
 
+def _one_expert(setup: Setup) -> Curves:
+    """The harshest choice, with and without surrogates in the place of all others."""
+    answered, (dropped, *_) = setup.selector.at_threshold(math.inf), _layered(setup)[0]
+    answered.name, answered.setting = "one_expert", "answered"
+    return [[answered], [replace(dropped, name="one_expert", threshold=math.inf)]]  # type: ignore[type-var]
+
+
 def _oracle(setup: Setup) -> Curves:
     return [[Oracle(setup.selector, tau) for tau in _thresholds(setup)]]
 
@@ -313,4 +321,5 @@ METHODS: dict[str, Callable[[Setup], Curves]] = {
     "learned": _learned,
     "formula": _formula,
     "oracle": _oracle,
+    "one_expert": _one_expert,
 }

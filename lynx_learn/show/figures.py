@@ -16,6 +16,7 @@ LEGEND = {
         "learned_lda": ("learned, with LDA", RED, "^"),
         "formula": ("formula, not learned", ORANGE, "o"),
         "oracle": ("oracle: the true cost", BLACK, ""),
+        "one_expert": ("one expert per layer", ORANGE, "x"),
     },
     "keep M experts": {
         "gate_sq": ("gate²", BLUE, "s"),
