@@ -62,21 +62,36 @@ SURROUNDINGS: dict[str, dict[str, str]] = {
 }
 
 
+def forty_tokens() -> Assignments:
+    generator = torch.Generator().manual_seed(0)
+    shape = (40, 2)
+    return Assignments(
+        torch.randn(*shape, len(NAMES), generator=generator),
+        torch.randint(4, shape, generator=generator),
+        torch.rand(shape, generator=generator),
+        torch.randn(40, 8, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10])
+def test_few_steps_are_enough(steps: int, tmp_path: Path) -> None:
+    """With nine steps the rising part of the rate's cycle once had a length of 0."""
+    fit = forty_tokens()
+    scorer = new_scorer("linear", fit, torch.ones(4))
+    before = {key: value.clone() for key, value in scorer.state_dict().items()}
+    train_scorer(scorer, fit, fit, ScorerOptions("linear", steps, 40, 1e-2, 0), tmp_path, "layer-00")
+    changed = [key for key, value in scorer.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed
+    assert all(torch.isfinite(value).all() for value in scorer.state_dict().values())
+
+
 @pytest.mark.parametrize("variables", SURROUNDINGS.values(), ids=SURROUNDINGS.keys())
 def test_a_scorer_is_trained_alike_whatever_surrounds_it(
     variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning.pytorch.utilities import rank_zero_only
 
-    generator = torch.Generator().manual_seed(0)
-    shape = (40, 2)
-    fit = Assignments(
-        torch.randn(*shape, len(NAMES), generator=generator),
-        torch.randint(4, shape, generator=generator),
-        torch.rand(shape, generator=generator),
-        torch.randn(40, 8, generator=generator),
-    )
-    found = []
+    fit, found = forty_tokens(), []
     for name in ("plain", "surrounded"):
         if name == "surrounded":
             for variable, value in variables.items():

@@ -135,8 +135,10 @@ class ScorerTraining(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=1e-3)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=steps + 1, pct_start=0.1)
+        total = max(1, int(self.trainer.estimated_stepping_batches)) + 1
+        # The rate rises over a tenth of the steps; a rise that ends with the first one divides by its length, 0.
+        rise = max(0.1, 1.5 / total)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.rate, total_steps=total, pct_start=rise)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
