@@ -21,6 +21,7 @@ from .selector.features import NAMES
 from .selector.surrogates import MOST_RANKS, rank_for
 from .show.tables import Table, show
 from .traces.format import bytes_per_token
+from .traces.packing import HiddenDtype, hidden_bytes
 from .traces.target import fewest_tokens
 
 # By which names configurations say how many experts a token goes to.
@@ -49,6 +50,8 @@ class PlanOptions:
     """tokens of a collected sequence"""
     batch_size: int = 16
     """collected sequences that run together and are stored in one shard"""
+    hidden_dtype: HiddenDtype = "auto"
+    """what collect stores hidden states in"""
     surrogate_share: float = TrainOptions.surrogate_share
     """size of the surrogates, as in train"""
     memory: float = 80.0
@@ -193,7 +196,8 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
     """What each command takes on a model of this shape; `calibrate` by default with its own options' defaults."""
     sequences = -(-options.collected(shape) // options.length)
     tokens, shards = sequences * options.length, -(-sequences // options.batch_size)
-    token = bytes_per_token(shape.layers, shape.hidden, shape.itemsize, shape.experts, shape.top_k)
+    hidden = hidden_bytes(shape.hidden, shape.itemsize, options.hidden_dtype)
+    token = bytes_per_token(shape.layers, hidden, shape.experts, shape.top_k)
     selector = shape.selector(options.surrogate_share)
     shard = options.batch_size * options.length * token
     calibrate = calibrate or CalibrateOptions("")

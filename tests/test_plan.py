@@ -82,6 +82,8 @@ def test_a_target_of_tokens_for_every_expert() -> None:
     assert disk(tokens_per_expert=1000) == disk(tokens=1000 * SHAPE.experts // SHAPE.top_k)
     assert disk(tokens_per_expert=1000, tokens=4096) == disk(tokens=4096)
     assert disk() == disk(tokens=100_000)
+    half = disk(hidden_dtype="float8_e4m3fn")
+    assert disk() - half == 100_096 * SHAPE.layers * (SHAPE.hidden - 4)  # of 2 bytes; 391 whole sequences
     trace = Trace.open(tiny_flow().trace)
     reached = int(trace.assigned().min())
     shape = read_shape(str(tiny_flow().model))

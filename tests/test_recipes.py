@@ -279,6 +279,27 @@ def test_stand_ins_leave_less_together_than_alone(tmp_path: Path, script: Script
         assert scalar <= 1.1
 
 
+def test_hidden_states_in_fewer_bits_are_held_against_those_of_the_model(tmp_path: Path, script: Script) -> None:
+    base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 0, "sensitivity_groups": 1}
+    places = ["--config", "train/hidden_states.yaml", "--trace", tiny_flow().trace, "--out", tmp_path / "out"]
+    said = script("train/hidden_states.py", *places, "--base", json.dumps(base), "--tokens", 0)
+    exact, half, quarter = json.loads((tmp_path / "out" / "hidden-states.json").read_text())["rows"]
+    assert (
+        exact["error"]
+        == exact["worst"]
+        == 0
+        < half["error"]
+        < half["worst"]
+        < quarter["error"]
+        < quarter["worst"]
+        < 1 / 16
+    )
+    assert exact["bytes"] > half["bytes"] > quarter["bytes"]
+    assert f"float8_e4m3fn {quarter['bytes'] / 1e6:,.1f} {quarter['error']:.2%}" in " ".join(said.split())
+    again = Trace.open(tmp_path / "out" / "auto" / "trace")
+    assert again.sha256 == Trace.open(tiny_flow().trace).sha256
+
+
 def test_a_scalar_finds_an_expert_that_is_a_multiple_of_another() -> None:
     script = runpy.run_path(str(ROOT / "train" / "stand_ins.py"))
     flow = tiny_flow()
@@ -354,6 +375,7 @@ def test_no_recipe_is_left_out() -> None:
             "long_decode.yaml",
             "quantised.yaml",
             "stand_ins.yaml",
+            "hidden_states.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
     }

@@ -24,6 +24,7 @@ from ..parts import Share, ShareOptions, in_workers
 from ..show.progress import say, track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
+from .packing import HiddenDtype
 from .sampling import Sampling, continue_rows
 from .target import Target, fewest_tokens, in_words, most_tokens
 
@@ -66,6 +67,8 @@ class CollectOptions(ShareOptions):
     """where the model runs: cpu, cuda, cuda:1, …; auto takes a GPU where there is one, or several for a large model"""
     dtype: str = "auto"
     """float32, bfloat16, float16, or auto: what the checkpoint holds, but float32 on a CPU without native bfloat16"""
+    hidden_dtype: HiddenDtype = "auto"
+    """what hidden states are stored in: auto as the model has them, bfloat16, or float8_e4m3fn, half the size of bfloat16"""
     seed: int = 0
     """seed of the sampling in mode generate"""
 
@@ -162,6 +165,7 @@ def describe(options: CollectOptions, model: TracedModel) -> TraceOptions:
         bos=options.bos,
         sequences_per_shard=options.batch_size,
         seed=options.seed,
+        hidden_dtype=options.hidden_dtype,
     )
 
 

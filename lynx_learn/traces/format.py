@@ -5,7 +5,8 @@
     index/00000.safetensors  per shard: token, sequence, position, phase and source of each token; in its metadata the
                              checksums of the shard's other files, by which an interrupted run knows what is whole,
                              and how many of its tokens each expert has
-    layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights
+    layer-00/00000.safetensors  per MoE layer and shard: hidden, logits, indices, weights; where hidden states are in eight
+                             bits, also hidden_scale
 
 Every file is written under a temporary name, flushed and renamed.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from ..errors import TraceError
 from ..files import MARK, PART, RunFolder, checksum, digest, read_object
 from ..moe.identity import Identity, is_identity
+from .packing import SCALE, SCALED, hidden_bytes, pack, unpack
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -49,6 +51,7 @@ class TracedModel:
     hidden_size: int
     expert_bytes: int
     dtype: str
+    """Of the model's weights, and of the hidden states that a trace gives back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +71,20 @@ class TraceOptions(TracedModel):
     bos: str
     sequences_per_shard: int
     seed: int
+    hidden_dtype: str = "auto"
+    """What hidden states are stored in; auto: the model's."""
     format_version: int = FORMAT_VERSION
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token in all files, headers aside."""
-        size = getattr(torch, self.dtype).itemsize
-        return bytes_per_token(len(self.layers), self.hidden_size, size, self.num_experts, self.top_k)
+        hidden = hidden_bytes(self.hidden_size, getattr(torch, self.dtype).itemsize, self.hidden_dtype)
+        return bytes_per_token(len(self.layers), hidden, self.num_experts, self.top_k)
 
 
-def bytes_per_token(layers: int, hidden: int, itemsize: int, experts: int, top_k: int) -> int:
-    """Bytes of one token in all files of a trace of a model of this shape, whose hidden states have so many bytes each."""
-    return layers * (hidden * itemsize + 4 * experts + top_k * (2 + 4)) + 4 + 4 + 4 + 1 + 2
+def bytes_per_token(layers: int, hidden: int, experts: int, top_k: int) -> int:
+    """Bytes of one token in all files of a trace of a model of this shape, whose hidden states take so many bytes each."""
+    return layers * (hidden + 4 * experts + top_k * (2 + 4)) + 4 + 4 + 4 + 1 + 2
 
 
 def shard_names(layers: int, shard: int) -> list[str]:
@@ -138,6 +143,7 @@ class TraceWriter(RunFolder):
         return max((int(path.stem) for path in self.folder.glob("index/*.safetensors")), default=-1)
 
     def write(self, shard: int, layers: list[dict[str, Tensor]], index: dict[str, Tensor]) -> None:
+        layers = [pack(tensors, self.options.hidden_dtype) for tensors in layers]
         files = [save({k: v.contiguous() for k, v in tensors.items()}) for tensors in (*layers, index)]
         assigned = [count_tokens(tensors["indices"], self.options.num_experts).tolist() for tensors in layers]
         # As one value: safetensors writes several in any order.
@@ -262,14 +268,17 @@ class Trace:
                 )
 
     def layer_shards(self, layer: int, keys: tuple[str, ...] = LAYER_TENSORS) -> Iterator[dict[str, Tensor]]:
-        """The layer's tensors, or some of them, shard by shard; `indices` always.
+        """The layer's tensors, or some of them, shard by shard; `indices` always, hidden states in the model's dtype.
 
         Raises:
             TraceError: a value is not finite, or an index is no expert.
         """
         for shard in range(self.shards):
             name = f"layer-{layer:02d}/{shard:05d}.safetensors"
-            tensors = self._load(name, keys)
+            scaled = "hidden" in keys and self.options.hidden_dtype in SCALED
+            tensors = self._load(name, (*keys, SCALE) if scaled else keys)
+            if "hidden" in keys:
+                tensors = unpack(tensors, getattr(torch, self.options.dtype))
             for key in {"hidden", "logits", "weights"} & tensors.keys():
                 if not torch.isfinite(tensors[key]).all():
                     raise TraceError(
