@@ -116,7 +116,8 @@ def launched() -> tuple[int, int]:
 
 def deciding(options: Any) -> dict[str, Any]:
     """The options of a command that decide its result: who computes which part does not."""
-    incidental = {field.name for field in fields(ShareOptions)}
+    bases = (base for base in type(options).__mro__[1:] if issubclass(base, ShareOptions))
+    incidental = {field.name for base in bases for field in fields(base)}
     return {field.name: getattr(options, field.name) for field in fields(options) if field.name not in incidental}
 
 

@@ -1,11 +1,5 @@
 """Train one layer's scorer on assignment costs, with Lightning."""
 
-import logging
-import os
-import signal
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..selector.features import NAMES
 from ..selector.scorers import SCORERS, Scorer
-
-# Lightning reads these while it is imported, and fails where one is no number, such as an empty one.
-_ranks = {
-    name: os.environ.pop(name)
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    if name in os.environ
-}
-try:
-    import lightning as L
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning.pytorch.loggers import CSVLogger
-    from lightning.pytorch.utilities import rank_zero_only
-finally:
-    os.environ |= _ranks
+from .trainer import CSVLogger, L, fit_module
 
 # Costs are divided by the layer's mean; below this share of it they count as this, so that a logarithm stays finite.
 SMALLEST_COST = 1e-6
@@ -157,54 +138,21 @@ def new_scorer(kind: str, fit: Assignments, residuals: Tensor) -> Scorer:
     return scorer
 
 
-@contextmanager
-def one_process() -> Iterator[None]:
-    """While open, Lightning trains in this process whatever a cluster's or a launcher's variables say.
-
-    Inside a job of SLURM and its like it would take this process for one of many, and write no losses in all but one;
-    `PL_TRAINER_…` would change how it trains. With `LightningEnvironment` as a plugin it looks for no cluster.
-    """
-    zero: Any = rank_zero_only
-    rank = zero.rank
-    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("PL_TRAINER_")}
-    zero.rank = 0
-    try:
-        yield
-    finally:
-        zero.rank = rank
-        os.environ |= taken
-
-
 def train_scorer(
     scorer: Scorer, fit: Assignments, check: Assignments, options: ScorerOptions, logs: Path, name: str
 ) -> None:
     """Train in place; writes the losses as CSV to `logs/name`."""
     if not any(p.requires_grad for p in scorer.parameters()):
         return
-    # Lightning reports its environment for every layer; what went wrong still raises.
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), one_process():
-        warnings.filterwarnings("ignore", module="lightning")
-        warnings.filterwarnings("ignore", message=".*num_workers.*|.*treespec.*|.*many workers.*")
-        trainer = L.Trainer(
-            max_epochs=options.epochs,
-            accelerator="cpu",
-            devices=1,
-            plugins=[LightningEnvironment()],
-            logger=CSVLogger(logs, name=name, version=""),
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            gradient_clip_val=1.0,
-            log_every_n_steps=10,
-        )
-        data = AssignmentData(fit, check, options.batch, options.seed)
-        handler = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit(ScorerTraining(scorer, float(fit.costs.mean().clamp_min(1e-30)), options.rate), datamodule=data)
-        except SystemExit:  # what Lightning makes of Ctrl-C, with a status of its own and further ones ignored
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from None
+    training = ScorerTraining(scorer, float(fit.costs.mean().clamp_min(1e-30)), options.rate)
+    fit_module(
+        training,
+        AssignmentData(fit, check, options.batch, options.seed),
+        max_epochs=options.epochs,
+        logger=CSVLogger(logs, name=name, version=""),
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
+    )
     scorer.requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoint.blocks import Layers, LoadedLayers, open_layers
-from ..errors import OptionError, TraceError
+from ..errors import OptionError, TraceError, Unfinished
 from ..files import check_empty, digest
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.identity import Identity, differences, identify, part_of
 from ..moe.loading import LoadedModel, load_base, versions
-from ..parts import Share, ShareOptions, deciding, in_workers
+from ..parts import Share, deciding, in_workers
 from ..selector.config import RUN, SelectorConfig
 from ..selector.layer import LayerSelector
 from ..selector.saving import is_made_by, run_record, write_card
@@ -32,11 +32,12 @@ from .fitted import FOLDER, FittedLayers
 from .layer import HELD_OUT, fit_layer
 from .scorer import ScorerOptions
 from .sensitivity import measure_sensitivities, scale_to_nats
+from .trainer import Team, TeamOptions, joined
 from .tuning import TuneOptions, tune
 
 
 @dataclass(frozen=True)
-class TrainOptions(ShareOptions):
+class TrainOptions(TeamOptions):
     """Fit a selector from a trace: surrogates, scorers, sensitivities, then tuning of all of them."""
 
     trace: str
@@ -64,7 +65,9 @@ class TrainOptions(ShareOptions):
     tune_rate: float = 1e-3
     """learning rate of the surrogates while tuning; the scorers' is twice that"""
     tune_batch_sizes: list[int] = field(default_factory=lambda: [8, 16, 32])
-    """decode batch sizes to tune for; a step has about 2,048 tokens"""
+    """decode batch sizes to tune for; a decode batch has about 2,048 tokens"""
+    tune_batches: int = 1
+    """decode batches whose gradients a step of tuning averages; processes that tune together share them"""
     sensitivity_groups: int = 4
     """batches of 16 sequences that the sensitivities are measured on"""
     device: str = "auto"
@@ -86,9 +89,22 @@ class TrainOptions(ShareOptions):
                 raise OptionError(f"--{name} {value:g} is not usable: expected a number above 0")
         if self.tune_steps < 0:
             raise OptionError(f"--tune_steps {self.tune_steps} is not usable: expected 0 or more")
+        if self.tune_steps and self.scorer == "formula" and not self.surrogate_share:
+            raise OptionError(
+                f"--tune_steps {self.tune_steps} is not usable with --scorer formula and --surrogate_share 0, which leave nothing "
+                "to tune: expected 0"
+            )
         if not self.tune_batch_sizes or min(self.tune_batch_sizes) < 1:
             raise OptionError("--tune_batch_sizes is not usable: expected one number or more, each at least 1")
         self.share  # noqa: B018  # refuses what cannot be used
+        self.check_team()
+        if self.tune_batches < 1 or self.tune_batches % self.team_size:
+            expected = f"a multiple of the {self.team_size} processes" if self.team_size > 1 else "1 or more"
+            raise OptionError(f"--tune_batches {self.tune_batches} is not usable: expected {expected}")
+        if self.team_size > 1 and not self.tune_steps:
+            raise OptionError(
+                f"--devices {self.devices} and --num_nodes {self.num_nodes} are for tuning: leave them out with --tune_steps 0"
+            )
 
 
 @in_workers
@@ -97,13 +113,14 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
 
     A layer is read from the checkpoint, fitted and written before the next one, so that it takes the memory of one, and a
     run that was broken off goes on with the next one. Sensitivities and tuning need the whole model, and are made by the
-    process that finds all layers fitted.
+    process that finds all layers fitted; or by all processes together, where `devices` and `num_nodes` say so.
 
     Args:
         loaded, trace: the model and the trace that the options name, where they are loaded and opened already.
 
     Raises:
-        Unfinished: this process's layers are fitted, and those of others are not all there.
+        Unfinished: this process's layers are fitted, and those of others are not all there; or it has tuned together with
+            others, of which the first writes the selector.
     """
     out, share = Path(options.out), options.share
     record = run_record("train", deciding(options))
@@ -111,7 +128,16 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         return LynxSelector.from_pretrained(out)
     check_empty(out)
     trace = trace or Trace.open(options.trace, verify=False)
-    place = (options.model, trace.options.model, trace.options.revision, options.device, options.dtype)
+    with joined(options) as team:
+        return _train(options, loaded, trace, record, team)
+
+
+def _train(
+    options: TrainOptions, loaded: LoadedModel | None, trace: Trace, record: str, team: Team
+) -> LynxSelector:
+    """What is left to do when all processes that tune together have come."""
+    out, share = Path(options.out), options.share
+    place = (options.model, trace.options.model, trace.options.revision, team.device(options.device), options.dtype)
     layers: Layers = LoadedLayers(loaded) if loaded else open_layers(*place)
     if layers.names != trace.options.layers:
         raise TraceError(
@@ -135,11 +161,12 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
             with suppress(OSError):
                 out.rmdir()
         raise
+    team.wait()
     missing = [index for index in range(len(layers.names)) if fitted.read(index) is None]
     if share.world_size > 1 and is_made_by(out, record):  # by another process meanwhile
         return LynxSelector.from_pretrained(out)
     share.check_all_there(missing, len(layers.names), "layers", fitted.folder)
-    with share.alone(fitted.folder):
+    with share.alone(fitted.folder) if team.leads else nullcontext():
         # By its name, so that what auto means is said once.
         loaded = loaded or load_base(*place[:-1], str(layers.dtype).removeprefix("torch."), tokenizer=False)
         found = find_moe_layers(loaded.model)
@@ -147,7 +174,7 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         _check_identity(trace, trace.options.identity, identity)
         selector = LynxSelector(_config(options, trace, identity, rank))
         figures, losses = _put_together(fitted, selector)
-        metrics = _through_the_model(loaded, found, selector, trace, options)
+        metrics = _through_the_model(loaded, found, selector, trace, options, team)
         for row, value in zip(figures, metrics.pop("sensitivities"), strict=True):
             row["sensitivity"] = value
         metrics = {"train": {"trace": trace_summary(trace), "layers": figures, **metrics}}
@@ -201,20 +228,30 @@ def _put_together(fitted: FittedLayers, selector: LynxSelector) -> tuple[list[di
 
 
 def _through_the_model(
-    loaded: LoadedModel, layers: list[MoeLayer], selector: LynxSelector, trace: Trace, options: TrainOptions
+    loaded: LoadedModel, layers: list[MoeLayer], selector: LynxSelector, trace: Trace, options: TrainOptions, team: Team
 ) -> dict[str, Any]:
-    """What needs the whole model: sensitivities, tuning, and the scale of predicted costs; in place, with their figures."""
+    """What needs the whole model: sensitivities, tuning, and the scale of predicted costs; in place, with their figures.
+
+    Raises:
+        Unfinished: all but tuning is the first process's.
+    """
     groups = list(trace_groups(trace, options.sensitivity_groups, loaded.input_device))
     prompt = groups[0][0].shape[1] // 8
-    found: dict[str, Any] = {
-        "sensitivities": measure_sensitivities(loaded.model, layers, selector, groups, prompt=prompt)
-    }
+    found: dict[str, Any] = {}
+    found["sensitivities"] = team.from_leader(
+        lambda: measure_sensitivities(loaded.model, layers, selector, groups, prompt=prompt)
+    )
+    for own, value in zip(selector.layers, found["sensitivities"], strict=True):
+        own.sensitivity.fill_(value)  # type: ignore[operator,union-attr]
     if options.tune_steps:
         rows = trace.index()["tokens"].view(-1, trace.options.length)
         tenth = trace.index()["sequence"].view(-1, trace.options.length)[:, 0] % 10
         learn, check = (rows[part].to(loaded.input_device) for part in (tenth != HELD_OUT, tenth == HELD_OUT))
-        tuning = TuneOptions(options.tune_steps, options.tune_rate, tuple(options.tune_batch_sizes), options.seed)
-        found["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning)
+        sizes = tuple(options.tune_batch_sizes)
+        tuning = TuneOptions(options.tune_steps, options.tune_rate, sizes, options.seed, options.tune_batches)
+        found["tuning"] = tune(loaded.model, layers, selector, learn, check, tuning, team)
+    if not team.leads:
+        raise Unfinished(f"rank {team.rank} of {team.size} has tuned: rank 0 measures the selector and writes it")
     found["nats"] = scale_to_nats(loaded.model, layers, selector, groups, prompt=prompt)
     return found
 

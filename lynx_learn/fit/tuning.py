@@ -9,14 +9,18 @@ elsewhere. Here the selector decides as at decode, in every layer of a simulated
 goes to scorers and surrogates. That is what a threshold stands for: dropping one more expert is worth `threshold` nats
 over its batch. The decision is hard forwards and a sigmoid of the log-cost backwards (straight-through estimator,
 Bengio et al., arXiv 1308.3432).
+
+A step goes along the mean gradient of some decode batches. Which these are does not depend on the number of processes, of
+which each takes some: they give what one process gives, but for the order in which gradients are summed. A single decode
+batch is not divided, because its sequences decide together.
 """
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +34,7 @@ from ..moe.families import MoeLayer
 from ..selector.layer import LayerSelector
 from ..selector.selector import LynxSelector
 from ..show.progress import track
+from .trainer import ALONE, L, Team, fit_module
 
 # Thresholds are drawn between those at which the untuned selector loses so many nats per token.
 LOSSES = (0.002, 0.04)
@@ -56,6 +61,8 @@ class TuneOptions:
     rate: float
     batch_sizes: tuple[int, ...]
     seed: int
+    batches: int = 1
+    """Decode batches of a step, a multiple of the processes."""
 
 
 class StraightThrough:
@@ -90,48 +97,124 @@ class StraightThrough:
         return Decision(routing.indices, routing.weights * share, own.surrogates(routing.hidden, by_expert))
 
 
+class Batch(NamedTuple):
+    """What is learned from at once: a decode batch `(sequences, positions)` at one threshold."""
+
+    tokens: Tensor
+    threshold: float
+
+
+class Batches:
+    """The decode batches of all steps, as every process draws them, and of these one process's.
+
+    Args:
+        rows: token sequences `(sequences, length)`.
+        spans: thresholds to draw between, by batch size.
+    """
+
+    def __init__(
+        self, rows: Tensor, spans: dict[int, tuple[float, float]], options: TuneOptions, rng: random.Random, team: Team
+    ) -> None:
+        self.rows, self.spans, self.options, self.rng, self.team = rows, spans, options, rng, team
+
+    def __len__(self) -> int:
+        return self.options.steps * self.options.batches // self.team.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.options.steps):
+            yield from [self._draw() for _ in range(self.options.batches)][self.team.rank :: self.team.size]
+
+    def _draw(self) -> Batch:
+        size = self.rng.choice(list(self.spans))
+        low, high = self.spans[size]
+        threshold = math.exp(self.rng.uniform(math.log(low), math.log(high)))
+        return Batch(_batch(self.rows, size, self.rng), threshold)
+
+
+class Tuning(L.LightningModule):
+    """What Lightning trains: the selector, which is all that is a part of this module; the frozen model is not."""
+
+    def __init__(
+        self, model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, options: TuneOptions, shown: bool
+    ) -> None:
+        super().__init__()
+        self.selector, self.frozen, self.options = selector, (model, layers), options
+        self.groups = _parameters(selector, options.rate)
+        steps: Iterable[int] = range(options.steps)
+        self.progress = iter(track(steps, "tune", options.steps) if shown else steps)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch  # it is where the model is
+
+    def on_train_start(self) -> None:
+        next(self.progress)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = _loss(*self.frozen, self.selector, *batch)
+        if not torch.isfinite(loss):
+            raise SelectorError(
+                "tuning gives a loss that is not finite: lower --tune_rate, or train with --tune_steps 0"
+            )
+        return loss
+
+    def optimizer_step(self, *given: Any, **more: Any) -> None:
+        super().optimizer_step(*given, **more)
+        next(self.progress, None)
+
+    def configure_optimizers(self) -> Any:
+        optimiser = torch.optim.Adam(self.groups, betas=(0.9, 0.98))
+        steps = self.options.steps
+        shape = get_cosine_schedule_with_warmup(optimiser, min(WARM_UP, steps // 5), steps)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": shape, "interval": "step"}}
+
+
 def tune(
-    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, rows: Tensor, check: Tensor, options: TuneOptions
+    model: nn.Module,
+    layers: list[MoeLayer],
+    selector: LynxSelector,
+    rows: Tensor,
+    check: Tensor,
+    options: TuneOptions,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
-    """Tune in place; returns what was measured on the held-out rows before and after.
+    """Tune in place; returns what the first process has measured on the held-out rows before and after.
 
     Args:
         rows: token sequences to learn from `(sequences, length)`.
         check: held-out ones, at least two.
+        team: the processes that tune together; all have the same model, selector and rows.
 
     Raises:
         SelectorError: the loss is not finite.
+        OptionError: another process of the team has ended.
     """
     frozen = [p for p in model.parameters() if p.requires_grad]
     _require_gradients(frozen, False)
     rng = random.Random(options.seed)
     sizes = sorted({min(size, len(rows)) for size in options.batch_sizes})
     simulations = {size: Simulation(model, layers, _positions(rows, size) // PROMPT_SHARE) for size in sizes}
-    spans = {size: _thresholds(simulations[size], selector, _batch(rows, size, rng)) for size in sizes}
-    before = _measure(simulations, selector, check, spans, options.seed)
+    samples = {size: _batch(rows, size, rng) for size in sizes}
+
+    def measured() -> tuple[dict[int, tuple[float, float]], list[dict[str, float]]]:
+        spans = {size: _thresholds(simulations[size], selector, samples[size]) for size in sizes}
+        return spans, _measure(simulations, selector, check, spans, options.seed)
+
+    spans, before = team.from_leader(measured)
     selector.float()  # measuring has put the surrogates into the model's precision
-    optimiser = torch.optim.Adam(_parameters(selector, options.rate), betas=(0.9, 0.98))
-    shape = get_cosine_schedule_with_warmup(optimiser, min(WARM_UP, options.steps // 5), options.steps)
+    for layer, own in zip(layers, selector.layers, strict=True):
+        own.to(layer.device)
+    training = Tuning(model, layers, selector, options, team.leads)
+    batches = Batches(rows, spans, options, rng, team)
+    each = options.batches // team.size
     try:
-        for _ in track(range(options.steps), "tune", options.steps):
-            size = rng.choice(sizes)
-            low, high = spans[size]
-            threshold = math.exp(rng.uniform(math.log(low), math.log(high)))
-            loss = _loss(model, layers, selector, _batch(rows, size, rng), threshold)
-            if not torch.isfinite(loss):
-                raise SelectorError(
-                    "tuning gives a loss that is not finite: lower --tune_rate, or train with --tune_steps 0"
-                )
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            shape.step()
+        fit_module(training, batches, team, max_epochs=1, accumulate_grad_batches=each, logger=False)
     finally:
+        training.progress.close()
         selector.requires_grad_(False)
         _require_gradients(frozen, True)
     for layer, own in zip(layers, selector.layers, strict=True):
         own.surrogates.round_to(layer.dtype)  # type: ignore[union-attr,operator]
-    after = _measure(simulations, selector, check, spans, options.seed)
+    after = _measure(simulations, selector, check, spans, options.seed) if team.leads else []
     return {"steps": options.steps, "batch_sizes": sizes, "before": before, "after": after}
 
 
