@@ -32,7 +32,7 @@ FOR_ENGINES = {"errors", "files", "moe", "selector", "traces", "integrations"}
 MOST_FILES = 9
 # Library -> the only modules that may import it.
 RESERVED = {
-    "lightning": {"fit.scorer"},
+    "lightning": {"fit.trainer"},
     "sklearn": {"fit.scorer"},
     "datasets": {"traces.documents"},
     "rich": {"show.progress", "show.tables"},

@@ -112,7 +112,7 @@ def test_a_scorer_is_trained_alike_whatever_surrounds_it(
 
 def test_variables_of_a_launcher_that_hold_no_number_stop_no_import() -> None:
     """As compose files and scripts leave them; Lightning would fail while it is imported."""
-    program = "import os\nfrom lynx_learn.fit.scorer import rank_zero_only\nprint(rank_zero_only.rank, repr(os.environ['RANK']))"
+    program = "import os\nfrom lynx_learn.fit.trainer import rank_zero_only\nprint(rank_zero_only.rank, repr(os.environ['RANK']))"
     environment = {**os.environ, "RANK": "", "LOCAL_RANK": "x"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout) == (0, "0 ''\n"), done.stderr

@@ -11,11 +11,13 @@ import torch
 from flows import LENGTH, reference_flow, tiny_flow, train_options
 from tiny import random_selector, tiny_model, words
 from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
 
 from lynx_learn.decode.simulate import simulated_logits
 from lynx_learn.errors import OptionError, SelectorError
 from lynx_learn.fit import tuning
 from lynx_learn.fit.train import TrainOptions, train
+from lynx_learn.fit.trainer import ALONE, Team, fit_module
 from lynx_learn.fit.tuning import StraightThrough, TuneOptions, tune
 from lynx_learn.measure.equal_loss import interpolate
 from lynx_learn.moe.families import find_moe_layers
@@ -117,6 +119,58 @@ def test_equal_seeds_tune_alike_and_the_model_stays_as_it_was() -> None:
     assert [value.requires_grad for value in loaded.model.parameters()] == learning
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_lightning_tunes_as_a_plain_loop_does(batches: int) -> None:
+    """To the bit, with one decode batch a step; the mean gradient of several is summed in another order."""
+    loaded = load_model(str(tiny_flow().model), "cpu")
+    loaded.model.requires_grad_(False)
+    layers, rows = find_moe_layers(loaded.model), words(40, LENGTH)
+    spans = {4: (0.01, 0.1), 8: (0.02, 0.3)}
+    options = replace(OPTIONS, batches=batches)
+    plain, tuned = (LynxSelector.from_pretrained(tiny_flow().selector) for _ in range(2))
+    optimiser = torch.optim.Adam(tuning._parameters(plain, options.rate), betas=(0.9, 0.98))
+    shape = get_cosine_schedule_with_warmup(optimiser, 1, options.steps)
+    rng = random.Random(7)
+    for _ in range(options.steps):
+        losses = []
+        for _ in range(batches):
+            size = rng.choice([4, 8])
+            low, high = spans[size]
+            threshold = math.exp(rng.uniform(math.log(low), math.log(high)))
+            losses.append(tuning._loss(loaded.model, layers, plain, tuning._batch(rows, size, rng), threshold))
+        torch.stack(losses).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        shape.step()
+    drawn = tuning.Batches(rows, spans, options, random.Random(7), ALONE)
+    fit_module(
+        tuning.Tuning(loaded.model, layers, tuned, options, shown=False),
+        drawn,
+        max_epochs=1,
+        accumulate_grad_batches=batches,
+        logger=False,
+    )
+    for name, value in learnable(tuned).items():
+        torch.testing.assert_close(value, learnable(plain)[name], rtol=0, atol=0 if batches == 1 else 1e-5, msg=name)
+
+
+def test_processes_divide_the_batches_of_each_step() -> None:
+    """Which these are does not depend on how many processes there are."""
+    options = replace(OPTIONS, batches=4)
+
+    def drawn(team: Team) -> list[tuning.Batch]:
+        found = tuning.Batches(words(40, LENGTH), {4: (0.1, 0.2), 8: (0.3, 0.4)}, options, random.Random(3), team)
+        batches = list(found)
+        assert len(batches) == len(found) == 4 * options.steps // team.size
+        return batches
+
+    whole, (even, odd) = drawn(ALONE), [drawn(Team(rank, rank, devices=2)) for rank in (0, 1)]
+    for together, own in ((whole[::2], even), (whole[1::2], odd)):
+        assert [batch.threshold for batch in together] == [batch.threshold for batch in own]
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(together, own, strict=True))
+    assert len({batch.threshold for batch in whole}) == len(whole)
+
+
 @pytest.mark.parametrize("what", [{"scorer": "formula"}, {"surrogate_share": 0}, {"scorer": "linear"}], ids=str)
 def test_what_has_nothing_to_learn_is_left_out(what: dict[str, object], tmp_path: Path) -> None:
     options = train_options(tiny_flow(), tmp_path / "selector", tune_steps=2, tune_batch_sizes=[4], **what)
@@ -145,8 +199,15 @@ def test_a_loss_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert not any(value.requires_grad for value in selector.parameters())
 
 
-@pytest.mark.parametrize("wrong", [{"tune_steps": -1}, {"tune_rate": 0.0}, {"tune_batch_sizes": []}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"tune_steps": -1}, {"tune_rate": 0.0}, {"tune_batch_sizes": []}, {"tune_batches": 0}], ids=str
+)
 def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
     (name,) = wrong
     with pytest.raises(OptionError, match=f"--{name} .*expected"):
         TrainOptions("trace", "out", **wrong)  # type: ignore[arg-type]
+
+
+def test_nothing_to_tune_is_refused() -> None:
+    with pytest.raises(OptionError, match="--tune_steps 100 is not usable with --scorer formula"):
+        TrainOptions("trace", "out", scorer="formula", surrogate_share=0)

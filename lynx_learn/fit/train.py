@@ -132,9 +132,7 @@ def train(options: TrainOptions, loaded: LoadedModel | None = None, trace: Trace
         return _train(options, loaded, trace, record, team)
 
 
-def _train(
-    options: TrainOptions, loaded: LoadedModel | None, trace: Trace, record: str, team: Team
-) -> LynxSelector:
+def _train(options: TrainOptions, loaded: LoadedModel | None, trace: Trace, record: str, team: Team) -> LynxSelector:
     """What is left to do when all processes that tune together have come."""
     out, share = Path(options.out), options.share
     place = (options.model, trace.options.model, trace.options.revision, team.device(options.device), options.dtype)
@@ -242,7 +240,7 @@ def _through_the_model(
         lambda: measure_sensitivities(loaded.model, layers, selector, groups, prompt=prompt)
     )
     for own, value in zip(selector.layers, found["sensitivities"], strict=True):
-        own.sensitivity.fill_(value)  # type: ignore[operator,union-attr]
+        own.sensitivity.fill_(value)  # type: ignore[operator]
     if options.tune_steps:
         rows = trace.index()["tokens"].view(-1, trace.options.length)
         tenth = trace.index()["sequence"].view(-1, trace.options.length)[:, 0] % 10

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from ..errors import OptionError
 from ..parts import Share, ShareOptions
@@ -31,7 +32,9 @@ _ranks = {
 }
 try:
     import lightning as L
-    from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.loggers import CSVLogger
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
     from lightning.pytorch.utilities import rank_zero_only
@@ -47,6 +50,8 @@ MEET_S, ATTEMPT_S = 600.0, 5.0
 # How long one may work while others wait for it. Launchers end all when one ends, and a connection that breaks says so.
 PATIENCE = timedelta(days=1)
 POLL_S = 0.05
+# Of these, each step of Slurm takes one to meet at.
+SLURM_PORTS = range(15_000, 25_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +182,7 @@ def joined(options: TeamOptions) -> Iterator[Team]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     store = _meet(team)
     with _unless_left():
-        distributed.init_process_group(
-            backend, store=store, rank=team.rank, world_size=team.size, timeout=PATIENCE
-        )
+        distributed.init_process_group(backend, store=store, rank=team.rank, world_size=team.size, timeout=PATIENCE)
     try:
         yield team
     finally:
@@ -188,12 +191,12 @@ def joined(options: TeamOptions) -> Iterator[Team]:
 
 def _local_rank(share: Share, devices: int) -> int:
     """Torchrun and srun say it; started by hand, ranks are counted machine by machine."""
-    said = next((value for name in ("LOCAL_RANK", "SLURM_LOCALID") if (value := os.environ.get(name, "")).isdigit()), "")
-    return int(said) if said else share.rank % devices
+    said = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    return int(said) if said.isdigit() else share.rank % devices
 
 
-def _meet(team: Team) -> distributed.Store:
-    """A store that all processes have come to.
+def _meet(team: Team) -> Any:
+    """A store of torch that all processes have come to.
 
     Raises:
         OptionError: where it is is not known, or they have not.
@@ -206,7 +209,7 @@ def _meet(team: Team) -> distributed.Store:
     while True:
         try:
             attempt = timedelta(seconds=ATTEMPT_S)
-            store = distributed.TCPStore(host, port, team.size, keeps, attempt, wait_for_workers=False)
+            store = TCPStore(host, port, team.size, keeps, attempt, wait_for_workers=False)
             break
         except distributed.DistError as error:
             if keeps or time.monotonic() > end:
@@ -221,21 +224,22 @@ def _meet(team: Team) -> distributed.Store:
                     f"rank {team.rank} of {team.size} has waited {MEET_S:g} s for rank {', '.join(map(str, missing))}: {advice}"
                 )
             time.sleep(POLL_S)
-    return distributed.PrefixStore("group", store)
+    return PrefixStore("group", store)
 
 
 def _meeting_place() -> tuple[str, int]:
-    """Address and port, as torchrun sets them, a person, or Lightning from Slurm's list of machines."""
+    """Address and port: as torchrun or a person sets them, or the first machine of a step of Slurm, and a port by its number."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (host and port) and os.environ.get("SLURM_STEP_NUM_TASKS"):
-        slurm = SLURMEnvironment(auto_requeue=False)
-        return slurm.main_address, slurm.main_port
-    if not (host and port and port.isdigit()):
+    if host and port and port.isdigit():
+        return host, int(port)
+    machines, job, step = (os.environ.get(f"SLURM_{name}", "") for name in ("STEP_NODELIST", "JOB_ID", "STEP_ID"))
+    if not (machines and job.isdigit() and step.isdigit()):
         raise OptionError(
             "processes that tune together need a place to meet: start them by torchrun or srun, or set MASTER_ADDR and "
             "MASTER_PORT to rank 0's machine and a free port of it"
         )
-    return host, int(port)
+    first, ports = SLURMEnvironment.resolve_root_node_address(machines), SLURM_PORTS
+    return first, ports[(int(job) + int(step)) % len(ports)]
 
 
 @contextmanager

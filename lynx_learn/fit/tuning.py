@@ -17,7 +17,7 @@ batch is not divided, because its sequences decide together.
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -140,8 +140,8 @@ class Tuning(L.LightningModule):
         super().__init__()
         self.selector, self.frozen, self.options = selector, (model, layers), options
         self.groups = _parameters(selector, options.rate)
-        steps: Iterable[int] = range(options.steps)
-        self.progress = iter(track(steps, "tune", options.steps) if shown else steps)
+        steps = range(options.steps)
+        self.progress = (step for step in (track(steps, "tune", options.steps) if shown else steps))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch  # it is where the model is
