@@ -20,7 +20,9 @@ from flows import LENGTH, PROMPT, SENTENCE, calibrated, one_line, tiny_flow
 from part_cases import CASES, collecting, results
 
 from lynx_learn.errors import OptionError
+from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.parts import ShareOptions
+from lynx_learn.traces.collect import CollectOptions, collect
 from lynx_learn.traces.format import Trace
 
 CLUSTER_COMMANDS = ("collect", "train", "evaluate")
@@ -136,7 +138,8 @@ SRUN = """#!/usr/bin/env bash
 tasks=$2
 shift 4
 for rank in $(seq 0 $((tasks - 1))); do
-  SLURM_PROCID=$rank SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks "$@" &
+  SLURM_PROCID=$rank SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_LOCALID=0 \\
+    SLURM_STEP_NODELIST=127.0.0.1 SLURM_JOB_ID=$$ SLURM_STEP_ID=0 "$@" &
   started+=($!)
 done
 for task in "${started[@]}"; do wait "$task" || exit 1; done
@@ -159,6 +162,9 @@ class Page:
             "cuda:$LOCAL_RANK": "cpu",
             "--nproc-per-node 4": "--nproc-per-node 2",
             "--ntasks 16": "--ntasks 2",
+            "--ntasks 8": "--ntasks 2",
+            "--devices 4 --tune-batches 4": "--devices 2 --tune-batches 2 --tune-steps 2",
+            "--devices 4 --num-nodes 2 --tune-batches 8": "--devices 1 --num-nodes 2 --tune-batches 2 --tune-steps 2",
             "--workers 16 --worker-gpus 1": "--workers 2",
             "lynx-learn collect": f"lynx-learn collect --quiet --tokens {8 * LENGTH} --length {LENGTH} --batch-size 2",
             "lynx-learn train": "lynx-learn train --quiet --tune-steps 0 --epochs 1 --reference false",
@@ -188,11 +194,14 @@ class Page:
 @pytest.mark.slow
 def test_the_commands_of_launchers(trap: Trap, tmp_path: Path) -> None:
     page = Page(tmp_path)
-    page.run("torchrun --nproc", "my/trace")
+    page.run("lynx-learn collect --model MODEL", "my/trace")
     assert Trace.open(tmp_path / "my" / "trace").collected_tokens == 8 * LENGTH
+    flow, shape = tiny_flow(), {"tokens": 8 * LENGTH, "length": LENGTH, "batch_size": 2}
+    collect(CollectOptions(str(flow.model), str(tmp_path / "whole"), str(flow.texts), device="cpu", **shape))  # type: ignore[arg-type]
+    assert results(tmp_path / "my" / "trace") == results(tmp_path / "whole")
     (tmp_path / "my" / "trace").rename(tmp_path / "short")
     shutil.copytree(tiny_flow().trace, tmp_path / "my" / "trace")
-    page.run("srun --ntasks", "my/srun")
+    page.run("--ntasks 16", "my/srun")
     for task in "01":
         page.run("--rank $SLURM_ARRAY_TASK_ID", "my/array", SLURM_ARRAY_TASK_ID=task)
     found = results(tmp_path / "my" / "srun")
@@ -200,6 +209,22 @@ def test_the_commands_of_launchers(trap: Trap, tmp_path: Path) -> None:
     assert {
         name: data.replace(b"my/array", b"my/srun") for name, data in results(tmp_path / "my" / "array").items()
     } == found
+
+
+@pytest.mark.slow
+def test_the_commands_of_tuning_together(trap: Trap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, and two machines of one process each, write what one process writes."""
+    page = Page(tmp_path)
+    shutil.copytree(tiny_flow().trace, tmp_path / "my" / "trace")
+    page.run("--devices 4 --tune-batches 4", "my/torchrun")
+    page.run("--num-nodes 2", "my/srun")
+    monkeypatch.chdir(tmp_path)
+    train(TrainOptions("my/trace", "my/one", epochs=1, reference=False, tune_steps=2, tune_batches=2))
+    whole = results(tmp_path / "my" / "one")
+    assert json.loads(whole["metrics.json"])["train"]["tuning"]["steps"] == 2
+    for name in ("torchrun", "srun"):
+        found = results(tmp_path / "my" / name)
+        assert {file: data.replace(f"my/{name}".encode(), b"my/one") for file, data in found.items()} == whole
 
 
 @pytest.mark.slow

@@ -59,12 +59,11 @@ class TeamOptions(ShareOptions):
     """The options of a command that has a step in which processes work together, and not each for itself."""
 
     devices: int = 1
-    """processes on each machine that tune together, each on a GPU of its own where there are GPUs; torchrun or srun starts
-    all of them, and each has the whole model"""
+    """processes of each machine that tune together, each with the whole model, and a GPU of its own where there are several"""
     num_nodes: int = 1
-    """machines that tune together"""
+    """machines that tune together; torchrun or srun starts the processes of all of them"""
     strategy: StrategyName = "ddp"
-    """how they do: ddp, Lightning's name for a copy of the model in each process and averaged gradients"""
+    """how they tune together: ddp, which averages the gradients of a copy of the selector in each process"""
 
     @property
     def team_size(self) -> int:
