@@ -11,6 +11,7 @@ __all__ = [
     "CoverageOptions",
     "EvaluateOptions",
     "ExportOptions",
+    "ImportRoutesOptions",
     "InspectOptions",
     "LynxError",
     "LynxSelector",
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate",
     "export",
     "find_moe_layers",
+    "import_routes",
     "inspect_model",
     "load_model",
     "offload_experts",
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .graph.onnx_runtime import OnnxSelector
     from .hardware.simulate import SimulateOptions, simulate
     from .inspection import InspectOptions, inspect_model
+    from .integrations.vllm.routes import ImportRoutesOptions, import_routes
     from .measure.calibrate import CalibrateOptions, calibrate
     from .measure.coverage import CoverageOptions, coverage
     from .measure.evaluate import EvaluateOptions, evaluate
@@ -74,6 +77,7 @@ _HOMES = {
     "CoverageOptions": "measure.coverage",
     "EvaluateOptions": "measure.evaluate",
     "ExportOptions": "graph.export",
+    "ImportRoutesOptions": "integrations.vllm.routes",
     "InspectOptions": "inspection",
     "LynxError": "errors",
     "LynxSelector": "selector.selector",
@@ -98,6 +102,7 @@ _HOMES = {
     "evaluate": "measure.evaluate",
     "export": "graph.export",
     "find_moe_layers": "moe.families",
+    "import_routes": "integrations.vllm.routes",
     "inspect_model": "inspection",
     "load_model": "moe.loading",
     "offload_experts": "offload.offload",

@@ -63,6 +63,13 @@ COMMANDS = {
             "lynx-learn collect --model my/model --corpus my/text --mode generate --out my/trace",
         ),
     ),
+    "import-routes": Command(
+        "integrations.vllm.routes",
+        "ImportRoutesOptions",
+        "import_routes",
+        "make a trace of the experts that vLLM returns",
+        ("lynx-learn import-routes --files my/routes.npz --model reference-moe --out my/routes",),
+    ),
     "train": Command(
         "fit.train",
         "TrainOptions",
@@ -298,6 +305,9 @@ def _show(command: str, options: Any, result: Any) -> None:
 
     views: dict[str, Callable[[], None]] = {
         "collect": lambda: show(f"{result.collected_tokens:,} tokens in {result.shards} shards: {result.folder}"),
+        "import-routes": lambda: show(
+            f"{result.collected_tokens:,} tokens, routes alone: {result.folder}; for replay, and simulate without a selector"
+        ),
         "train": lambda: show(
             quality.training_table(figures(options.out)["train"]["layers"]),
             f"selector without thresholds: {options.out}; next: lynx-learn calibrate --selector {options.out}",

@@ -99,7 +99,7 @@ def test_as_transformers_runs_the_same_tokens(
     assert trace.collected_tokens == rows.numel() == LENGTH * ROWS * SHARDS
     phases = torch.bincount(index["phase"], minlength=len(PHASES)).tolist()
     prompts = PROMPT * ROWS * SHARDS if mode == "generate" else 0
-    assert phases == ([prompts, rows.numel() - prompts, 0] if prompts else [0, 0, rows.numel()])
+    assert phases == ([prompts, rows.numel() - prompts, 0, 0] if prompts else [0, 0, rows.numel(), 0])
     wanted = record(loaded, layers, rows)
     for layer in layers:
         parts = list(trace.layer_shards(layer.index))

@@ -27,7 +27,7 @@ class SimulateOptions:
     hardware: str
     """YAML file that describes it, as those in data/hardware"""
     trace: str
-    """trace directory, as collect writes it"""
+    """trace directory, as collect or, without a selector, import-routes writes it"""
     selector: str | None = None
     """calibrated selector of the trace's model; without one nothing is left out"""
     budget: float = 0.01
@@ -67,7 +67,7 @@ def simulate(options: SimulateOptions) -> dict[str, Any]:
     if options.report:
         check_target(Path(options.report))
     hardware = read_hardware(Path(options.hardware))
-    trace = Trace.open(options.trace)
+    trace = Trace.open(options.trace, routes=options.selector is None)
     selection = None
     if options.selector:
         selector = LynxSelector.from_pretrained(options.selector)

@@ -26,7 +26,7 @@ class Traffic:
 
     Attributes:
         indices: experts `(steps, layers, sequences, top_k)`.
-        weights: their weights, of the same shape.
+        weights: their weights, of the same shape; zeros without a selector.
         costs: nats that leaving each assignment out is predicted to cost, of the same shape; zeros without a selector.
         active: tokens that a layer runs in a step `(steps, layers, sequences)`, bool.
         experts: how many a layer has.
@@ -77,11 +77,11 @@ class Source:
         """
         routed, weights, costs = [], [], []
         for number in range(len(trace.options.layers)):
-            keys = ("hidden", "logits", "indices", "weights") if selector else ("indices", "weights")
+            keys = ("hidden", "logits", "indices", "weights") if selector else ("indices",)
             shards = list(trace.layer_shards(number, keys))
             parts = {key: torch.cat([shard[key] for shard in shards]) for key in keys}
             routed.append(parts["indices"])
-            weights.append(parts["weights"].float())
+            weights.append(parts["weights"].float() if selector else torch.zeros(routed[-1].shape))
             if selector is None:
                 costs.append(torch.zeros_like(weights[-1]))
             else:

@@ -1,7 +1,7 @@
 """What a trace says of fast memory without running the model: hits of eviction rules against the best possible, and how
 well the next layer's experts are foreseen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import OptionError, TraceError
 from ..files import check_target, check_writable, write_json
 from ..traces.format import Trace
-from .predict import PREDICTORS, Predictor, Seen, write_predictors
+from .predict import PREDICTORS, Learned, Predictor, Seen, write_predictors
 from .slots import Eviction, LeastExpected, LeastRecent, Slots
 
 # Of the sequences, which predictors and rates are fitted on; the others are replayed.
@@ -25,7 +25,7 @@ class ReplayOptions:
     """Replay a trace through fast memory: hits by eviction rule, and how well experts are foreseen."""
 
     trace: str
-    """trace directory, as collect writes it"""
+    """trace directory, as collect or import-routes writes it"""
     shares: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
     """shares of the experts that fast memory holds"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16])
@@ -157,8 +157,16 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         check_target(Path(options.report))
     if options.predictors:
         check_writable(Path(options.predictors))
-    trace = Trace.open(options.trace)
-    routed = [torch.cat([part["indices"] for part in trace.layer_shards(i)]) for i in range(len(trace.options.layers))]
+    trace = Trace.open(options.trace, routes=True)
+    if trace.routes_only and options.predictors:
+        raise OptionError(
+            f"--predictors is not usable: {trace.folder} holds routes alone, and what is learned needs hidden states; leave it out"
+        )
+    kinds = {name: kind for name, kind in PREDICTORS.items() if kind is not Learned or not trace.routes_only}
+    routed = [
+        torch.cat([part["indices"] for part in trace.layer_shards(i, ("indices",))])
+        for i in range(len(trace.options.layers))
+    ]
     fitted, rest = halves(trace)
     experts = trace.options.num_experts * len(routed)
     rows, foreseen = [], []
@@ -179,9 +187,12 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
             )
     predictors: dict[tuple[str, int], Predictor] = {}
     for layer in range(1, len(routed)):
-        hidden = torch.cat([part["hidden"] for part in trace.layer_shards(layer - 1)]).float()
+        if trace.routes_only:
+            hidden = torch.empty(len(routed[layer]), 0)
+        else:
+            hidden = torch.cat([part["hidden"] for part in trace.layer_shards(layer - 1)]).float()
         seen = Seen(hidden, routed[layer - 1], routed[layer], trace.options.num_experts)
-        for name, kind in PREDICTORS.items():
+        for name, kind in kinds.items():
             predictor = predictors[name, layer] = kind.fit(seen.of(fitted))
             for size, own in steps.items():
                 tokens = own.tokens.flatten()
@@ -192,7 +203,7 @@ def replay(options: ReplayOptions) -> dict[str, Any]:
         "trace": str(options.trace),
         "model": trace.options.model,
         "hits": rows,
-        "foreseen": _over_layers(foreseen),
+        "foreseen": _over_layers(foreseen, kinds),
     }
     if options.predictors:
         about = {"model": trace.options.model, "trace": str(options.trace), "tokens": len(fitted)}
@@ -214,10 +225,10 @@ def recall(scores: Tensor, steps: Steps, layer: int) -> dict[str, float]:
     return found
 
 
-def _over_layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _over_layers(rows: list[dict[str, Any]], names: Iterable[str]) -> list[dict[str, Any]]:
     found = []
     for size in sorted({row["batch_size"] for row in rows}):
-        for name in PREDICTORS:
+        for name in names:
             own = [row for row in rows if row["batch_size"] == size and row["predictor"] == name]
             means = {key: sum(row[key] for row in own) / len(own) for key in ("foreseen", "half")}
             found.append({"batch_size": size, "predictor": name, **means})

@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 # Of an index: the checksums of the shard's files, and the tokens of each expert by layer.
 ABOUT = "shard"
-PHASES = ("prompt", "generated", "teacher")
+PHASES = ("prompt", "generated", "teacher", "unknown")
 LAYER_TENSORS = ("hidden", "logits", "indices", "weights")
 INDEX_TENSORS = ("tokens", "sequence", "position", "phase", "source")
 
@@ -71,6 +71,8 @@ class TraceOptions(TracedModel):
     bos: str
     sequences_per_shard: int
     seed: int
+    content: str = "whole"
+    """What layers hold: whole, or routes: `indices` alone, see `routes`."""
     hidden_dtype: str = "auto"
     """What hidden states are stored in; auto: the model's."""
     format_version: int = FORMAT_VERSION
@@ -219,11 +221,14 @@ class Trace:
             raise TypeError("a layer, source or file has no name")
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], verify: bool = True) -> "Trace":
+    def open(cls, folder: str | os.PathLike[str], verify: bool = True, routes: bool = False) -> "Trace":
         """Open a trace and verify every file's checksum, or none: of one whose manifest has just been made, or see `verify`.
 
+        Args:
+            routes: one that holds routes alone will do.
+
         Raises:
-            TraceError: it is missing, incomplete, of another format, or a file is damaged; named.
+            TraceError: it is missing, incomplete, of another format, holds routes alone, or a file is damaged; named.
         """
         path = Path(folder)
         if not (path / MANIFEST).exists():
@@ -240,6 +245,11 @@ class Trace:
                     f"{path} has trace format {manifest.get('format_version')}, this package reads {FORMAT_VERSION}: collect again"
                 )
             trace = cls(path, manifest)
+            if trace.routes_only and not routes:
+                raise TraceError(
+                    f"{path} holds imported routes alone, without hidden states and logits: write a whole trace of "
+                    f"{trace.options.model} with `lynx-learn collect`"
+                )
             if not is_identity(trace.options.identity):
                 raise ValueError("its identity is none")
             layers, listed = len(trace.options.layers), trace.sha256.keys()
@@ -290,6 +300,11 @@ class Trace:
                     f"{self.folder / name}: indices name experts outside 0 to {self.options.num_experts - 1}: collect again"
                 )
             yield tensors
+
+    @property
+    def routes_only(self) -> bool:
+        """Whether it says which experts were routed to, and nothing else."""
+        return self.options.content == "routes"
 
     @property
     def reached(self) -> bool:

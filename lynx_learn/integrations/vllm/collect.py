@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class VllmTracer:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         path = model_path(name)
         commit = hub_commit(path)
-        config, blocks, expert_size = read_structure(name, path, commit)
+        structure = read_structure(name, path, commit)
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -69,7 +69,7 @@ class VllmTracer:
                 max_model_len=length + 1,
                 enforce_eager=True,
                 enable_prefix_caching=False,
-                additional_config={KEY: {RECORD: blocks}},
+                additional_config={KEY: {RECORD: structure.blocks}},
                 **{**own, **options},
             )
         except LynxError:
@@ -81,13 +81,13 @@ class VllmTracer:
                 f"vLLM cannot run {name!r} ({reason}): see --engine_options, or leave --engine out"
             ) from error
         self.tokenizer = self.engine.get_tokenizer()
-        check_tokenizer(name, self.tokenizer, int(config.get_text_config().vocab_size))
+        check_tokenizer(name, self.tokenizer, int(structure.config.get_text_config().vocab_size))
         said = self.engine.collective_rpc("lynx_describe")[0]
         self.model = TracedModel(
             model=name,
             revision=commit or folder_revision(Path(path)),
-            model_type=str(config.model_type),
-            expert_bytes=expert_size * getattr(torch, said["dtype"]).itemsize,
+            model_type=str(structure.config.model_type),
+            expert_bytes=structure.expert_numbers * getattr(torch, said["dtype"]).itemsize,
             **said,
         )
 
@@ -120,8 +120,20 @@ class VllmTracer:
         cleanup_dist_env_and_memory()
 
 
-def read_structure(name: str, path: str, commit: str | None = None) -> tuple[Any, tuple[str, ...], int]:
-    """The model's configuration, transformers' names of its MoE blocks, and the numbers in one expert; no weight is read.
+class Structure(NamedTuple):
+    """What a configuration says of a model's MoE layers."""
+
+    config: Any
+    blocks: tuple[str, ...]
+    """As transformers names them."""
+    experts: int
+    """Of a block."""
+    expert_numbers: int
+    """Numbers in the weights of one expert."""
+
+
+def read_structure(name: str, path: str, commit: str | None = None) -> Structure:
+    """The structure of a model, from its configuration; no weight is read.
 
     Raises:
         ModelError: transformers does not know the model, or it has no MoE block.
@@ -143,4 +155,5 @@ def read_structure(name: str, path: str, commit: str | None = None) -> tuple[Any
         raise ModelError(
             f"model {name!r} has no Mixture-of-Experts block of a known shape: `lynx-learn inspect` says more"
         )
-    return config, tuple(block for block, _, _ in blocks), sum(p.numel() // p.shape[0] for p in stacked)
+    names, experts = tuple(block for block, _, _ in blocks), min(p.shape[0] for p in stacked)
+    return Structure(config, names, experts, sum(p.numel() // p.shape[0] for p in stacked))
