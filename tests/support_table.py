@@ -54,7 +54,7 @@ A deepseek_v4 without hashed layers is supported; its default configuration has 
 ## Experts in float8
 
 Checkpoints that keep weights in float8 (e4m3) with a scale for each block of rows and columns, as DeepSeek-V3 and Qwen3-FP8 ship
-them (`quant_method` fp8 in `config.json`), are supported:
+them (`quant_method` fp8 in `config.json`), are supported with transformers 5.17 or newer; 5.16 cannot load them, and is refused:
 
 | where | what runs | what lynx-learn does |
 | --- | --- | --- |

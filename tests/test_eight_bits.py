@@ -295,6 +295,12 @@ def test_blocks_that_transformers_does_not_dequantize_rightly(rows: int, tmp_pat
     refused(tmp_path / "experts", r"experts.0.down_proj.weight \(32, 48\) in blocks of 32 × 32", by_layer)
 
 
+def test_a_transformers_that_cannot_load_them_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.16.1")
+    for load in (whole, by_layer):
+        refused(checkpoints("qwen3_moe")[0], "transformers 5.16.1 loads no checkpoint .+: install 5.17 or newer", load)
+
+
 def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     fp8, _ = checkpoints("qwen3_moe")
     for name, change in {

@@ -117,14 +117,22 @@ def refuse_other_small(experts: nn.Module) -> None:
 
 
 def quantizer_of(config: Any) -> Any:
-    """transformers' quantizer of a configuration whose checkpoint is in float8 with block scales, else None."""
+    """transformers' quantizer of a configuration whose checkpoint is in float8 with block scales, else None.
+
+    Raises:
+        ModelError: this transformers is one that cannot load such a checkpoint.
+    """
     own = getattr(config, "quantization_config", None)
     own = own or getattr(config.get_text_config(decoder=True), "quantization_config", None) or {}
     kind = own.get("quant_method") if isinstance(own, dict) else own.quant_method
     if kind != "fp8":
         return None
+    import transformers
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    version = transformers.__version__
+    if version.startswith("5.16."):  # its plans for parallel experts end in an AttributeError
+        raise ModelError(f"transformers {version} loads no checkpoint with experts in float8: install 5.17 or newer")
     return AutoHfQuantizer.from_config(own, pre_quantized=True)
 
 
