@@ -32,7 +32,8 @@ class Options:
         main, second: report folders of `lynx-learn evaluate`, of the reference MoE and of the second model.
         ablations: `ablations.json` of `ablations.py`.
         coverage: `coverage.json` of `lynx-learn coverage`.
-        certificate, large_batch: Markdown of `certificate.py`, of all texts and of some at batch 64.
+        certificate, large_batch, large_batch_all: Markdown of `certificate.py`: of all texts, of one at batch 64, and of all at batch 64
+            and fewer positions.
         long_decode, trained_length: Markdown of `long_decode.py`, beyond the positions that the model was trained on and within them.
         quantised, quantised_larger, stand_ins, stand_ins_larger: Markdown of `quantised.py` and of `stand_ins.py`, of the small and
             of the larger model.
@@ -45,6 +46,7 @@ class Options:
     coverage: str | None = None
     certificate: str | None = None
     large_batch: str | None = None
+    large_batch_all: str | None = None
     long_decode: str | None = None
     trained_length: str | None = None
     quantised: str | None = None
@@ -193,6 +195,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "guarantees": ("coverage", lambda report: guarantees_table(report).markdown + "\n"),
     "certificate": ("certificate", str),
     "large batch": ("large_batch", str),
+    "large batch all": ("large_batch_all", str),
     "long decode": ("long_decode", str),
     "trained length": ("trained_length", str),
     "quantised": ("quantised", str),

@@ -208,7 +208,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     places = ["--config", "docs/measured-pages.yaml", f"--pages={json.dumps(list(map(str, pages)))}"]
     places += ["--main", report, "--second", "null", "--ablations", f"{ablations}/ablations.json"]
     places += ["--coverage", f"{coverage}/coverage.json"]
-    tables = ["certificate", "large_batch", "long_decode", "trained_length"]
+    tables = ["certificate", "large_batch", "large_batch_all", "long_decode", "trained_length"]
     tables += ["quantised", "quantised_larger", "stand_ins", "stand_ins_larger"]
     script("docs/measured_pages.py", *places, *(word for name in tables for word in (f"--{name}", table)))
     assert (tmp_path / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
