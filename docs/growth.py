@@ -6,8 +6,9 @@ python docs/growth.py --hidden 1024 --experts 32 --layers 2 --out runs/growth-wi
 
 Each command is a process of its own on one CPU core, run once for 1, 2 and 4 times the tokens, and of models with random
 weights also the layers and the experts. An exponent is the slope of the logarithm of its CPU time, which other work on the
-machine changes little. Memory is the most that the process holds (its resident set). From both is taken off what the same
-command takes on a model and a text of next to no size: libraries, mostly.
+machine changes little. Memory is the most that the process holds beside files that are mapped into it, which the system takes
+back when it needs room. From both, and from what is planned, is
+taken off what the same command takes on a model and a text of next to no size: libraries, mostly.
 """
 
 import json
@@ -16,6 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,14 +32,14 @@ from lynx_learn.plan import PlanOptions, costs, read_shape
 STEPS = (1, 2, 4)
 LENGTH, SIZE = 256, 4
 # Of a model and a text of next to no size.
-NOTHING = {"layers": 1, "experts": 8, "hidden": 32, "inner": 16}
+NOTHING = {"layers": 2, "experts": 8, "hidden": 32, "inner": 16}
 FEWEST_TOKENS = 2560
 # By which of its rows `plan` tells of a command.
 ROWS = {"collect": 0, "train, rank 0 of 2: layers": 1, "train, rank 1: layers, tuning": 2, "calibrate": 3}
 
 
 class Run(NamedTuple):
-    """One command: CPU seconds, and the bytes of its resident set at its largest."""
+    """One command: CPU seconds, and the most bytes that it has held."""
 
     seconds: float
     memory: float
@@ -49,10 +52,16 @@ def command(*words: object) -> Run:
     process = subprocess.Popen(
         [sys.executable, "-m", "lynx_learn.cli", *map(str, words)], stdout=subprocess.DEVNULL, env=own
     )
-    _, status, usage = os.wait4(process.pid, 0)
+    most = ended = 0
+    while not ended:
+        with suppress(OSError):  # it has just ended
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            most = max(most, sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))))
+        time.sleep(0.02)
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status:
         raise SystemExit(f"lynx-learn {' '.join(map(str, words))} ended with {os.waitstatus_to_exitcode(status)}")
-    return Run(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024.0)
+    return Run(usage.ru_utime + usage.ru_stime, most * 1024.0)
 
 
 def write_model(folder: Path, layers: int, experts: int, hidden: int, inner: int) -> str:
@@ -109,6 +118,13 @@ def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
     return found
 
 
+def planned(model: str, tokens: int) -> dict[str, float]:
+    """Bytes of memory of each command, as `lynx-learn plan` has it."""
+    options = PlanOptions(model, tokens=tokens, length=LENGTH)
+    found = costs(read_shape(model), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
+    return {name: found[row].memory for name, row in ROWS.items()}
+
+
 def slope(seconds: list[float]) -> float:
     """The exponent of growth, by least squares on logarithms."""
     x = [math.log(step) for step in STEPS[: len(seconds)]]
@@ -140,7 +156,8 @@ def main(
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: choose another --out, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    nothing = measure(write_model(folder / "model", **NOTHING), folder / "run", FEWEST_TOKENS)
+    least = write_model(folder / "model", **NOTHING)
+    nothing, planned_least = measure(least, folder / "run", FEWEST_TOKENS), planned(least, FEWEST_TOKENS)
     base = {"tokens": tokens, "layers": layers, "experts": experts}
     measured: dict[str, list[dict[str, Run]]] = {}
     memory: list[tuple[str, str, float, float]] = []
@@ -152,11 +169,9 @@ def main(
             if step > 1 or not first:
                 found = measure(given, folder / "run", sizes["tokens"])
                 first = first or found
-                options = PlanOptions(given, tokens=sizes["tokens"], length=LENGTH)
-                planned = costs(read_shape(given), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
-                for name, row in ROWS.items():
+                for name, bytes_planned in planned(given, sizes["tokens"]).items():
                     held = found[name].memory - nothing[name].memory
-                    memory.append((f"{axis} {step}×", name, held, planned[row].memory))
+                    memory.append((f"{axis} {step}×", name, held, bytes_planned - planned_least[name]))
             measured.setdefault(axis, []).append(first if step == 1 else found)
     print("| command | " + " | ".join(f"exponent of {axis}" for axis in measured) + " | CPU seconds at 1× |")
     print("| --- |" + " --- |" * (len(measured) + 1))

@@ -1,7 +1,7 @@
 """`lynx-learn plan`: what each command takes on a model, from its configuration alone.
 
 Sizes on disk are exact. Memory is what is held at the worst moment, without what libraries take for themselves; floating
-point operations count products of matrices. Activations that tuning keeps for its gradients are not in it.
+point operations count products of matrices.
 """
 
 from dataclasses import dataclass
@@ -215,7 +215,7 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
         Cost(
             "train, through the model",
             4 * selector,
-            shape.bytes + 16 * selector + tuned,
+            shape.bytes + 16 * selector + tuned + PASS_TOKENS * shape.layers * kept_for_gradients(shape, options),
             2.0 * shape.active * PASS_TOKENS * (shape.layers * 2 + 4 * TrainOptions.tune_steps),
             1,
         ),
@@ -227,6 +227,18 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
             len(sizes),
         ),
     ]
+
+
+def kept_for_gradients(shape: Shape, options: PlanOptions) -> float:
+    """Bytes that tuning keeps of a token in a layer until it has gone back through it, where attention stores no scores.
+
+    Norms, attention and what is added up: a dozen vectors. Of each of a token's experts what enters and leaves, and four
+    times its inner width (gate, up, activation, product); of all surrogates the inner vectors, twice.
+    """
+    inner = shape.expert_numbers / shape.hidden / 3
+    surrogates = 2 * shape.experts * shape.rank(options.surrogate_share)
+    numbers = 12 * shape.hidden + shape.top_k * (2 * shape.hidden + 4 * inner) + surrogates
+    return numbers * shape.itemsize
 
 
 def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, float]:
