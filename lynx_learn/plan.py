@@ -199,7 +199,8 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
     hidden = hidden_bytes(shape.hidden, shape.itemsize, options.hidden_dtype)
     token = bytes_per_token(shape.layers, hidden, shape.experts, shape.top_k)
     selector = shape.selector(options.surrogate_share)
-    shard = options.batch_size * options.length * token
+    together = options.batch_size * options.length
+    shard = together * token
     calibrate = calibrate or CalibrateOptions("")
     sizes = calibrate.batch_sizes
     measured = sum(size * calibrate.length * calibrate.most_groups(size) for size in sizes)
@@ -209,7 +210,13 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
     tuned = PASS_TOKENS * shape.vocabulary * (2 * shape.itemsize + 3 * 4)
     fitted = fit_cost(shape, options, tokens)
     return [
-        Cost("collect", tokens * token, shape.bytes + 2 * shard, 2.0 * shape.active * tokens, shards),
+        Cost(
+            "collect",
+            tokens * token,
+            shape.bytes + 2 * shard + in_a_pass(shape, together),
+            2.0 * shape.active * tokens,
+            shards,
+        ),
         Cost("train, layer by layer", 4 * selector, *fitted, shape.layers),
         # Sensitivities and tuning: weights, gradients and two moments of what is tuned; forwards and a backward.
         Cost(
@@ -222,23 +229,25 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
         Cost(
             "calibrate",
             0,
-            shape.bytes + (4 + shape.itemsize) * selector + logits,
+            shape.bytes + (4 + shape.itemsize) * selector + logits + in_a_pass(shape, largest),
             2.0 * shape.active * measured * PASSES,
             len(sizes),
         ),
     ]
 
 
-def kept_for_gradients(shape: Shape, options: PlanOptions) -> float:
-    """Bytes that tuning keeps of a token in a layer until it has gone back through it, where attention stores no scores.
-
-    Norms, attention and what is added up: a dozen vectors. Of each of a token's experts what enters and leaves, and four
-    times its inner width (gate, up, activation, product); of all surrogates the inner vectors, twice.
-    """
+def in_a_pass(shape: Shape, tokens: int) -> float:
+    """Bytes of what so many tokens hold in one layer while they go through it: some vectors, and of each of their experts what
+    enters and leaves, and four times its inner width (gate, up, activation, product)."""
     inner = shape.expert_numbers / shape.hidden / 3
+    return tokens * (4 * shape.hidden + shape.top_k * (2 * shape.hidden + 4 * inner)) * shape.itemsize
+
+
+def kept_for_gradients(shape: Shape, options: PlanOptions) -> float:
+    """Bytes that tuning keeps of a token in a layer until it has gone back through it, where attention stores no scores: some
+    more vectors of norms and attention, and of all surrogates the inner vectors, twice."""
     surrogates = 2 * shape.experts * shape.rank(options.surrogate_share)
-    numbers = 12 * shape.hidden + shape.top_k * (2 * shape.hidden + 4 * inner) + surrogates
-    return numbers * shape.itemsize
+    return in_a_pass(shape, 1) + (8 * shape.hidden + surrogates) * shape.itemsize
 
 
 def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, float]:
@@ -254,7 +263,7 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     kept = min(tokens, MOST_TOKENS)
     # Hidden states once in parts and once joined.
     scored = kept * (shape.hidden * 2 * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
-    memory = experts + max(inputs + solved, scored)
+    memory = experts + max(inputs + solved, scored + in_a_pass(shape, options.batch_size * options.length))
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
     if rows < shape.hidden:
