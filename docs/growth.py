@@ -34,6 +34,8 @@ LENGTH, SIZE = 256, 4
 # Of a model and a text of next to no size.
 NOTHING = {"layers": 2, "experts": 8, "hidden": 32, "inner": 16}
 FEWEST_TOKENS = 2560
+# Of less work than this beyond that, in seconds, no exponent is told: a command's own start varies by as much.
+LEAST_SECONDS = 5.0
 # By which of its rows `plan` tells of a command.
 ROWS = {"collect": 0, "train, rank 0 of 2: layers": 1, "train, rank 1: layers, tuning": 2, "calibrate": 3}
 
@@ -177,7 +179,9 @@ def main(
     print("| --- |" + " --- |" * (len(measured) + 1))
     for name in first:
         seconds = {axis: [run[name].seconds - nothing[name].seconds for run in runs] for axis, runs in measured.items()}
-        slopes = " | ".join(f"{slope(own):.2f}" if len(own) > 1 else "–" for own in seconds.values())
+        slopes = " | ".join(
+            f"{slope(own):.2f}" if len(own) > 1 and own[0] >= LEAST_SECONDS else "–" for own in seconds.values()
+        )
         print(f"| {name} | {slopes} | {seconds['tokens'][0]:.1f} |")
     print("\n| size | command | memory measured, MB | planned, MB | ratio |\n| --- | --- | --- | --- | --- |")
     for size, name, held, planned_bytes in memory:

@@ -233,7 +233,7 @@ def first_layer_experts(policy: Policy) -> float:
         return simulated_logits(wide_model(), layers, words(8, 44), policy, 4)[1].experts_after[0]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "naee"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("naee", "one_expert")])
 def test_harsher_settings_load_no_more(method: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     layers = find_moe_layers(wide_model())
     stats = None
@@ -242,8 +242,22 @@ def test_harsher_settings_load_no_more(method: str, tmp_path_factory: pytest.Tem
     for curve in curves(method, layers, 8, stats, learned("wide")):
         found = [first_layer_experts(policy) for policy in curve]
         assert all(harsh <= gentle + 0.3 for gentle, harsh in itertools.pairwise(found)), found
-        assert found[-1] < found[0] or method == "one_expert", found
-        assert found == [1.0] or method != "one_expert"
+        assert found[-1] < found[0], found
+
+
+def test_one_expert_of_each_layer_stays_with_and_without_surrogates(tmp_path: Path) -> None:
+    layers, selector = find_moe_layers(wide_model()), learned("wide")
+    stats = measure_experts(layers, trace_of(wide_model(), tmp_path / "trace"))
+    (answered,), (dropped,) = curves("one_expert", layers, 8, stats, selector)
+    assert [first_layer_experts(policy) for policy in (answered, dropped)] == [1.0, 1.0]
+    tokens = torch.tensor([list(range(10, 30))] * 4)
+    with torch.no_grad():
+        shares = [
+            simulated_logits(wide_model(), layers, tokens, policy, 4)[1].answered_share
+            for policy in (answered, dropped)
+        ]
+    assert shares[0] > 0
+    assert shares[1] == 0
 
 
 def test_harsher_quantiles_of_naee_load_no_more(tmp_path: Path) -> None:

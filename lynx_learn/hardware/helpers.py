@@ -12,7 +12,7 @@ from ..errors import OptionError
 from ..rules.expert_stats import ExpertStats
 from .described import Helpers
 from .devices import blocks
-from .traffic import Selection, Source, Traffic, largest
+from .traffic import Selection, Traffic, largest
 
 # A token's choices are tried one and all: 2 to the power of its experts.
 MOST_EXPERTS = 8
@@ -154,7 +154,6 @@ def distances(table: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 def rules(
     hardware: Helpers,
-    source: Source,
     traffic: Traffic,
     selection: Selection,
     stats: ExpertStats,

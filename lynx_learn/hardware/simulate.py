@@ -94,7 +94,7 @@ def simulate(options: SimulateOptions) -> dict[str, Any]:
             return chiplets.rules(hardware, source, traffic, selection, weights, hidden)
         assert scene is not None
         assert selection is not None
-        return helpers.rules(hardware, source, traffic, selection, scene.stats, hidden, options.seed)
+        return helpers.rules(hardware, traffic, selection, scene.stats, hidden, options.seed)
 
     rows = [
         {"batch_size": size, **row}
