@@ -123,7 +123,7 @@ def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
 def planned(model: str, tokens: int) -> dict[str, float]:
     """Bytes of memory of each command, as `lynx-learn plan` has it."""
     options = PlanOptions(model, tokens=tokens, length=LENGTH)
-    found = costs(read_shape(model), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
+    found = costs(read_shape(model, "float32"), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
     return {name: found[row].memory for name, row in ROWS.items()}
 
 

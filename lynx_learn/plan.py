@@ -16,7 +16,7 @@ from .fit.low_rank import MORE, NARROW, PENALTIES
 from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
 from .moe.families import check_structure, moe_blocks
-from .moe.loading import model_path
+from .moe.loading import DTYPES, model_path
 from .selector.features import NAMES
 from .selector.surrogates import MOST_RANKS, rank_for
 from .show.tables import Table, show
@@ -50,6 +50,8 @@ class PlanOptions:
     """tokens of a collected sequence"""
     batch_size: int = 16
     """collected sequences that run together and are stored in one shard"""
+    dtype: str = "auto"
+    """type of the weights while commands run; auto is the stored one, as on a GPU"""
     hidden_dtype: HiddenDtype = "auto"
     """what collect stores hidden states in"""
     surrogate_share: float = TrainOptions.surrogate_share
@@ -64,6 +66,8 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"--{name} {value} is not usable: expected {least} or more")
+        if self.dtype not in DTYPES:
+            raise OptionError(f"--dtype {self.dtype!r} is not usable: expected one of {', '.join(DTYPES)}")
         for name in ("memory", "rate"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"--{name} {getattr(self, name):g} is not usable: expected a number above 0")
@@ -124,7 +128,7 @@ class Cost(NamedTuple):
 
 def plan(options: PlanOptions) -> list[Cost]:
     """Print, and return, what each command takes."""
-    shape = read_shape(options.model)
+    shape = read_shape(options.model, options.dtype)
     found = costs(shape, options)
     rows = [
         [
@@ -147,8 +151,11 @@ def plan(options: PlanOptions) -> list[Cost]:
     return found
 
 
-def read_shape(name: str) -> Shape:
+def read_shape(name: str, dtype: str = "auto") -> Shape:
     """The shape of a model, from its configuration.
+
+    Args:
+        dtype: of its weights, one of DTYPES; `auto` is the stored one.
 
     Raises:
         ModelError: there is none that can be read, or it has no MoE layers of a known shape.
@@ -157,10 +164,10 @@ def read_shape(name: str) -> Shape:
 
     try:
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         if hasattr(config, "quantization_config"):  # which says how weights are stored, not how many there are
             del config.quantization_config
-        model = without_weights(config, dtype)
+        model = without_weights(config, stored)
     except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
@@ -188,7 +195,7 @@ def read_shape(name: str) -> Shape:
         expert_numbers=routed // (len(blocks) * count),
         rest=sum(p.numel() for p in model.parameters()) - routed,
         vocabulary=text.vocab_size,
-        itemsize=dtype.itemsize,
+        itemsize=(stored if dtype == "auto" else getattr(torch, dtype)).itemsize,
     )
 
 
