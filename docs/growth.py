@@ -31,6 +31,9 @@ from lynx_learn.plan import PlanOptions, costs, read_shape
 
 STEPS = (1, 2, 4)
 LENGTH, SIZE = 256, 4
+# What is calibrated and evaluated on: fewer tokens, whose passes are many, in sequences so short that there are more groups than
+# the fewest that are taken.
+MEASURED_SHARE, MEASURED_LENGTH = 4, 64
 # Of a model and a text of next to no size.
 NOTHING = {"layers": 2, "experts": 8, "hidden": 32, "inner": 16}
 FEWEST_TOKENS = 2560
@@ -102,17 +105,8 @@ def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
         "train, rank 1: layers, tuning": command(*learn, "--rank", 1),
     }
     text = (
-        "--selector",
-        selector,
-        "--batch-sizes",
-        SIZE,
-        "--tokens",
-        tokens,
-        "--length",
-        LENGTH,
-        "--mode",
-        "teacher",
-        *own,
+        *("--selector", selector, "--batch-sizes", SIZE, "--mode", "teacher"),
+        *("--tokens", tokens // MEASURED_SHARE, "--length", MEASURED_LENGTH, *own),
     )
     found["calibrate"] = command("calibrate", *text, "--budgets", 0.01)
     found["evaluate"] = command("evaluate", *text, "--methods", "learned", "--out", folder / "report")
@@ -123,7 +117,8 @@ def measure(model: str, folder: Path, tokens: int) -> dict[str, Run]:
 def planned(model: str, tokens: int) -> dict[str, float]:
     """Bytes of memory of each command, as `lynx-learn plan` has it."""
     options = PlanOptions(model, tokens=tokens, length=LENGTH)
-    found = costs(read_shape(model, "float32"), options, CalibrateOptions("", batch_sizes=[SIZE], length=LENGTH))
+    calibrated = CalibrateOptions("", batch_sizes=[SIZE], length=MEASURED_LENGTH, tokens=tokens // MEASURED_SHARE)
+    found = costs(read_shape(model, "float32"), options, calibrated)
     return {name: found[row].memory for name, row in ROWS.items()}
 
 
@@ -138,9 +133,9 @@ def slope(seconds: list[float]) -> float:
 def main(
     out: str,
     model: str | None = None,
-    tokens: int = 5120,
-    layers: int = 2,
-    experts: int = 8,
+    tokens: int = 20_480,
+    layers: int = 4,
+    experts: int = 16,
     hidden: int = 256,
     inner: int = 512,
     steps: int = len(STEPS),

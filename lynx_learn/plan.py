@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .checkpoint.blocks import without_weights
+from .decode.real import COPIED_BYTES
 from .errors import ModelError, OptionError
 from .fit.layer import BYTES_OF_A_NUMBER, CHECK, MOST_TOKENS, ROWS_BYTES
 from .fit.low_rank import MORE, NARROW, PENALTIES
@@ -102,6 +103,12 @@ class Shape(NamedTuple):
     def active(self) -> int:
         """Numbers that one token's pass multiplies with."""
         return self.rest + self.layers * self.top_k * self.expert_numbers
+
+    @property
+    def twin(self) -> int:
+        """Bytes of the copy in another precision that `calibrate` takes the noise floor with, where it is small enough."""
+        size = self.bytes // self.itemsize * (2 if self.itemsize == 4 else 4)
+        return size if size <= COPIED_BYTES else 0
 
     def rank(self, share: float) -> int:
         return rank_for(share, self.expert_numbers, self.hidden)
@@ -236,7 +243,7 @@ def costs(shape: Shape, options: PlanOptions, calibrate: CalibrateOptions | None
         Cost(
             "calibrate",
             0,
-            shape.bytes + (4 + shape.itemsize) * selector + logits + in_a_pass(shape, largest),
+            shape.bytes + (4 + shape.itemsize) * selector + max(shape.twin, logits + in_a_pass(shape, largest)),
             2.0 * shape.active * measured * PASSES,
             len(sizes),
         ),

@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from flows import one_line, tiny_flow
 from safetensors.torch import load_file, save_file
 from tiny import decode, random_selector, tiny_model, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import core_model_loading as loader
 
 from lynx_learn import LynxSelector, reference_moe, skip_experts
 from lynx_learn.errors import ModelError, SelectorError
@@ -298,3 +301,20 @@ def test_a_path_that_is_not_there_is_told_as_one(name: str) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(SelectorError, match=r"no such folder.*`lynx-learn train`"):
         LynxSelector.from_pretrained(name)
+
+
+@pytest.mark.parametrize(("dtype", "ahead"), [("auto", True), ("bfloat16", False)])
+def test_what_is_cast_is_not_read_ahead(dtype: str, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a second copy of the model would wait in memory for the first one."""
+    pools = []
+
+    class Counted(loader.ThreadPoolExecutor):  # type: ignore[name-defined]
+        def __init__(self, *given: Any, **more: Any) -> None:
+            pools.append(self)
+            super().__init__(*given, **more)
+
+    monkeypatch.setattr(loader, "ThreadPoolExecutor", Counted)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "0")
+    models.load_model(str(tiny_flow().model), "cpu", dtype)
+    assert bool(pools) == ahead
+    assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "0"

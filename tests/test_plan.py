@@ -24,6 +24,8 @@ def test_a_shape_is_that_of_the_loaded_model() -> None:
     assert found.expert_numbers * found.itemsize == layers[0].expert_bytes
     assert found.bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert read_shape(str(tiny_flow().model / "config.json")) == found
+    half = read_shape(str(tiny_flow().model), "bfloat16")
+    assert (half.itemsize, half.bytes) == (2, found.bytes // found.itemsize * 2)
 
 
 def test_sizes_are_those_of_what_is_written() -> None:
@@ -99,7 +101,12 @@ def test_a_table_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"tokens": 0}, "--tokens 0"), ({"rate": 0.0}, "--rate 0"), ({"surrogate_share": 1.0}, "--surrogate_share 1")],
+    [
+        ({"tokens": 0}, "--tokens 0"),
+        ({"dtype": "float8"}, "--dtype 'float8'"),
+        ({"rate": 0.0}, "--rate 0"),
+        ({"surrogate_share": 1.0}, "--surrogate_share 1"),
+    ],
 )
 def test_options_that_cannot_be_used(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(LynxError, match=reason) as error:

@@ -103,10 +103,9 @@ class RealDecode:
         if getattr(self.model, "hf_device_map", None):
             return None, f"{name}: the model is spread over devices"
         tokens = self.tokens[:COPIED_ROWS]
-        twin = copy.deepcopy(self.model)
-        for parameter in twin.parameters():
-            if parameter.dtype == own:  # others, and buffers such as frequencies, have a precision of their own
-                parameter.data = parameter.data.to(other)
+        # Others, and buffers such as frequencies, have a precision of their own. What is given here is not copied first.
+        given = {id(p): nn.Parameter(p.to(other), False) for p in self.model.parameters() if p.dtype == own}
+        twin = copy.deepcopy(self.model, given)
         try:
             logits = twin(input_ids=tokens, use_cache=False).logits[:, self.prompt :]
         except RuntimeError as error:

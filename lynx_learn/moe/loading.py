@@ -184,9 +184,10 @@ def load_model(
         quantizer = quantizer_of(AutoConfig.from_pretrained(path, **safe))
         if quantizer is not None and not stays_fp8(quantizer, target):
             placement["quantization_config"] = _dequantized(name, quantizer.quantization_config, commit)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
-        )
+        with _in_turn(target.type == "cpu" and dtype != "auto"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **placement
+            )
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ModelError(
@@ -204,6 +205,26 @@ def load_model(
     rows = model.get_input_embeddings().weight.shape[0]
     encoder = load_tokenizer(name, rows, commit) if tokenizer else None
     return LoadedModel(model.eval(), encoder, commit or folder_revision(Path(path)))
+
+
+@contextmanager
+def _in_turn(wanted: bool) -> Iterator[None]:
+    """A context in which transformers reads one tensor after the other, where that is wanted.
+
+    It reads ahead otherwise, and tensors that it casts to another type, which cannot stay mapped from their file, then take
+    as much memory once more as the model.
+    """
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    if wanted:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if wanted:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 def _dequantized(name: str, settings: Any, commit: str | None) -> Any:
