@@ -7,10 +7,8 @@ elsewhere. Here the selector decides as at decode, in every layer of a simulated
     KL per token + threshold / tokens of the batch × experts kept
 
 goes to scorers and surrogates. That is what a threshold stands for: dropping one more expert is worth `threshold` nats
-over its batch. Forwards an expert is kept at random, with a probability that is a sigmoid of its log-cost, and backwards the
-gradient goes to that probability (straight-through estimator of a stochastic neuron, Bengio et al., arXiv 1308.3432). It is
-drawn because a squared error has no slope where an expert is kept and twice its mean slope where one is left out: on average
-over draws the slope at the threshold is right.
+over its batch. The decision is hard forwards and a sigmoid of the log-cost backwards (straight-through estimator,
+Bengio et al., arXiv 1308.3432).
 
 A step goes along the mean gradient of some decode batches. Which these are does not depend on the number of processes, of
 which each takes some: they give what one process gives, but for the order in which gradients are summed. A single decode
@@ -72,10 +70,8 @@ class StraightThrough:
 
     name, setting = "tuned", ""
 
-    def __init__(self, selector: LynxSelector, threshold: float, seed: int) -> None:
+    def __init__(self, selector: LynxSelector, threshold: float) -> None:
         self.selector, self.threshold = selector, threshold
-        # On the CPU, so that it draws the same wherever a layer is.
-        self.drawn = torch.Generator().manual_seed(seed)
         self.kept: list[Tensor] = []
 
     def bind(self, layers: list[MoeLayer]) -> None:
@@ -87,11 +83,9 @@ class StraightThrough:
     def decide(self, layer: MoeLayer, routing: Routing) -> Decision:
         own: LayerSelector = self.selector.layers[layer.index]  # type: ignore[assignment]
         total = own.totals(routing, own.costs(routing))
+        _, hard = own.keep(routing, total, total.new_full(total.shape[:1], self.threshold))
         distance = total.clamp_min(1e-30).log() - math.log(self.threshold)
         soft = (distance / SOFTNESS).sigmoid()
-        # Above the threshold with that probability.
-        noise = torch.rand(total.shape, generator=self.drawn).logit().mul(SOFTNESS).exp().to(total.device)
-        _, hard = own.keep(routing, total.detach() * noise, total.new_full(total.shape[:1], self.threshold))
         keep = hard + soft - soft.detach()
         self.kept.append((keep * (total > 0)).sum(-1).mean())
         share = keep.gather(-1, routing.indices.flatten(-2).long()).view_as(routing.weights)
@@ -104,11 +98,10 @@ class StraightThrough:
 
 
 class Batch(NamedTuple):
-    """What is learned from at once: a decode batch `(sequences, positions)` at one threshold, and what decisions are drawn by."""
+    """What is learned from at once: a decode batch `(sequences, positions)` at one threshold."""
 
     tokens: Tensor
     threshold: float
-    seed: int
 
 
 class Batches:
@@ -135,7 +128,7 @@ class Batches:
         size = self.rng.choice(list(self.spans))
         low, high = self.spans[size]
         threshold = math.exp(self.rng.uniform(math.log(low), math.log(high)))
-        return Batch(_batch(self.rows, size, self.rng), threshold, self.rng.getrandbits(32))
+        return Batch(_batch(self.rows, size, self.rng), threshold)
 
 
 class Tuning(L.LightningModule):
@@ -253,13 +246,11 @@ def _positions(rows: Tensor, size: int) -> int:
     return min(rows.shape[1], max(FEWEST_POSITIONS, STEP_TOKENS // size))
 
 
-def _loss(
-    model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, tokens: Tensor, threshold: float, seed: int
-) -> Tensor:
+def _loss(model: nn.Module, layers: list[MoeLayer], selector: LynxSelector, tokens: Tensor, threshold: float) -> Tensor:
     """The objective, relative to the threshold, so that large and small ones count alike."""
     size, positions = tokens.shape
     prompt = positions // PROMPT_SHARE
-    policy = StraightThrough(selector, threshold, seed)
+    policy = StraightThrough(selector, threshold)
     with torch.no_grad():
         wanted, _ = simulated_logits(model, layers, tokens, None, prompt)
         wanted = functional.log_softmax(wanted.float(), -1)
