@@ -279,6 +279,15 @@ def test_stand_ins_leave_less_together_than_alone(tmp_path: Path, script: Script
         assert scalar <= 1.1
 
 
+def test_cross_fitted_costs_are_nearer_to_those_on_unseen_tokens(tmp_path: Path, script: Script) -> None:
+    places = ["--config", "train/cross_fit.yaml", "--trace", tiny_flow().trace, "--out", tmp_path / "page.md"]
+    said = script("train/cross_fit.py", *places, "--tokens", "[700]", "--layer", 1, "--epochs", 1)
+    assert (tmp_path / "page.md").read_text() in said
+    plain, crossed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if "| 700" in line]
+    assert (plain[2], crossed[2]) == ("as they are", "cross-fitted")
+    assert float(plain[3]) < float(crossed[3])
+
+
 def test_hidden_states_in_fewer_bits_are_held_against_those_of_the_model(tmp_path: Path, script: Script) -> None:
     base = {"scorer": "linear", "epochs": 1, "reference": False, "tune_steps": 0, "sensitivity_groups": 1}
     places = ["--config", "train/hidden_states.yaml", "--trace", tiny_flow().trace, "--out", tmp_path / "out"]
@@ -375,6 +384,7 @@ def test_no_recipe_is_left_out() -> None:
             "long_decode.yaml",
             "quantised.yaml",
             "stand_ins.yaml",
+            "cross_fit.yaml",
             "hidden_states.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
