@@ -159,7 +159,7 @@ def fit(model: str, trace: str, share: float) -> dict[str, float]:
     layers, options = StoredLayers(model, "cpu"), opened.options
     rank = rank_for(share, options.expert_bytes / 2, options.hidden_size)
     start = time.monotonic()
-    with layers.layer(0) as layer, tempfile.TemporaryDirectory() as logs:
+    with layers.layer(0) as layer, tempfile.TemporaryDirectory(dir=trace) as logs:
         read = time.monotonic()
         own = LayerSelector(_config(TrainOptions(trace, ""), opened, options.identity, rank))
         scorer = ScorerOptions("mlp", TrainOptions.epochs, TrainOptions.batch, TrainOptions.rate, TrainOptions.seed)

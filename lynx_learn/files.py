@@ -179,9 +179,17 @@ class RunFolder:
         Raises:
             OptionError: it cannot be written.
         """
+        self.begin()
+        write(self.folder / name, data, self.by)
+
+    def begin(self) -> None:
+        """Make the folder, with what it is of; where it is not there yet.
+
+        Raises:
+            OptionError: it cannot be written.
+        """
         if not (self.folder / MARK).exists():
             write_json(self.folder / MARK, self.identity, self.by)
-        write(self.folder / name, data, self.by)
 
     def put_json(self, name: str, value: object) -> None:
         """As `put`, for people to read."""

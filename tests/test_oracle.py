@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.rules.oracle import Oracle, true_costs
+from lynx_learn.rules.oracle import Oracle, squared_errors
 from lynx_learn.selector.selector import LynxSelector
 
 
@@ -43,7 +43,7 @@ def test_true_costs_are_squared_errors_times_squared_weights(place: int) -> None
     layers, selector = subject()
     routing = random_routing(layers[place])
     assert not routing.active.all()
-    costs, squares = true_costs(layers[place], own(selector, place).surrogates, routing)
+    costs, squares = squared_errors(layers[place], [own(selector, place).surrogates.output], routing)
     torch.testing.assert_close(costs, by_hand(layers[place], selector, routing, True), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(squares, by_hand(layers[place], selector, routing, False), rtol=1e-4, atol=1e-6)
     assert not costs[~routing.active].any()
@@ -55,7 +55,7 @@ def test_the_oracle_leaves_out_what_costs_less_than_the_threshold_in_all() -> No
     layers, selector = subject()
     layer = layers[0]
     routing = random_routing(layer, batches=2)
-    costs = true_costs(layer, own(selector).surrogates, routing)[0] * own(selector).sensitivity
+    costs = squared_errors(layer, [own(selector).surrogates.output], routing)[0] * own(selector).sensitivity
     totals = torch.zeros(2, layer.num_experts).scatter_add(1, routing.indices.flatten(1), costs.flatten(1))
     tau = float(totals[totals > 0].median()) * 1.0001
     policy = Oracle(selector, tau)

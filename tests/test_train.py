@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn import functional
 
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import OptionError, TraceError
+from lynx_learn.fit import layer as fit_of_layer
 from lynx_learn.fit.layer import shard_routing
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.train import train
@@ -39,10 +41,10 @@ from lynx_learn.moe.decision import Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import load_model
 from lynx_learn.parts import deciding
-from lynx_learn.rules.oracle import true_costs
+from lynx_learn.rules.oracle import Answer, squared_errors
 from lynx_learn.selector.layer import LayerSelector
 from lynx_learn.selector.selector import LynxSelector
-from lynx_learn.selector.surrogates import Surrogates
+from lynx_learn.selector.surrogates import Fit, Surrogates
 from lynx_learn.traces.collect import CollectOptions, collect, record
 from lynx_learn.traces.format import Trace
 
@@ -98,7 +100,7 @@ def test_costs_are_those_of_a_loop(family: str, expert: Callable[[Any, int, Tens
     surrogates: Surrogates = selector.layers[1].surrogates  # type: ignore[assignment]
     if not rank:
         surrogates.constant.zero_()
-    costs, squares = (part[0] for part in true_costs(layers[1], surrogates, shard_routing(shard)))
+    costs, squares = squared_errors(layers[1], [surrogates.output], shard_routing(shard))[:, 0]
     wanted, energy = loop_costs(layers[1], surrogates, shard, expert)
     torch.testing.assert_close(costs, wanted, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(squares, energy, rtol=1e-4, atol=1e-6)
@@ -116,6 +118,40 @@ def test_surrogates_lower_the_cost_on_held_out_sequences() -> None:
         left, energy = (float(sum(part.sum() for part in parts)) for parts in zip(*found, strict=True))
         assert figures["unexplained"] == pytest.approx(left / energy, rel=1e-3)
         assert left < 0.9 * energy
+
+
+def test_with_few_tokens_scorers_learn_from_errors_on_unseen_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each half they are what the surrogates of the other half leave there."""
+    flow = tiny_flow()
+    trace, layer = Trace.open(flow.trace), find_moe_layers(load_model(str(flow.model), "cpu").model)[1]
+    tenth = trace.index()["sequence"] % 10
+    config = LynxSelector.from_pretrained(flow.selector).config
+    answers: dict[int, list[Answer]] = {}
+    found = {}
+    for few in (0, 10**9):
+        monkeypatch.setattr(fit_of_layer, "FEW_TOKENS", few)
+        surrogates = LayerSelector(config).surrogates
+        halves = fit_of_layer._fit_surrogates(layer, surrogates, trace, tenth, tmp_path)
+        ranks = surrogates.ranks.tolist()
+        answers[few] = [surrogates.output, *(partial(of_half, half, ranks) for half in halves)]
+        found[few] = fit_of_layer._assignments(layer, answers[few], trace, tenth)
+    assert [len(own) for own in answers.values()] == [1, 3]
+    (seen, unseen, _), (crossed, same, _) = found.values()
+    assert torch.equal(unseen.costs, same.costs)
+    assert float(seen.costs.mean()) < 0.95 * float(unseen.costs.mean())
+    assert float(seen.costs.mean()) < float(crossed.costs.mean())
+    shards = [squared_errors(layer, answers[10**9], shard_routing(shard))[:, 0] for shard in trace.layer_shards(1)]
+    learned = tenth[tenth < fit_of_layer.HELD_OUT]
+    by = torch.cat(shards, 1)[:, tenth < fit_of_layer.HELD_OUT]
+    for span, answer in ((range(4), 2), (range(4, 8), 1), (range(8, 9), 0)):
+        own = torch.isin(learned, torch.tensor(span))
+        assert torch.equal(crossed.costs[own], by[answer][own])
+
+
+def of_half(fits: list[Fit], ranks: list[int], expert: int, x: Tensor) -> Tensor:
+    return fits[expert].output(x, ranks[expert])
 
 
 def test_rank_0_has_no_surrogates_and_still_skips(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import TraceError
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer
-from ..rules.oracle import true_costs
+from ..rules.oracle import Answer, squared_errors
 from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
 from ..selector.surrogates import MOST_RANKS, Fit, Surrogates
@@ -20,6 +21,11 @@ from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, p
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
 CHECK, HELD_OUT = 8, 9
+# Sequences up to this tenth are one half of those that surrogates are fitted on.
+HALF = CHECK // 2
+# Surrogates err less on the tokens that they were fitted on. With fewer of an expert's tokens for each input dimension than
+# this, a scorer learns from what the surrogates of one half of the sequences leave on the other: `train/cross_fit.py`.
+FEW_TOKENS = 30
 # Inputs of experts that are held at a time, in bytes as float32; a layer with more is read several times.
 ROWS_BYTES, BYTES_OF_A_NUMBER = 2**31, 4
 # Tokens a scorer learns from; more are thinned out, so that memory does not grow with the trace.
@@ -42,9 +48,12 @@ def fit_layer(
         reference: whether to fit the scorer that others are compared with, too.
     """
     torch.manual_seed(options.seed * 1009 + layer.index)
+    answers: list[Answer] = [own.surrogates.output]
     if own.surrogates.rank:
-        _fit_surrogates(layer, own.surrogates, trace, tenth)
-    fit, held_out, energy = _assignments(layer, own.surrogates, trace, tenth)
+        halves = _fit_surrogates(layer, own.surrogates, trace, tenth, logs)
+        ranks = own.surrogates.ranks.tolist()
+        answers += [lambda expert, x, half=half: half[expert].output(x, ranks[expert]) for half in halves]  # type: ignore[misc]
+    fit, held_out, energy = _assignments(layer, answers, trace, tenth)
     squared = (fit.costs / (2 * fit.features[..., LOG_WEIGHT]).exp()).flatten()
     sums = torch.zeros(layer.num_experts).index_add(0, fit.experts.flatten(), squared)
     counts = torch.bincount(fit.experts.flatten(), minlength=layer.num_experts)
@@ -54,10 +63,10 @@ def fit_layer(
     train_scorer(scorer, fit, held_out, options, logs, f"layer-{layer.index:02d}")
     own.scorer.load_state_dict(scorer.state_dict())
     floor = new_scorer("formula", fit, residuals)
-    ranks = own.surrogates.ranks
     figures: dict[str, Any] = {
         "name": layer.name,
-        "ranks": [int(ranks.min()), int(ranks.max())],
+        "ranks": [int(own.surrogates.ranks.min()), int(own.surrogates.ranks.max())],
+        "cross_fitted": len(answers) > 1,
         "assignments": fit.costs.numel(),
         "unexplained": float(held_out.costs.sum() / energy),
         "formula": quality(predicted_costs(floor, held_out), held_out.costs),
@@ -68,23 +77,45 @@ def fit_layer(
     return figures
 
 
-def _fit_surrogates(layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor) -> None:
+def _fit_surrogates(
+    layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor, scratch: Path
+) -> list[list[Fit]]:
+    """Fit and put in place all experts' surrogates; where tokens are few, also those of the first half and of the second.
+
+    Directions are kept in files, since more are worked out than are taken.
+    """
     hidden, rank = layer.hidden_size, surrogates.rank
     most = max(1, ROWS_BYTES // (hidden * BYTES_OF_A_NUMBER))
     counts = torch.zeros(layer.num_experts, dtype=torch.int64)
     for shard in trace.layer_shards(layer.index, ("indices",)):
         counts += torch.bincount(shard["indices"].flatten(), minlength=layer.num_experts)
-    fits: list[Fit] = []
+    few = float(counts.sum()) < FEW_TOKENS * layer.num_experts * hidden
+    spans = [(0, CHECK), *([(0, HALF), (HALF, CHECK)] if few else [])]
+    fits: list[list[Fit]] = [[] for _ in spans]
     for block in blocks_within(counts.tolist(), most):
         for x, weights, part in gathered(trace, layer.index, tenth, block, counts, most):
+            expert = len(fits[0])
             x = x.to(layer.device, layer.dtype)
-            y = layer.expert_output(len(fits), x) if len(x) else x
+            y = layer.expert_output(expert, x) if len(x) else x
             check_finite(layer, y)
             weights, part = weights.to(layer.device), part.to(layer.device)
-            fit, check = (Rows(x[own].float(), y[own].float(), weights[own]) for own in (part < CHECK, part == CHECK))
-            fits.append(fit_surrogate(fit, check, rank, min(MOST_RANKS * rank, hidden)))
-    surrogates.put(fits)
+
+            def rows(own: Tensor, x: Tensor = x, y: Tensor = y, weights: Tensor = weights) -> Rows:
+                return Rows(x[own].float(), y[own].float(), weights[own])
+
+            check = rows(part == CHECK)
+            for which, (start, end) in enumerate(spans):
+                found = fit_surrogate(rows((part >= start) & (part < end)), check, rank, min(MOST_RANKS * rank, hidden))
+                fits[which].append(_aside(found, scratch / f"{which}-{expert}.safetensors"))
+    surrogates.put(fits[0])
     surrogates.round_to(layer.dtype)
+    return fits[1:]
+
+
+def _aside(fit: Fit, file: Path) -> Fit:
+    """The same with its directions in a file, from which they are mapped."""
+    save_file({"down": fit.down, "up": fit.up}, file)
+    return fit._replace(**load_file(file))
 
 
 def blocks_within(counts: list[int], most: int) -> Iterator[range]:
@@ -129,9 +160,13 @@ def gathered(
 
 
 def _assignments(
-    layer: MoeLayer, surrogates: Surrogates, trace: Trace, tenth: Tensor
+    layer: MoeLayer, answers: list[Answer], trace: Trace, tenth: Tensor
 ) -> tuple[Assignments, Assignments, Tensor]:
-    """Features and true costs for fitting and held out, and the held-out energy without any surrogate."""
+    """Features and true costs for fitting and held out, and the held-out energy without any surrogate.
+
+    Args:
+        answers: of all surrogates; and, for costs that are cross-fitted, of those of the first half and of the second.
+    """
     parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
     energy = torch.zeros(())
     keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
@@ -140,7 +175,11 @@ def _assignments(
     for shard in trace.layer_shards(layer.index):
         tokens = shard["indices"].shape[0]
         own = tenth[start : start + tokens]
-        costs, squares = (part[0] for part in true_costs(layer, surrogates, shard_routing(shard)))
+        errors = squared_errors(layer, answers, shard_routing(shard))[:, 0]
+        costs, squares = errors[0], errors[-1]
+        if len(answers) > 1:
+            half = own.unsqueeze(-1)
+            costs = torch.where(half < HALF, errors[2], torch.where(half < CHECK, errors[1], costs))
         features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
         energy += squares[own == HELD_OUT].sum()
         chosen = torch.rand(tokens, generator=thinning) < keep

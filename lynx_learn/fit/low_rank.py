@@ -108,12 +108,12 @@ def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = No
     zero, none = torch.zeros(count, hidden), torch.zeros(count)
     total = float(fit.weights.double().sum())
     if total <= 0.0:
-        return Fit(zero, zero, none, torch.zeros(hidden), torch.zeros(hidden))
+        return Fit(zero, zero.clone(), none, torch.zeros(hidden), torch.zeros(hidden))
     share = (fit.weights.double() / total).to(fit.x)
     mean_x, mean_y = share @ fit.x, share @ fit.y
     root = fit.weights.to(fit.x).sqrt().unsqueeze(1)
     x, y = (fit.x - mean_x) * root, (fit.y - mean_y) * root
-    best, chosen = Fit(zero, zero, none, mean_x.float().cpu(), mean_y.float().cpu()), 0.0
+    best, chosen = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu()), 0.0
     scale = float(x.double().square().sum()) / hidden
     lowest = check.error(zero, zero, mean_y)
     if not rank or not scale > 0:

@@ -148,11 +148,11 @@ def _train(options: TrainOptions, loaded: LoadedModel | None, trace: Trace, reco
         )
     numbers = trace.options.expert_bytes / getattr(torch, trace.options.dtype).itemsize
     rank = rank_for(options.surrogate_share, numbers, trace.options.hidden_size)
-    selector = LynxSelector(_config(options, trace, trace.options.identity, rank))
+    config = _config(options, trace, trace.options.identity, rank)
     begins = not (out / FOLDER).exists()
     fitted = FittedLayers(out, _identity(options, trace, layers.dtype), share.by)
     try:
-        _fit_layers(fitted, selector, layers, trace, options, share)
+        _fit_layers(fitted, config, layers, trace, options, share)
     except TraceError:  # of another trace nothing here could be used
         if begins and share.world_size == 1:
             shutil.rmtree(fitted.folder, ignore_errors=True)
@@ -183,20 +183,23 @@ def _train(options: TrainOptions, loaded: LoadedModel | None, trace: Trace, reco
 
 
 def _fit_layers(
-    fitted: FittedLayers, selector: LynxSelector, layers: Layers, trace: Trace, options: TrainOptions, share: Share
+    fitted: FittedLayers, config: SelectorConfig, layers: Layers, trace: Trace, options: TrainOptions, share: Share
 ) -> None:
-    """Fit this process's layers that are not fitted yet."""
+    """Fit this process's layers that are not fitted yet; no more than one is held."""
     wanted = [index for index in share.own(len(layers.names)) if fitted.read(index) is None]
     trace.verify(wanted)
     tenth = trace.index()["sequence"] % 10
     scorer = ScorerOptions(options.scorer, options.epochs, options.batch, options.rate, options.seed)
     for index in track(wanted, "train", len(wanted), unit="layers"):
-        own: LayerSelector = selector.layers[index]  # type: ignore[assignment]
-        with layers.layer(index) as layer, tempfile.TemporaryDirectory() as scratch:
+        own = LayerSelector(config)
+        with layers.layer(index) as layer:
             _check_identity(trace, part_of(trace.options.identity, index), identify([layer]))
-            logs = Path(scratch)
-            figures = fit_layer(layer, own, trace, tenth, scorer, options.reference, logs)
-            losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
+            fitted.begin()
+            # There, where there is room: a folder for temporary files may be memory.
+            with tempfile.TemporaryDirectory(dir=fitted.folder) as scratch:
+                logs = Path(scratch)
+                figures = fit_layer(layer, own, trace, tenth, scorer, options.reference, logs)
+                losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
         fitted.write(index, own, figures, losses)
 
 

@@ -1,12 +1,15 @@
 """The true cost of leaving out an assignment, and the oracle that knows it. For learning and measuring only."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from ..moe.decision import Decision, Routing
 from ..moe.families import Layer, MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
-from ..selector.surrogates import Surrogates
+
+Answer = Callable[[int, Tensor], Tensor]
 
 
 class Oracle(ThresholdPolicy):
@@ -24,7 +27,8 @@ class Oracle(ThresholdPolicy):
     def decide(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         assert isinstance(layer, MoeLayer)  # no other one can run its experts for this
         ready = self.ready[layer.index]
-        costs = true_costs(layer, ready.selector.surrogates, routing)[0] * ready.selector.sensitivity
+        squares = squared_errors(layer, [ready.selector.surrogates.output], routing)
+        costs = squares[0] * ready.selector.sensitivity
         return ready.selector.answer(routing, ready.rewrite(routing, scale, costs=costs))
 
     def own_bytes(self, layer: Layer, skipped: Tensor, batches: int) -> float:
@@ -33,15 +37,19 @@ class Oracle(ThresholdPolicy):
 
 
 @torch.no_grad()
-def true_costs(layer: MoeLayer, surrogates: Surrogates, routing: Routing) -> tuple[Tensor, Tensor]:
-    """weight² × ‖E_e(x) − f_e(x)‖² of each assignment, and the same without surrogates, weight² × ‖E_e(x)‖².
+def squared_errors(layer: MoeLayer, answers: Sequence[Answer], routing: Routing) -> Tensor:
+    """The true cost of each assignment in squares: weight² × ‖E_e(x) − f_e(x)‖² for each kind of answer f, and then, for none
+    at all, weight² × ‖E_e(x)‖².
 
-    Both are `(G, T, top_k)` in float32, 0 for tokens that are not active. The routing may be on another device than the
-    layer: inputs are brought there expert by expert.
+    `(answers + 1, G, T, top_k)` in float32, 0 for tokens that are not active. Each expert runs once. The routing may be on
+    another device than the layer: inputs are brought there expert by expert.
+
+    Args:
+        answers: outputs `(tokens, hidden)` in float32 from the number of an expert and its inputs `(tokens, hidden)`.
     """
     hidden = routing.hidden.flatten(0, 1)
     indices, weights = routing.indices.flatten(0, 1), routing.weights.flatten(0, 1).float()
-    costs, squares = torch.zeros_like(weights), torch.zeros_like(weights)
+    found = weights.new_zeros(len(answers) + 1, *weights.shape)
     live = routing.active.flatten().unsqueeze(-1)
     for expert in range(layer.num_experts):
         token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
@@ -49,8 +57,7 @@ def true_costs(layer: MoeLayer, surrogates: Surrogates, routing: Routing) -> tup
             continue
         x = hidden[token].to(layer.device, layer.dtype)
         output = layer.expert_output(expert, x).float()
-        error = output - surrogates.output(expert, x)
-        weight = weights[token, slot].square()
-        costs[token, slot] = weight * error.square().sum(-1).to(weight.device)
-        squares[token, slot] = weight * output.square().sum(-1).to(weight.device)
-    return costs.view_as(routing.weights), squares.view_as(routing.weights)
+        errors = [*(output - answer(expert, x) for answer in answers), output]
+        squares = torch.stack([error.square().sum(-1) for error in errors]).to(weights.device)
+        found[:, token, slot] = weights[token, slot].square() * squares
+    return found.view(-1, *routing.weights.shape)

@@ -245,3 +245,10 @@ class Fit(NamedTuple):
     def constant(self, rank: int) -> Tensor:
         """The constant `(hidden,)` that goes with so many directions."""
         return self.mean_y - self.mean_x @ self.down[:rank].T @ self.up[:rank]
+
+    def output(self, hidden: Tensor, rank: int) -> Tensor:
+        """What it answers `(tokens, hidden)` in float32 with so many directions, from `hidden` `(tokens, hidden)`."""
+        down, up, constant = (
+            part.to(hidden.device).float() for part in (self.down[:rank], self.up[:rank], self.constant(rank))
+        )
+        return hidden.float() @ down.T @ up + constant
