@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from lynx_learn.decode.simulate import compare
+from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.simulate import Simulation, compare
 from lynx_learn.errors import CorpusError, ModelError, OptionError, SelectorError
 from lynx_learn.measure.bound import FRACTIONS, threshold_at, upper_bound
 from lynx_learn.measure.calibrate import (
@@ -39,7 +40,7 @@ from lynx_learn.measure.calibrate import (
 from lynx_learn.moe.decision import Decision, Routing
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import REFERENCE, LoadedModel, load_model
-from lynx_learn.selector.config import SelectorConfig
+from lynx_learn.selector.config import SelectorConfig, by_active
 from lynx_learn.selector.prices import Prices
 from lynx_learn.selector.saving import read_metrics
 from lynx_learn.selector.selector import LynxSelector, ThresholdPolicy
@@ -418,6 +419,8 @@ def test_an_interruption_leaves_the_selector_as_it_was(selector: Path, monkeypat
         {"groups": FEWEST_GROUPS + PILOT_GROUPS - 1},
         {"prompt": 0},
         {"prompt": LENGTH - 1},
+        {"speculative_tokens": -1},
+        {"length": PROMPT + 9, "speculative_tokens": 1},
     ],
     ids=str,
 )
@@ -471,3 +474,34 @@ def test_prices_are_recorded_and_measured_with(selector: Path) -> None:
     assert priced.policy(0.1, prices=priced.calibrated_prices()).prices.source == "residency"
     assert "Prices of reading an expert: `residency:0.5`" in (selector / "README.md").read_text()
     assert cells(selector)["0.1"]["2"]["mean"] <= 0.1
+
+
+def test_drafts_are_calibrated_with_the_tokens_that_they_follow(selector: Path) -> None:
+    """Thresholds are stored under the rows of a step, and the configuration says for how many drafts they hold."""
+    calibrate(choices(selector, batch_sizes=[1, 2], speculative_tokens=1, length=PROMPT + 10))
+    config = SelectorConfig.read(selector / "config.json")
+    assert list(config.thresholds["kl"]["0.1"]) == ["2", "4"]
+    assert config.calibration["kl"]["speculative_tokens"] == 1
+    assert cells(selector)["0.1"]["4"]["threshold"] == config.thresholds["kl"]["0.1"]["4"] > 0
+    with pytest.warns(UserWarning, match=r"not certified for speculative_tokens 0 \(certified: 1\)"):
+        skip_experts(load_model(str(tiny_flow().model)).model, LynxSelector.from_pretrained(selector), 0.1)
+
+
+@pytest.mark.slow
+def test_a_threshold_by_rows_loses_as_much_whoever_they_are_of() -> None:
+    """Of the shipped selector, on text of the corpus: rows of several sequences, or of a few with two drafts each."""
+    folder = Path(__file__).parents[1] / "selectors" / "reference-moe"
+    selector = LynxSelector.from_pretrained(folder)
+    options = CalibrateOptions(str(folder), length=80, prompt=32, seed=3, mode="teacher")
+    loaded = load_model(REFERENCE, dtype="float32")
+    layers, rows, drafts = find_moe_layers(loaded.model), 12, 2
+    policy = options.at(selector, by_active(selector.config.calibrated(0.01))[rows])
+    units = options.text.units(loaded, [(rows, 16), (rows // (1 + drafts), 48)])
+    losses = []
+    for together, count in ((1, 16), (1 + drafts, 48)):
+        groups = options.text.groups(loaded, units, rows // together, count, 1)
+        (found,) = Simulation(loaded.model, layers, options.prompt, together=together).compare(groups, [policy])
+        losses.append(found.mean("kl"))
+        spread = found.group_means("kl").std() / len(groups) ** 0.5
+        print(f"{rows // together} sequences of {together}: KL {losses[-1]:.5f} (standard error {spread:.5f})")
+    assert losses[0] == pytest.approx(losses[1], rel=0.25)

@@ -9,10 +9,12 @@ from tiny import FAMILIES, VOCAB, decode, random_selector, tiny_model, words
 from transformers import PreTrainedModel
 
 from lynx_learn.decode import simulate
-from lynx_learn.decode.runtime import skip_experts
+from lynx_learn.decode.runtime import act_on_one, skip_experts
 from lynx_learn.decode.simulate import METRICS, Reference, Run, Simulation, compare, simulated_logits, stacked_logits
+from lynx_learn.decode.tally import Tally
 from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import find_moe_layers
+from lynx_learn.moe.hooks import intercept
 from lynx_learn.rules.keep_sets import Random, XShare
 from lynx_learn.selector.selector import ThresholdPolicy
 
@@ -45,6 +47,27 @@ def test_simulated_equals_real_decode(name: str, kind: str) -> None:
     assert stats.experts_after == pytest.approx(skipping.stats.experts_after)
     assert stats.bytes_ratio == pytest.approx(skipping.stats.bytes_ratio)
     assert stats.answered_share == pytest.approx(skipping.stats.answered_share)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_drafts_decide_with_the_token_that_they_follow(name: str) -> None:
+    """As in a decode with a cache whose every call brings several tokens of each sequence."""
+    model, together = tiny_model(name), 3
+    policy, tokens = policies(model)["learned, by batch size"], words(5, PROMPT + 3 * together)
+    layers = find_moe_layers(model)
+    policy.bind(layers)
+    (found,) = stacked_logits(model, layers, [Run(tokens, policy)], PROMPT, together)
+    tally, calls = Tally(layers, policy), []
+    with torch.no_grad():
+        cache = model(input_ids=tokens[:, :PROMPT], use_cache=True).past_key_values
+        with intercept(model, layers, lambda layer, routing: act_on_one(policy, layer, routing, tally)):
+            for i in range(PROMPT, tokens.shape[1], together):
+                calls.append(model(input_ids=tokens[:, i : i + together], past_key_values=cache).logits)
+    torch.testing.assert_close(found[0], torch.cat(calls, dim=1), rtol=1e-4, atol=1e-4)
+    alone, _ = simulated_logits(model, layers, tokens, policy, PROMPT)
+    assert not torch.allclose(found[0], alone, atol=1e-2)
+    assert found[1].steps == 3
+    assert found[1].experts_after == pytest.approx(tally.stats().experts_after)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

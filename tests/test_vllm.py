@@ -38,7 +38,7 @@ SELECTOR = ROOT / "selectors" / "reference-moe"
 SERVING = ROOT / "docs" / "serving"
 BUDGET = 0.01
 STREAMS, PROMPT, NEW, TOP = 16, 32, 48, 100
-NGRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+SPECULATION = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 # Two blocks of 32 tokens hold PROMPT + NEW for each stream; LONG tokens for each of them do not fit.
 BLOCKS, LONG = 56, 200
 SETTINGS: dict[str, Any] = {
@@ -486,7 +486,7 @@ def test_all_reasons_at_once_and_the_command_that_works(tmp_path: Path, prompts:
     """One start, before any weight is read; the command to the letter."""
     port = free_port()
     wrong = ["--enable-lora", "--max_lora_rank=8", "--model-impl=transformers", "-sc.num_speculative_tokens", "2"]
-    wrong += ["-sc.method=ngram", "-sc.prompt_lookup_max=3", "--data-parallel-size=2"]
+    wrong += ["-sc.method=ngram_gpu", "-sc.prompt_lookup_max=3", "--data-parallel-size=2"]
     right = ["--max-model-len", "256", "--kv-cache-memory-bytes", "100000000", "--max-num-seqs", str(STREAMS)]
     said = refused(tmp_path, [*command(port), *wrong, *right], LYNX_BUDGET="0.02")
     told = said[said.index("skipping cannot act here") :].strip().splitlines()
@@ -552,7 +552,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         ("dense model", asked, {**engine, "model": str(dense_model(folder / "dense"))}),
         ("other shape", asked, {**engine, "model": str(other_shape(folder / "shape"))}),
         # Last: after it no other engine starts in the same process.
-        ("speculative decoding", asked, {**engine, "speculative_config": NGRAMS}),
+        ("speculative decoding", asked, {**engine, "speculative_config": SPECULATION}),
     ]
     listed = [{"name": name, "environment": own, "engine": options} for name, own, options in planned]
     next(one for one in listed if one["name"] == "other weights")["reload"] = other["model"]

@@ -17,11 +17,15 @@ from lynx_learn.integrations.vllm.checks import prepare as vllm_prepare
 from lynx_learn.integrations.vllm.checks import reasons as vllm_reasons
 from lynx_learn.integrations.vllm.checks.mending import make_again, without
 from lynx_learn.integrations.vllm.checks.prepare import prepare
-from lynx_learn.integrations.vllm.checks.reasons import audit_reasons, engine_reasons, model_reasons
+from lynx_learn.integrations.vllm.checks.reasons import SPECULATIONS, audit_reasons, engine_reasons, model_reasons
 from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError
 
 QUANTIZED = SimpleNamespace(quantization_config={})
 COMPILED = {"mode": 3, "cudagraph_mode": CUDAGraphMode.FULL}
+
+
+def speculation(method: str, enable_adaptive_verification: bool = False) -> Any:
+    return SimpleNamespace(method=method, enable_adaptive_verification=enable_adaptive_verification)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +36,16 @@ COMPILED = {"mode": 3, "cudagraph_mode": CUDAGraphMode.FULL}
             "CUDA graphs was never tried on a GPU",
             {"compilation_config.cudagraph_mode": CUDAGraphMode.NONE},
         ),
-        ({"speculative_config": object()}, "speculative decoding", {"speculative_config": None}),
+        (
+            {"speculative_config": speculation("eagle3")},
+            "speculative decoding with eagle3 was never tried: take ngram or draft_model",
+            {"speculative_config": None},
+        ),
+        (
+            {"speculative_config": speculation("draft_model", enable_adaptive_verification=True)},
+            "with adaptive verification was never tried",
+            {"speculative_config": None},
+        ),
         ({"lora_config": object()}, "LoRA", {"enable_lora": False}),
         (
             {"pipeline_parallel_size": 2, "tensor_parallel_size": 4},
@@ -51,6 +64,8 @@ COMPILED = {"mode": 3, "cudagraph_mode": CUDAGraphMode.FULL}
 )
 def test_engines_refused(changes: dict[str, Any], line: str, options: dict[str, Any]) -> None:
     assert engine_reasons(engine_config(mode=3)) == []
+    for known in SPECULATIONS:
+        assert engine_reasons(engine_config(speculative_config=speculation(known))) == []
     (reason,) = engine_reasons(engine_config(**changes))
     assert line in reason.text
     assert reason.options == options

@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -203,15 +203,24 @@ def test_rows_of_padding_without_an_expert_stay_without() -> None:
     assert (run_layer(found, hidden, logits)[1][REAL:] == -1).all()
 
 
-class Batch:
-    """Requests of a step: how many tokens of each are scheduled, computed and prompt."""
+def scheduled(**own: Any) -> Any:
+    """As much of what vLLM schedules for a step as is looked at; by default nothing."""
+    plain = {"scheduled_new_reqs": [], "num_scheduled_tokens": {}, "finished_req_ids": set()}
+    return SimpleNamespace(**{**plain, "scheduled_spec_decode_tokens": {}, **own})
 
-    def __init__(self, planned: list[int], computed: list[int], prompt: list[int]) -> None:
+
+class Batch:
+    """Requests of a step: how many tokens of each are scheduled, computed, prompt, and drafts."""
+
+    def __init__(self, planned: list[int], computed: list[int], prompt: list[int], drafts: Sequence[int] = ()) -> None:
         self.num_reqs = len(planned)
         self.req_ids = [str(i) for i in range(self.num_reqs)]
         self.num_computed_tokens_cpu = np.array([*computed, 99])
         self.num_prompt_tokens = np.array([*prompt, 0])
-        self.planned = dict(zip(self.req_ids, planned, strict=True))
+        self.scheduled = scheduled(
+            num_scheduled_tokens=dict(zip(self.req_ids, planned, strict=True)),
+            scheduled_spec_decode_tokens={str(i): [-1] * count for i, count in enumerate(drafts) if count},
+        )
         # As the second model runner has it.
         self.num_scheduled_tokens = np.array(planned)
         self.is_prefilling_np = np.array(computed) < np.array(prompt)
@@ -241,12 +250,18 @@ KEPT = math.inf
         (Batch([5, 3], [0, 2], [5, 5]), {}, "prefill", None),
         # Text that is computed again after a preemption.
         (Batch([1, 3, 1], [5, 5, 7], [5, 5, 5]), {}, "acted", [1, KEPT, KEPT, KEPT, 1]),
+        # Drafts are rows of their requests.
+        (Batch([3, 1, 2], [5, 9, 7], [5, 5, 5], [2, 0, 1]), {}, "acted", [1] * 6),
+        (Batch([3, 1, 2], [5, 9, 7], [5, 5, 5], [2, 0, 1]), {"0": 0, "2": 0.03}, "acted", [KEPT] * 3 + [1, 0.5, 0.5]),
+        (Batch([3, 4], [5, 0], [5, 5], [2, 0]), {}, "acted", [1] * 3 + [KEPT] * 4),
+        (Batch([3, 1], [5, 4], [5, 5], [2, 0]), {"0": 0}, "opted_out", None),
+        (Batch([2], [5], [5], [1]), {}, "acted", [1, 1]),  # a batch of two rows
     ],
 )
 def test_steps(batch: Batch, asked: dict[str, float], outcome: str, scale: list[float] | None, second: bool) -> None:
     found = acting({2: SOME})
     found.asked = asked
-    found.scheduled = SimpleNamespace(num_scheduled_tokens=batch.planned)
+    found.scheduled = batch.scheduled
     if second:
         assert found._prepare_inputs(lambda: batch) is batch
     else:
@@ -257,6 +272,37 @@ def test_steps(batch: Batch, asked: dict[str, float], outcome: str, scale: list[
     wanted = torch.full_like(found.rows.scale, math.inf if scale is None else 0)
     wanted[: len(scale or ())] = torch.tensor(scale or ())
     assert torch.equal(found.rows.scale, wanted)
+
+
+def test_an_audit_compares_the_first_row_of_each_request() -> None:
+    """Those behind it may be drafts that are not taken."""
+    found = acting()
+    batch = Batch([3, 1, 2, 2], [5, 9, 7, 7], [5, 5, 5, 5], [2, 0, 1, 1])
+    found.asked, found.scheduled, found.runner.input_batch = {"1": 0, "2": 0.03}, batch.scheduled, batch
+    found._model_forward(lambda: None)
+    assert found.own_budget.tolist() == [0, 6]
+    assert found.tokens == {"budget": 5, "level": 2, "opted_out": 1}
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "drafts", "line"),
+    [
+        ({}, 0, ""),
+        ({}, 2, "speculative_tokens 2 (certified: 0): run `lynx-learn calibrate --speculative_tokens 2`"),
+        ({"speculative_tokens": 2}, 2, ""),
+        ({"speculative_tokens": 2}, 0, "speculative_tokens 0 (certified: 2)"),
+    ],
+)
+def test_an_engine_that_speculates_otherwise_says_so(
+    calibrated: dict[str, int], drafts: int, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    log = SimpleNamespace(warning_once=lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(vllm_engine, "logger", lambda: log)
+    own = replace(acting().policy.selector.config, calibration={"kl": calibrated})
+    vllm_engine.say_of_drafts(SimpleNamespace(num_speculative_tokens=drafts) if drafts else None, own)
+    assert len(said) == bool(line)
+    assert line in "".join(said)
 
 
 def test_a_level_counts_with_the_rows_that_may_skip() -> None:
@@ -275,11 +321,10 @@ def engine_steps(found: Acting, forward: Callable[[], None], steps: int = 1) -> 
     found.runner.input_batch = Batch([1, 1], [5, 5], [5, 5])
     for _ in range(steps):
         new = SimpleNamespace(req_id="7", sampling_params=SimpleNamespace(extra_args={"lynx": False}))
-        scheduled = SimpleNamespace(
-            scheduled_new_reqs=[new], num_scheduled_tokens={"0": 1, "1": 1}, finished_req_ids={"old"}
-        )
+        tokens = {"0": 1, "1": 1}
+        step = scheduled(scheduled_new_reqs=[new], num_scheduled_tokens=tokens, finished_req_ids={"old"})
         found.asked["old"] = 0.0
-        found._execute_model(lambda *_: found._model_forward(forward), scheduled)
+        found._execute_model(lambda *_: found._model_forward(forward), step)
 
 
 def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
@@ -316,7 +361,7 @@ def test_an_audited_step_is_run_twice_and_counted_once(second: bool, monkeypatch
         return [run_layer(skipping, hidden, logits, layer)[2] for layer in range(len(skipping.layers))][-1]
 
     def step(skipping: Acting) -> Any:
-        new = SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens=batch.planned, finished_req_ids=set())
+        new = batch.scheduled
         skipping.runner.input_batch = batch
         own = partial(forward, skipping)
         if second:
@@ -344,8 +389,7 @@ def test_what_lagged_behind_is_counted_when_the_engine_has_nothing_left_to_run(t
     found = acting()
     found.first, found.slots = True, vllm_metrics.open_slots(tmp_path, "worker")
     found.sums += 1  # what the device did after the last step was published
-    ended = SimpleNamespace(scheduled_new_reqs=[], num_scheduled_tokens={}, finished_req_ids={"7"})
-    found._execute_model(lambda _: None, ended)
+    found._execute_model(lambda _: None, scheduled(finished_req_ids={"7"}))
     totals = vllm_metrics.read_totals(tmp_path)
     assert all(totals[name] == len(found.layers) for name in vllm_metrics.SUMS)
 
@@ -355,8 +399,8 @@ def test_a_name_that_comes_back_is_a_new_request() -> None:
     found = acting()
     for out in (True, False, True):
         new = SimpleNamespace(req_id="7", sampling_params=SimpleNamespace(extra_args={"lynx": not out}))
-        scheduled = SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"7": 1}, finished_req_ids={"7"})
-        found._execute_model(lambda _: None, scheduled)
+        step = scheduled(scheduled_new_reqs=[new], num_scheduled_tokens={"7": 1}, finished_req_ids={"7"})
+        found._execute_model(lambda _: None, step)
         assert found.asked == ({"7": 0.0} if out else {})
 
 
@@ -365,7 +409,7 @@ def test_weights_that_are_replaced_are_looked_at_again(monkeypatch: pytest.Monke
     found.runner.get_model = lambda: None
     found.runner.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=2))
     monkeypatch.setattr(vllm_acting, "find_layers", lambda *_: found.layers)
-    monkeypatch.setattr(vllm_acting, "looking", lambda _: nullcontext())
+    monkeypatch.setattr(vllm_acting, "looking", lambda *_: nullcontext())
     found._reload_weights(lambda: None)
     assert not found.stopped
     found.layers[0].router.weight.data[0, 0] += 1

@@ -1,5 +1,6 @@
 """The engine's layers, and kernels that are refused."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,34 @@ def test_kernels_that_want_distinct_experts_are_refused_off_the_cpu() -> None:
         vllm_layers.check_layer("here", running(FlashInferExperts()), gpu)
     with pytest.raises(UnsupportedError, match="layer here runs SimpleNamespace, "):
         vllm_layers.check_layer("here", engine_runner(), gpu)
+
+
+class MonolithicExperts:
+    """One that routes by itself."""
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_vllm_chooses_a_kernel_that_can_be_acted_on(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the choice is its own, and only while the model is built."""
+
+    class FusedMoEExperts:
+        @staticmethod
+        def is_supported_config(kernel: type, config: Any, *_: Any) -> tuple[bool, str | None]:
+            return kernel is not torch.nn.Module, None
+
+    def chosen(backend: str = "auto") -> str:
+        config = SimpleNamespace(moe_backend=backend)
+        kernels = (torch.nn.Module, MonolithicExperts, FlashInferExperts, TritonExperts)
+        return next(k.__name__ for k in kernels if FusedMoEExperts.is_supported_config(k, config, None)[0])
+
+    stand_in = "vllm.model_executor.layers.fused_moe.modular_kernel"
+    monkeypatch.setitem(sys.modules, stand_in, SimpleNamespace(FusedMoEExperts=FusedMoEExperts))  # type: ignore[arg-type]
+    platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: on_cpu))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platform)  # type: ignore[arg-type]
+    with vllm_layers.steering():
+        assert chosen() == ("MonolithicExperts" if on_cpu else "TritonExperts")
+        assert chosen("flashinfer_trtllm") == "MonolithicExperts"
+    assert chosen() == "MonolithicExperts"
 
 
 def test_models_that_route_by_themselves_are_refused() -> None:

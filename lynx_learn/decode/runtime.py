@@ -231,7 +231,7 @@ def skip_experts(
             raise TypeError("skip_experts(model, selector) needs budget=…, in nats of KL per token")
         skipping = Skipping(model, selector.policy(budget, metric, kernel, _prices_of(prices, model)))
         skipping.limits = selector.config.calibration.get(metric, {}) if budget else {}
-        warn_of_other_use(skipping.limits, use_of(skipping.model))
+        warn_of_other_use(skipping.limits, {**use_of(skipping.model), "speculative_tokens": 0})
         return skipping
     if budget is not None:
         raise TypeError("a budget belongs to a calibrated selector; this policy has its own setting")

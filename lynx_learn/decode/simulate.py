@@ -1,8 +1,9 @@
 """Teacher-forced decode of many sequences side by side, several groups or policies in one pass.
 
-The tokens at one position of B sequences form one decode batch of size B. All layers skip at once, and later positions
-see the keys and values of earlier ones that skipped, as in a real decode. The first positions stand for the prompt: they
-run untouched and are not scored.
+The tokens at one position of B sequences form one decode batch of size B; with `together` > 1, as where drafts are
+verified, those at so many positions in a row. All layers skip at once, and later positions see the keys and values of
+earlier ones that skipped, as in a real decode. The first positions stand for the prompt: they run untouched and are not
+scored.
 """
 
 import inspect
@@ -59,11 +60,14 @@ def simulated_logits(
 
 
 def stacked_logits(
-    model: nn.Module, layers: list[MoeLayer], runs: Sequence[Run], prompt: int
+    model: nn.Module, layers: list[MoeLayer], runs: Sequence[Run], prompt: int, together: int = 1
 ) -> list[tuple[Tensor, Stats]]:
     """As `simulated_logits` of several runs, whose sequences have one length, in one pass of the model.
 
     No decode batch holds tokens of two runs: each run's policy sees what it would see in a pass without the others.
+
+    Args:
+        together: positions of a sequence in one decode batch; those behind the prompt are a multiple of it.
     """
     positions = runs[0].tokens.shape[1]
     sizes = [len(run.tokens) for run in runs]
@@ -74,15 +78,22 @@ def stacked_logits(
         def by_run(part: Tensor) -> tuple[Tensor, ...]:
             return part.unflatten(0, (-1, positions)).split(sizes)
 
+        def steps(part: Tensor) -> Tensor:
+            """From `(sequences, positions, …)` to `(steps, tokens, …)`."""
+            decoded = part.transpose(0, 1)[prompt:]
+            return decoded if together == 1 else decoded.unflatten(0, (-1, together)).flatten(1, 2)
+
         def put_back(whole: Tensor, parts: list[Tensor | None]) -> Tensor:
             rows = []
             for own, part in zip(by_run(whole), parts, strict=True):
-                changed = own[:, prompt:] if part is None else part.transpose(0, 1).to(own.dtype)
+                changed = own[:, prompt:]
+                if part is not None:
+                    changed = part.unflatten(1, (together, -1)).flatten(0, 1).transpose(0, 1).to(own.dtype)
                 rows.append(torch.cat([own[:, :prompt], changed], dim=1))
             return torch.cat(rows).flatten(0, 1)
 
         done = [
-            act(run.policy, layer, Routing(*(part.transpose(0, 1)[prompt:] for part in parts)), tally)
+            act(run.policy, layer, Routing(*map(steps, parts)), tally)
             for run, tally, *parts in zip(runs, tallies, *map(by_run, routing), strict=True)
         ]
         if not skipping:
@@ -298,10 +309,13 @@ class Simulation:
     Args:
         prompt: leading positions of each sequence that are prefill.
         ends: see `scored_positions`.
+        together: see `stacked_logits`.
     """
 
-    def __init__(self, model: nn.Module, layers: list[MoeLayer], prompt: int, ends: Collection[int] = ()) -> None:
-        self.model, self.layers, self.prompt, self.ends = model, layers, prompt, ends
+    def __init__(
+        self, model: nn.Module, layers: list[MoeLayer], prompt: int, ends: Collection[int] = (), together: int = 1
+    ) -> None:
+        self.model, self.layers, self.prompt, self.ends, self.together = model, layers, prompt, ends, together
         self.kept: OrderedDict[bytes, tuple[Reference, Stats]] = OrderedDict()
 
     def untouched(self, tokens: Tensor) -> Stats:
@@ -324,7 +338,7 @@ class Simulation:
         """
         for stack in stacks(runs):
             references = [reference for reference, _ in self._untouched([run.tokens for run in stack])]
-            found = stacked_logits(self.model, self.layers, stack, self.prompt)
+            found = stacked_logits(self.model, self.layers, stack, self.prompt, self.together)
             for reference, (logits, stats) in zip(references, found, strict=True):
                 yield reference.losses(logits[:, :-1]), stats
 
@@ -365,7 +379,7 @@ class Simulation:
         wanted = {key(tokens): tokens for tokens in groups}
         if missing := {name: tokens for name, tokens in wanted.items() if name not in self.kept}:
             runs = [Run(tokens, None) for tokens in missing.values()]
-            made = stacked_logits(self.model, self.layers, runs, self.prompt)
+            made = stacked_logits(self.model, self.layers, runs, self.prompt, self.together)
             for (name, tokens), (logits, stats) in zip(missing.items(), made, strict=True):
                 scored = scored_positions(tokens, self.prompt, self.ends)
                 self.kept[name] = Reference(logits[:, :-1], tokens[:, self.prompt + 1 :], scored), stats

@@ -5,6 +5,7 @@
 
 import http.client
 import json
+import math
 import statistics
 import sysconfig
 import time
@@ -21,6 +22,10 @@ from ..errors import LynxError, OptionError
 from .vllm.settings import KEY
 
 ACTED, LAYERS = 'lynx_steps_total{outcome="acted"}', "lynx_moe_layers"
+# Of vLLM itself, where it speculates: requests that were verified in a step, drafts in them, and those that were taken.
+VERIFIED, DRAFTED, ACCEPTED = (
+    f"vllm:spec_decode_num_{name}_total" for name in ("drafts", "draft_tokens", "accepted_tokens")
+)
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,23 @@ def read_prompts(count: int, characters: int) -> list[str]:
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """The server's counters of this plugin.
+    """The server's counters of this plugin, and those of speculation where it has them, summed over engines.
 
     Raises:
-        OptionError: the server has none.
+        OptionError: the server has none of this plugin.
     """
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as page:
         families = text_string_to_metric_families(page.read().decode())
-        samples = [sample for family in families for sample in family.samples if sample.name.startswith("lynx_")]
-    found = {_spelled(sample.name, sample.labels): sample.value for sample in samples}
+        samples = [sample for family in families for sample in family.samples]
+    found = {_spelled(sample.name, sample.labels): sample.value for sample in samples if sample.name[:5] == "lynx_"}
     if LAYERS not in found:
         raise OptionError(
             f"{url} shows no counters of skipped experts: start the server with LYNX_SELECTOR and a LYNX_BUDGET above 0, "
             "one API server, and no PROMETHEUS_MULTIPROC_DIR"
         )
+    for sample in samples:
+        if sample.name in (VERIFIED, DRAFTED, ACCEPTED):
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
     return found
 
 
@@ -161,15 +169,19 @@ def compare(url: str, prompts: list[str], tokens: int, concurrency: int, turns: 
     speeds: dict[bool, list[float]] = {True: [], False: []}
     each: dict[bool, list[float]] = {True: [], False: []}
     last: dict[bool, list[Answer]] = {}
+    speculated: dict[bool, list[dict[str, float]]] = {True: [], False: []}
     read_metrics(url)  # refused before anything is asked
     run_pass(url, prompts[:concurrency], tokens, concurrency, skip=True)  # warm
-    before = read_metrics(url)
+    before = after = read_metrics(url)
     for turn in range(turns):
         for skip in (False, True) if turn % 2 else (True, False):
             last[skip], seconds = run_pass(url, prompts, tokens, concurrency, skip)
+            earlier, after = after, read_metrics(url)
+            if VERIFIED in after:
+                counts = {name: after[name] - earlier.get(name, 0.0) for name in (VERIFIED, DRAFTED, ACCEPTED)}
+                speculated[skip].append({**counts, "per_second": counts[ACCEPTED] / seconds})
             speeds[skip].append(sum(len(answer.tokens) for answer in last[skip]) / seconds)
             each[skip].append(1000 * statistics.median((a.last - a.first) / (tokens - 1) for a in last[skip]))
-    after = read_metrics(url)
     risen = {name: value - before.get(name, 0.0) for name, value in after.items()}
     acted = max(risen[ACTED] * after[LAYERS], 1)
     pairs = [
@@ -183,9 +195,24 @@ def compare(url: str, prompts: list[str], tokens: int, concurrency: int, turns: 
             "off": risen["lynx_experts_routed_total"] / acted,
             "on": risen["lynx_experts_loaded_total"] / acted,
         },
+        **({"speculation": speculation(speculated)} if speculated[True] else {}),
         "steps": {name: risen[name] for name in risen if name.startswith("lynx_steps")},
         "greedy_tokens_at_the_same_place": sum(a == b for a, b in pairs) / len(pairs),
         "greedy_outputs_identical": sum(whole) / len(whole),
+    }
+
+
+def speculation(turns: dict[bool, list[dict[str, float]]]) -> dict[str, Any]:
+    """Accepted drafts per second both ways, their share of all drafts, and tokens of a request in a step that verified some."""
+
+    def share(skip: bool, of: str) -> float:
+        return sum(turn[ACCEPTED] for turn in turns[skip]) / max(sum(turn[of] for turn in turns[skip]), 1)
+
+    ways = {"off": False, "on": True}
+    return {
+        "accepted_per_second": both_ways({skip: [turn["per_second"] for turn in turns[skip]] for skip in turns}),
+        "accepted_of_drafted": {name: share(skip, DRAFTED) for name, skip in ways.items()},
+        "tokens_per_verification": {name: 1 + share(skip, VERIFIED) for name, skip in ways.items()},
     }
 
 
@@ -195,6 +222,6 @@ def both_ways(turns: dict[bool, list[float]]) -> dict[str, Any]:
     return {
         "off": statistics.median(off),
         "on": statistics.median(on),
-        "on / off": statistics.median(b / a for a, b in zip(off, on, strict=True)),
+        "on / off": statistics.median(b / a if a else math.nan for a, b in zip(off, on, strict=True)),
         "turns": {"off": off, "on": on},
     }

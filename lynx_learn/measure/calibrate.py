@@ -60,6 +60,9 @@ class CalibrateOptions(TextOptions, ShareOptions):
     all sizes and budgets (all), or each source of each cell (worst-source)"""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16, 64])
     """decode batch sizes to find thresholds for; in between they are interpolated"""
+    speculative_tokens: int = 0
+    """drafts that a server will verify with each sequence's next token: a decode batch then holds that many positions more of
+    each sequence, and its threshold goes by all of its tokens"""
     prices: str = "uniform"
     """what reading each expert costs, as where the selector will be used: uniform, bytes, residency:SHARE (of the experts
     that fast memory holds) or devices:COUNT (experts in equal blocks on devices that read side by side)"""
@@ -90,11 +93,23 @@ class CalibrateOptions(TextOptions, ShareOptions):
         check_groups("groups", self.groups)
         read_prices(self.prices)
         self.text, self.share  # noqa: B018  # refuse what cannot be used
+        if self.speculative_tokens < 0:
+            raise OptionError(f"--speculative_tokens {self.speculative_tokens} is not usable: expected 0 or more")
+        if over := (self.length - self.prompt) % self.together:
+            raise OptionError(
+                f"--length {self.length} is not usable with --speculative_tokens {self.speculative_tokens}: expected --prompt "
+                f"and a multiple of {self.together} tokens, such as {self.length - over}"
+            )
 
     @property
     def text(self) -> ServedText:
         """What the losses are measured on."""
         return self.served(self.split)
+
+    @property
+    def together(self) -> int:
+        """Tokens of each sequence in a decode batch."""
+        return 1 + self.speculative_tokens
 
     @property
     def confidence_of_each(self) -> float:
@@ -172,14 +187,16 @@ def calibrate(options: CalibrateOptions, loaded: LoadedModel | None = None) -> L
         for size, groups in given.items():
             sources.update(name for _, names in groups for name in names)
             for budget, cell in (found.read(size) or {}).items():
-                cells[budget][str(size)] = cell
-        real = decode_one(decode, selector, {b: row[str(usual_size(given))] for b, row in cells.items()}, options)
+                cells[budget][str(size * options.together)] = cell
+        usual = str(usual_size(given) * options.together)
+        real = decode_one(decode, selector, {b: row[usual] for b, row in cells.items()}, options)
         figures = {"bound": BOUND, "cells": cells, "floor": asdict(decode.floor(options.metric)), "real": real}
         metrics["calibrate"] = {**metrics.get("calibrate", {}), options.metric: figures}
         limits = {
             "confidence": options.confidence,
             "guarantee": options.guarantee,
             "prices": read_prices(options.prices).describe(),
+            "speculative_tokens": options.speculative_tokens,
             **options.text.describe(loaded),
             "sources": shares(sources),
         }
@@ -288,7 +305,7 @@ def certify(
     """For each budget the certified threshold of one batch size, with what was measured at it."""
     pilot, rest = groups[:PILOT_GROUPS], list(groups[PILOT_GROUPS:])
     planned = plan(pilot_curve(loaded, layers, selector, pilot, options, max(options.budgets)), options.budgets)
-    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
+    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded), options.together)
 
     def measure(taus: list[float], tested: list[Group]) -> dict[float, Comparison]:
         return dict(zip(taus, simulation.compare(tested, [options.at(selector, tau) for tau in taus]), strict=True))
@@ -378,8 +395,8 @@ def pilot_curve(
     most: float = math.inf,
 ) -> Curve:
     """What the pilot groups lose at thresholds that span the budgets, up to the first at which it is more than `most`."""
-    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded))
-    taus, losses = pilot_thresholds(options.budgets, groups[0][0].shape[0]), []
+    simulation = Simulation(loaded.model, layers, options.prompt, options.text.ends(loaded), options.together)
+    taus, losses = pilot_thresholds(options.budgets, len(groups[0][0]) * options.together), []
     for tau in taus:
         losses.append(simulation.compare(groups, [options.at(selector, tau)])[0].mean(options.metric))
         if losses[-1] > most:

@@ -30,7 +30,7 @@ class SelectorConfig:
         keep_top1: every token keeps its first expert.
         thresholds: see `Thresholds`.
         calibration: metric -> for what text its thresholds hold, as the `sources` with their shares, and with what
-            `confidence`. What was measured at them stands in `metrics.json`.
+            `confidence`; and with how many drafts behind each token of a step (`speculative_tokens`). What was measured at them stands in `metrics.json`.
     """
 
     base_model: str
@@ -123,7 +123,7 @@ def outside(limits: dict[str, Any], use: dict[str, Any]) -> list[str]:
 
     Args:
         limits: what `SelectorConfig.calibration` says of a metric.
-        use: what is known of `temperature`, `top_p` and `length`, by these names.
+        use: what is known of `temperature`, `top_p`, `length` and `speculative_tokens`, by these names.
     """
     found = []
     for name, value in use.items():

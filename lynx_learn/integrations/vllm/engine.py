@@ -5,16 +5,18 @@ All that is wrapped is wrapped on the instances of that one model, and before it
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from ...errors import LynxError
 from ...moe.identity import Passing
+from ...selector.config import SelectorConfig, outside
 from ...selector.selector import LynxSelector, ThresholdPolicy
 from .acting.acting import Acting
 from .checks.reasons import audit_reasons, check, engine_reasons, recording_reasons
-from .layers import find_layers, looking, passing_of
+from .layers import find_layers, looking, passing_of, steering
 from .record import Recording
 from .settings import Settings, UnsupportedError, logger, read_settings, recorded, refuse
 
@@ -51,7 +53,9 @@ def load_model(load: Callable[[], Any], worker: Any) -> Any:
         logger().info_once("lynx-learn: a budget of 0 leaves the model untouched")
         return load()
     passing = passing_of(policy.selector.config.num_experts, config.model_config)
-    with looking(passing):
+    # Where untouched is good enough, vLLM's own choice of a kernel is.
+    steered = steering() if settings.on_unsupported == "fail" else nullcontext()
+    with looking(passing, config.model_config), steered:
         result = load()
     attach(worker, settings, policy, passing)
     return result
@@ -77,6 +81,7 @@ def attach(worker: Any, settings: Settings, policy: ThresholdPolicy, passing: Pa
     except (ImportError, AttributeError) as error:
         refuse(settings, UnsupportedError(f"this vLLM is built otherwise than the plugin expects ({error})"))
         return
+    say_of_drafts(worker.vllm_config.speculative_config, own)
     logger().info_once(
         "lynx-learn: %s at %s acts on decode steps of %d MoE layers (compared with its model: routers, experts of %d layers, "
         "%d of %d other weights)",
@@ -87,6 +92,21 @@ def attach(worker: Any, settings: Settings, policy: ThresholdPolicy, passing: Pa
         len(seen["rest"].keys() & own.identity.get("rest", {}).keys()),
         len(own.identity.get("rest", {})),
     )
+
+
+def say_of_drafts(speculation: Any, selector: SelectorConfig) -> None:
+    """Say in a line that steps hold more or fewer drafts than those that budgets are certified for.
+
+    Thresholds go by a step's rows, whoever they are of, so that they are of the right size in any case.
+    """
+    drafts = int(speculation.num_speculative_tokens) if speculation is not None else 0
+    certified = {"speculative_tokens": 0, **selector.calibration.get("kl", {})}
+    if found := outside(certified, {"speculative_tokens": drafts}):
+        logger().warning_once(
+            "lynx-learn: the budget is not certified for %s: run `lynx-learn calibrate --speculative_tokens %d`",
+            found[0],
+            drafts,
+        )
 
 
 def _tensor_rank() -> int:

@@ -61,16 +61,17 @@ def passing_of(num_experts: int, model: Any) -> Passing:
 
 
 @contextmanager
-def looking(passing: Passing) -> Iterator[None]:
-    """Have the weights of a checkpoint that vLLM reads meanwhile looked at."""
+def looking(passing: Passing, model_config: Any) -> Iterator[None]:
+    """Have the weights of this model's checkpoint that vLLM reads meanwhile looked at, and not those of one that drafts."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     own = DefaultModelLoader.get_all_weights
 
     @wraps(own)
-    def get_all_weights(*args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        for name, value in own(*args, **kwargs):
-            passing.see(name, value)
+    def get_all_weights(loader: Any, of: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, value in own(loader, of, *args, **kwargs):
+            if of is model_config:
+                passing.see(name, value)
             yield name, value
 
     DefaultModelLoader.get_all_weights = get_all_weights
@@ -78,6 +79,34 @@ def looking(passing: Passing) -> Iterator[None]:
         yield
     finally:
         DefaultModelLoader.get_all_weights = own
+
+
+@contextmanager
+def steering() -> Iterator[None]:
+    """Where vLLM chooses the kernel of a model that is built meanwhile, have it choose one that can be acted on.
+
+    Of kernels off the CPU it takes the first that says that it fits; others than `KERNELS`, monolithic ones among them,
+    say no. A kernel that was asked for by name is left to `check_layer`.
+    """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        yield
+        return
+    own = FusedMoEExperts.is_supported_config
+
+    # Kernels that override it call this one with their class.
+    def is_supported_config(kernel: type, config: Any, *args: Any, **kwargs: Any) -> tuple[bool, str | None]:
+        if config.moe_backend == "auto" and kernel.__name__ not in KERNELS:
+            return False, "lynx-learn cannot skip experts in it"
+        return own(kernel, config, *args, **kwargs)
+
+    FusedMoEExperts.is_supported_config = staticmethod(is_supported_config)
+    try:
+        yield
+    finally:
+        FusedMoEExperts.is_supported_config = staticmethod(own)
 
 
 @dataclass(frozen=True)

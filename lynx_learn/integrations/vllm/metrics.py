@@ -81,7 +81,9 @@ class Collector:
             steps.add_metric([name], totals[name])
         yield steps
         tokens = CounterMetricFamily(
-            "lynx_decode_tokens", "Tokens that were decoded, by what their requests ask for.", labels=["asked"]
+            "lynx_decode_tokens",
+            "Tokens that were decoded, drafts that were verified included, by what their requests ask for.",
+            labels=["asked"],
         )
         for name in ASKED:
             tokens.add_metric([name], totals[TOKENS + name])

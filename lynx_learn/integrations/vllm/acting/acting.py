@@ -54,7 +54,7 @@ class Acting(Wrapping):
         self.tokens = dict.fromkeys(metrics.ASKED, 0)
         self.audit = Audit(runner.model, self.rows, settings.audit_every) if settings.audit_every else None
         self.own_budget = np.empty(0, np.int64)
-        """Rows of the step that skip at the server's budget."""
+        """Rows of the step that skip at the server's budget, one of each request."""
         self.slots: Any = None
         self.logged = time.monotonic()
 
@@ -125,7 +125,7 @@ class Acting(Wrapping):
             tokens = np.fromiter((planned[name] for name in names), np.int64, len(names))
             # The last token of a prompt alone in its chunk is still prompt.
             computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
-            self.plan(names, tokens, computed >= batch.num_prompt_tokens[: batch.num_reqs])
+            self.plan(names, tokens, self._drafts(names), computed >= batch.num_prompt_tokens[: batch.num_reqs])
         return self._forward(own, *args, **kwargs)
 
     def _forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -139,24 +139,30 @@ class Acting(Wrapping):
     def _prepare_inputs(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Of the second model runner, which comes here for what requests are run, and for nothing else."""
         batch = own(*args, **kwargs)
-        self.plan(batch.req_ids, batch.num_scheduled_tokens, ~batch.is_prefilling_np)
+        self.plan(batch.req_ids, batch.num_scheduled_tokens, self._drafts(batch.req_ids), ~batch.is_prefilling_np)
         return batch
 
-    def plan(self, names: Sequence[str], tokens: Any, generating: Any) -> None:
+    def _drafts(self, names: Sequence[str]) -> Any:
+        """How many tokens of each request in this step are drafts, which the step verifies `(requests,)`."""
+        drafts = self.scheduled.scheduled_spec_decode_tokens
+        return np.fromiter((len(drafts.get(name, ())) for name in names), np.int64, len(names)) if drafts else 0
+
+    def plan(self, names: Sequence[str], tokens: Any, drafts: Any, generating: Any) -> None:
         """Fill `rows` for a step.
 
         Args:
             names: of its requests, in the order of their rows.
             tokens: of each of them in this step `(requests,)`.
+            drafts: how many of these are drafts `(requests,)`, or 0.
             generating: whether its prompt is done `(requests,)`.
         """
         if self.stopped:
             return
-        # Several tokens at once are generated text that is computed again.
-        decodes = generating & (tokens == 1)
+        # Several tokens at once that are no drafts are generated text that is computed again.
+        decodes = generating & (tokens == 1 + drafts)
         budgets = np.array([self.asked.get(name, self.settings.budget) for name in names])
-        out, own = (int((decodes & (budgets == budget)).sum()) for budget in (0.0, self.settings.budget))
-        for asked, count in zip(metrics.ASKED, (own, int(decodes.sum()) - own - out, out), strict=True):
+        out, own = (int(tokens[decodes & (budgets == budget)].sum()) for budget in (0.0, self.settings.budget))
+        for asked, count in zip(metrics.ASKED, (own, int(tokens[decodes].sum()) - own - out, out), strict=True):
             self.tokens[asked] += count
         layer = self.layers[0]
         if not decodes.any():
@@ -165,16 +171,19 @@ class Acting(Wrapping):
         elif tokens[~decodes].sum() * layer.top_k > layer.num_experts:
             self.outcome = "mixed"
         else:
-            self.outcome, scale = self.levels.scales(np.where(decodes, budgets, 0.0), self.settings.budget)
+            rows = np.repeat(np.where(decodes, budgets, 0.0), tokens)
+            self.outcome, scale = self.levels.scales(rows, self.settings.budget)
             if self.outcome == metrics.ACTED:
-                self.rows.fill(np.repeat(scale, tokens))
-                self.own_budget = np.flatnonzero(np.repeat((budgets == self.settings.budget) & (scale == 1), tokens))
+                self.rows.fill(scale)
+                # Each request's first: those behind it may be drafts that are not taken.
+                first = np.cumsum(tokens) - tokens
+                self.own_budget = first[(budgets == self.settings.budget) & (scale[first] == 1)]
 
     def _reload_weights(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Weights that are put in place of the loaded ones may be another model's."""
         selector = self.policy.selector
         passing = passing_of(selector.config.num_experts, self.runner.model_config)
-        with looking(passing):
+        with looking(passing, self.runner.model_config):
             result = own(*args, **kwargs)
         try:
             selector.check(find_layers(self.runner.get_model(), selector.config.layers, 0))

@@ -11,6 +11,10 @@ from ..settings import AUDIT_EVERY, BUDGET, KEY, SUPPORTED, Settings, Unsupporte
 # Until tests/test_vllm_gpu.py has passed on a GPU.
 CUDA_GRAPHS_REFUSED = True
 
+# Drafts that the model alone verifies. Others need its hidden states or are layers beside its own (EAGLE, MTP, Medusa), or
+# take drafts back behind the scheduler (ngram_gpu).
+SPECULATIONS = ("ngram", "draft_model")
+
 
 class Reason(NamedTuple):
     """One thing that skipping cannot act with.
@@ -79,9 +83,13 @@ def engine_reasons(config: Any) -> list[Reason]:
     if compilation.cudagraph_mode and CUDA_GRAPHS_REFUSED:
         text = "skipping in CUDA graphs was never tried on a GPU: add --compilation-config.cudagraph_mode NONE"
         found.append(Reason(text, {"compilation_config.cudagraph_mode": type(compilation.cudagraph_mode)["NONE"]}))
-    if config.speculative_config is not None:
-        text = "speculative decoding has no steps of one token per request: turn it off"
-        found.append(Reason(text, {"speculative_config": None}))
+    if (speculation := config.speculative_config) is not None:
+        kind = speculation.method if speculation.method not in SPECULATIONS else ""
+        if speculation.enable_adaptive_verification:
+            kind = "adaptive verification"
+        if kind:
+            text = f"speculative decoding with {kind} was never tried: take {' or '.join(SPECULATIONS)}, or turn it off"
+            found.append(Reason(text, {"speculative_config": None}))
     if config.lora_config is not None:
         found.append(
             Reason("LoRA changes the experts that the selector was trained for: turn it off", {"enable_lora": False})
