@@ -12,7 +12,7 @@ import torch
 from .checkpoint.blocks import without_weights
 from .decode.real import COPIED_BYTES
 from .errors import ModelError, OptionError
-from .fit.layer import BYTES_OF_A_NUMBER, CHECK, MOST_TOKENS, ROWS_BYTES
+from .fit.layer import BYTES_OF_A_NUMBER, CHECK, FEW_TOKENS, MOST_TOKENS, ROWS_BYTES
 from .fit.low_rank import MORE, NARROW, PENALTIES
 from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
@@ -270,27 +270,33 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     assigned = tokens * shape.top_k / shape.experts
     rows = assigned * CHECK / 10
     side, rank = min(rows, shape.hidden), shape.rank(options.surrogate_share)
-    experts = shape.experts * shape.expert_numbers * shape.itemsize
+    # The layer's weights and its surrogates.
+    numbers = shape.experts * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers
+    held = numbers * shape.itemsize
     inputs = min(ROWS_BYTES / BYTES_OF_A_NUMBER, tokens * shape.top_k * shape.hidden) * shape.itemsize
     # One expert's inputs and outputs, as they are and centred, and the Gram matrix with what is made of it.
     solved = 4 * 4 * assigned * shape.hidden + 4 * 8 * side**2
     kept = min(tokens, MOST_TOKENS)
-    # Hidden states once in parts and once joined.
-    scored = kept * (shape.hidden * 2 * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
-    memory = experts + max(inputs + solved, scored + in_a_pass(shape, options.batch_size * options.length))
+    scored = kept * (shape.hidden * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
+    memory = held + max(inputs + solved, scored + in_a_pass(shape, options.batch_size * options.length))
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
+    solve = solving(shape, rows, rank)
+    if assigned < FEW_TOKENS * shape.hidden:
+        solve += 2 * solving(shape, rows / 2, rank)
+    return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
+
+
+def solving(shape: Shape, rows: float, rank: int) -> float:
+    """Operations of the fit of one surrogate on so many tokens."""
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
     if rows < shape.hidden:
         solve = 4 * rows**2 * shape.hidden + (len(PENALTIES) + 2) * DECOMPOSITION * rows**3
-        solve += 8 * rows * (shape.hidden + rows) * widths
-    else:
-        applied = 4 * shape.hidden**2
-        solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
-        if shape.hidden > NARROW:
-            solve += STEPS * widths * applied
-        else:
-            solve += (len(PENALTIES) + 1) * (shape.hidden * applied + DECOMPOSITION * shape.hidden**3)
-    return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
+        return solve + 8 * rows * (shape.hidden + rows) * widths
+    applied = 4 * shape.hidden**2
+    solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
+    if shape.hidden > NARROW:
+        return solve + STEPS * widths * applied
+    return solve + (len(PENALTIES) + 1) * (shape.hidden * applied + DECOMPOSITION * shape.hidden**3)
 
 
 def size(count: float) -> str:

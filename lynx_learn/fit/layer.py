@@ -50,6 +50,7 @@ def fit_layer(
     torch.manual_seed(options.seed * 1009 + layer.index)
     answers: list[Answer] = [own.surrogates.output]
     if own.surrogates.rank:
+        own.surrogates.to(layer.dtype)  # what they are rounded to
         halves = _fit_surrogates(layer, own.surrogates, trace, tenth, logs)
         ranks = own.surrogates.ranks.tolist()
         answers += [lambda expert, x, half=half: half[expert].output(x, ranks[expert]) for half in halves]  # type: ignore[misc]
@@ -108,7 +109,6 @@ def _fit_surrogates(
                 found = fit_surrogate(rows((part >= start) & (part < end)), check, rank, min(MOST_RANKS * rank, hidden))
                 fits[which].append(_aside(found, scratch / f"{which}-{expert}.safetensors"))
     surrogates.put(fits[0])
-    surrogates.round_to(layer.dtype)
     return fits[1:]
 
 
@@ -167,33 +167,38 @@ def _assignments(
     Args:
         answers: of all surrogates; and, for costs that are cross-fitted, of those of the first half and of the second.
     """
-    parts: dict[bool, list[tuple[Tensor, ...]]] = {True: [], False: []}
-    energy = torch.zeros(())
     keep = min(1.0, MOST_TOKENS / trace.collected_tokens)
     thinning = torch.Generator().manual_seed(layer.index)
-    start = 0
-    for shard in trace.layer_shards(layer.index):
-        tokens = shard["indices"].shape[0]
-        own = tenth[start : start + tokens]
-        errors = squared_errors(layer, answers, shard_routing(shard))[:, 0]
-        costs, squares = errors[0], errors[-1]
-        if len(answers) > 1:
-            half = own.unsqueeze(-1)
-            costs = torch.where(half < HALF, errors[2], torch.where(half < CHECK, errors[1], costs))
-        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
-        energy += squares[own == HELD_OUT].sum()
-        chosen = torch.rand(tokens, generator=thinning) < keep
-        for held_out in (True, False):
-            mine = chosen & ((own == HELD_OUT) == held_out)
-            parts[held_out].append((features[mine], shard["indices"][mine], costs[mine], shard["hidden"][mine]))
-        start += tokens
-    joined = [
-        Assignments(*(torch.cat(column) for column in zip(*parts[held_out], strict=True))) for held_out in (False, True)
-    ]
-    if not len(joined[1].costs):
+    sizes = [len(shard["indices"]) for shard in trace.layer_shards(layer.index, ("indices",))]
+    chosen = torch.cat([torch.rand(size, generator=thinning) < keep for size in sizes])
+    sides = (tenth != HELD_OUT, tenth == HELD_OUT)
+    counts = [int((chosen & side).sum()) for side in sides]
+    if not counts[1]:
         raise TraceError(
             f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
         )
+    joined: list[Assignments] = []
+    energy = torch.zeros(())
+    start, filled = 0, [0, 0]
+    for shard in trace.layer_shards(layer.index):
+        place = slice(start, start + len(shard["indices"]))
+        start = place.stop
+        own = tenth[place].unsqueeze(-1)
+        errors = squared_errors(layer, answers, shard_routing(shard))[:, 0]
+        costs, squares = errors[0], errors[-1]
+        if len(answers) > 1:
+            costs = torch.where(own < HALF, errors[2], torch.where(own < CHECK, errors[1], costs))
+        energy += squares[sides[1][place]].sum()
+        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
+        columns = (features, shard["indices"], costs, shard["hidden"])
+        if not joined:  # in full at once: in parts that are joined, hidden states would be there twice
+            joined = [Assignments(*(c.new_empty(count, *c.shape[1:]) for c in columns)) for count in counts]
+        for which, side in enumerate(sides):
+            mine = (chosen & side)[place]
+            rows = slice(filled[which], filled[which] + int(mine.sum()))
+            filled[which] = rows.stop
+            for whole, column in zip(vars(joined[which]).values(), columns, strict=True):
+                whole[rows] = column[mine]
     check_finite(layer, *(rows.costs for rows in joined))
     return joined[0], joined[1], energy
 
