@@ -71,7 +71,7 @@ def test_costs_grow_with_tokens_and_layers(command: int) -> None:
     )
     assert deeper.operations > 1.5 * one.operations
     if command < 2:
-        assert 2 < more.operations / one.operations < 8
+        assert 2 < more.operations / one.operations < 16
     assert (deeper.memory > one.memory) == (command != 1)  # a layer is fitted alone
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import TraceError
+from ..files import write
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer
 from ..rules.oracle import Answer, squared_errors
@@ -113,8 +114,12 @@ def _fit_surrogates(
 
 
 def _aside(fit: Fit, file: Path) -> Fit:
-    """The same with its directions in a file, from which they are mapped."""
-    save_file({"down": fit.down, "up": fit.up}, file)
+    """The same with its directions in a file, from which they are mapped.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    write(file, save({"down": fit.down, "up": fit.up}))
     return fit._replace(**load_file(file))
 
 

@@ -153,8 +153,10 @@ def _train(options: TrainOptions, loaded: LoadedModel | None, trace: Trace, reco
     fitted = FittedLayers(out, _identity(options, trace, layers.dtype), share.by)
     try:
         _fit_layers(fitted, config, layers, trace, options, share)
-    except TraceError:  # of another trace nothing here could be used
-        if begins and share.world_size == 1:
+    except BaseException as error:
+        # Of another trace nothing here could be used, and where no layer is fitted there is nothing.
+        useless = isinstance(error, TraceError) or not any(map(fitted.read, range(len(layers.names))))
+        if begins and share.world_size == 1 and useless:
             shutil.rmtree(fitted.folder, ignore_errors=True)
             with suppress(OSError):
                 out.rmdir()
