@@ -60,7 +60,9 @@ SHAPE = Shape(
 
 @pytest.mark.parametrize("command", range(4))
 def test_costs_grow_with_tokens_and_layers(command: int) -> None:
-    options = PlanOptions("m", tokens=20_000)  # four times as many are no more than scorers learn from
+    # Four times as many are no more than scorers learn from, and halves of them are solved by width: near it, the dense solve
+    # among tokens takes longer.
+    options = PlanOptions("m", tokens=25_000)
     one, more, deeper = (
         costs(shape, own)[command]
         for shape, own in (
@@ -71,7 +73,7 @@ def test_costs_grow_with_tokens_and_layers(command: int) -> None:
     )
     assert deeper.operations > 1.5 * one.operations
     if command < 2:
-        assert 2 < more.operations / one.operations < 16
+        assert 2 < more.operations / one.operations < 8
     assert (deeper.memory > one.memory) == (command != 1)  # a layer is fitted alone
 
 

@@ -16,7 +16,7 @@ from jsonargparse import auto_cli
 from torch import Tensor
 
 from lynx_learn.checkpoint.blocks import open_layers
-from lynx_learn.fit.layer import CHECK, HELD_OUT
+from lynx_learn.fit.layer import CHECK, HALF, HELD_OUT
 from lynx_learn.fit.low_rank import Rows, fit_surrogate
 from lynx_learn.fit.scorer import Assignments, ScorerOptions, new_scorer, predicted_costs, quality, train_scorer
 from lynx_learn.fit.train import TrainOptions
@@ -27,8 +27,6 @@ from lynx_learn.selector.surrogates import rank_for
 from lynx_learn.show.tables import Table
 from lynx_learn.traces.format import Trace
 
-# Sequences up to this tenth are one half of those that surrogates are fitted on.
-HALF = CHECK // 2
 HEAD = [
     "tokens",
     "of an expert, by input dimension",
@@ -148,8 +146,7 @@ def costs(
             """Costs by the surrogate of these tokens."""
             rows, check = (Rows(x[own], y[own], weights[own]) for own in (chosen & fits, (part == CHECK) & fits))  # noqa: B023
             fit = fit_surrogate(rows, check, rank)
-            answer = x @ fit.down.T @ fit.up + fit.constant(rank)  # noqa: B023
-            return weights * (y - answer).square().sum(-1)  # noqa: B023
+            return weights * (y - fit.output(x, rank)).square().sum(-1)  # noqa: B023
 
         whole, first, second = by(part < CHECK), by(part < HALF), by((part >= HALF) & (part < CHECK))
         plain[token, slot] = whole

@@ -26,7 +26,6 @@ from lynx_learn.fit.low_rank import Rows, fit_surrogate
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import environment, load_base
 from lynx_learn.selector.selector import LynxSelector
-from lynx_learn.selector.surrogates import Fit
 from lynx_learn.show.tables import Table
 from lynx_learn.traces.format import Trace
 
@@ -115,7 +114,7 @@ def measure(layer: MoeLayer, trace: Trace, rank: int, options: Options) -> Tenso
 
         fit = fit_surrogate(surrogate_rows(learn), surrogate_rows(check), rank)
         y, y_tested = run(some.x), run(tested.x)
-        r, r_tested = (value - answer(fit, part.x) for value, part in ((y, some), (y_tested, tested)))
+        r, r_tested = (value - fit.output(part.x, rank) for value, part in ((y, some), (y_tested, tested)))
         best = {"scalar": (torch.inf, y_tested), "both": (torch.inf, r_tested)}
         for other in range(layer.num_experts):
             if other == expert:
@@ -154,11 +153,6 @@ def spread(count: int, most: int) -> Tensor:
     """At most so many places among `count`, evenly."""
     kept = min(count, most)
     return torch.arange(kept) * count // max(kept, 1)
-
-
-def answer(fit: Fit, x: Tensor) -> Tensor:
-    """What a surrogate with all of its directions says of `x` `(tokens, hidden)`."""
-    return x.float() @ fit.down.T @ fit.up + fit.constant(len(fit.down))
 
 
 def inner(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
