@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -279,6 +280,76 @@ def test_stand_ins_leave_less_together_than_alone(tmp_path: Path, script: Script
         assert scalar <= 1.1
 
 
+def cells(said: str) -> list[list[str]]:
+    """The rows of a Markdown table, without its head."""
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_other_kinds_of_surrogates_stand_beside_those_that_are_fitted(tmp_path: Path, script: Script) -> None:
+    places = ["--config", "train/surrogate_kinds.yaml", "--trace", tiny_flow().trace, "--selector", calibrated()]
+    sizes = ["--budget", BUDGETS[1], "--batch_size", 2, "--batches", 10]
+    said = script("train/surrogate_kinds.py", *places, "--out", tmp_path / "page.md", *sizes)
+    assert (tmp_path / "page.md").read_text() in said
+    rows = cells(said)
+    assert [row[0] for row in rows] == ["0", "1", "all"]
+    assert all(0 < float(cell) < 1.2 for row in rows for cell in row[1:])
+
+
+def test_a_shared_projection_is_found_where_there_is_one() -> None:
+    script = runpy.run_path(str(ROOT / "train" / "surrogate_kinds.py"))
+    draw = torch.Generator().manual_seed(0)
+    down = torch.randn(12, 3, generator=draw)
+    rows = []
+    for _ in range(4):
+        x, up = torch.randn(300, 12, generator=draw), torch.randn(3, 12, generator=draw)
+        rows.append(script["Rows"](x, x @ down @ up + 1, torch.ones(300)))
+    for width, most in ((3, 1e-3), (2, 1.0)):
+        for own, (whole, constant) in zip(rows, script["shared_input"](rows, rows, width), strict=True):
+            left = (own.y - own.x @ whole - constant).square().sum() / (own.y - own.y.mean(0)).square().sum()
+            assert left < most
+            assert width == 3 or left > 1e-2
+
+
+def test_other_ways_to_decide_are_read_off_at_equal_loss(tmp_path: Path, script: Script) -> None:
+    places = ["--config", "train/decision_kinds.yaml", "--trace", tiny_flow().trace, "--selector", calibrated()]
+    sizes = ["--budget", BUDGETS[1], "--batch_size", 2, "--learned_from", 3, "--measured_on", 2]
+    said = script("train/decision_kinds.py", *places, "--out", tmp_path / "page.md", *sizes)
+    assert (tmp_path / "page.md").read_text() in said
+    names = ["learned", "by entropy", "by its own entropy", "oracle", "errors together"]
+    assert [row[0] for row in cells(said)] == names
+
+
+@pytest.mark.parametrize(("sign", "kept"), [(1, [True, False, True]), (-1, [False, False, True])])
+def test_experts_whose_errors_add_up_are_not_both_left_out(sign: int, kept: list[bool]) -> None:
+    script = runpy.run_path(str(ROOT / "train" / "decision_kinds.py"))
+    model = load_model(tiny_flow().model).model
+    layer = find_moe_layers(model)[0]
+    selector = LynxSelector.from_pretrained(calibrated())
+    own = selector.layers[0]
+    with torch.no_grad():
+        for weight in own.surrogates.parameters():
+            weight.zero_()
+        own.sensitivity.fill_(1)
+        for weight in (layer.experts.gate_up_proj, layer.experts.down_proj):
+            weight[:] = weight[0].clone()
+        layer.experts.down_proj[1] *= sign
+        layer.experts.down_proj[2] *= 3
+    logits = torch.zeros(1, 1, layer.num_experts)
+    hidden = torch.randn(1, 1, layer.hidden_size, generator=torch.Generator().manual_seed(0)).to(layer.dtype)
+    weights = torch.full((1, 1, 3), 1 / 3, dtype=layer.dtype)
+    active = torch.ones(1, 1, dtype=torch.bool)
+    routing = script["Routing"](hidden, logits, torch.tensor([[[0, 1, 2]]]), weights, active)
+    cost = float(layer.expert_output(0, hidden[0]).float().square().sum() / 9)
+    found = {}
+    with mock.patch.object(LynxSelector, "check"):  # these are no longer the selector's experts
+        for name in ("Oracle", "Together"):
+            policy = script[name](selector, 1.1 * cost)
+            policy.bind(find_moe_layers(model))
+            found[name] = (policy.decide(layer, routing).weights != 0).flatten().tolist()
+    assert found == {"Oracle": [False, False, True], "Together": kept}
+
+
 def test_cross_fitted_costs_are_nearer_to_those_on_unseen_tokens(tmp_path: Path, script: Script) -> None:
     places = ["--config", "train/cross_fit.yaml", "--trace", tiny_flow().trace, "--out", tmp_path / "page.md"]
     said = script("train/cross_fit.py", *places, "--tokens", "[700]", "--layer", 1, "--epochs", 1)
@@ -385,6 +456,8 @@ def test_no_recipe_is_left_out() -> None:
             "quantised.yaml",
             "stand_ins.yaml",
             "cross_fit.yaml",
+            "surrogate_kinds.yaml",
+            "decision_kinds.yaml",
             "hidden_states.yaml",
         ),
         *(f"selector/{s}.yaml" for s in ("collect", "train", "calibrate", "evaluate", "coverage")),
