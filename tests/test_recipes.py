@@ -274,10 +274,16 @@ def test_stand_ins_leave_less_together_than_alone(tmp_path: Path, script: Script
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["0", "1", "all"]
     for _, *cells in rows:
-        scalar, surrogate, both = map(float, cells)
+        scalar, surrogate, both, either, oracle = map(float, cells)
         assert 0 < both < 1.1
         assert both <= surrogate + 0.01
         assert scalar <= 1.1
+        assert oracle <= min(scalar, surrogate)
+        assert oracle <= either <= max(scalar, surrogate)
+
+
+def read_config(selector: Path) -> dict[str, Any]:
+    return json.loads((selector / "config.json").read_text())  # type: ignore[no-any-return]
 
 
 def cells(said: str) -> list[list[str]]:
@@ -390,8 +396,10 @@ def test_a_scalar_finds_an_expert_that_is_a_multiple_of_another() -> None:
         layer.experts.gate_up_proj[:] = layer.experts.gate_up_proj[0]
         layer.experts.down_proj[:] = twin
         layer.experts.down_proj[0] /= 2.5
-    whole, scalar, surrogate, both = script["measure"](layer, trace, 2, script["Options"]("", "", "")).tolist()
-    assert scalar < 1e-6 * whole
+    found = script["measure"](layer, trace, 2, script["Options"]("", "", "")).tolist()
+    whole, scalar, surrogate, both, either, oracle = found
+    assert either == scalar < 1e-6 * whole
+    assert oracle <= scalar
     # What a surrogate leaves is no multiple of another expert, so that the scalar helps less behind it.
     assert 1e-6 * whole < both < surrogate < whole
 
@@ -402,9 +410,22 @@ def test_quantised_experts_lose_more_in_fewer_bits_and_read_fewer_bytes(tmp_path
     small = {"corpus": str(tiny_flow().texts), "length": LENGTH, "prompt": PROMPT, "ignore_eos": True}
     places = ["--config", "train/quantised.yaml", "--selector", calibrated(), "--out", tmp_path, "--split", "test"]
     changes = [f"--text={json.dumps(small)}", f"--budgets={json.dumps(BUDGETS)}", "--batch_size=2", "--groups=3"]
+    given = {"corpus": str(tiny_flow().texts), "split": "fit", "tokens": 20 * LENGTH, "length": LENGTH}
+    fit = {"epochs": 1, "reference": False, "tune_steps": 0, "sensitivity_groups": 1}
+    changes += [f"--collect={json.dumps(given)}", f"--train={json.dumps(fit)}"]
     said = script("train/quantised.py", *places, *changes)
     assert (tmp_path / "quantised.md").read_text() in said
-    points = json.loads((tmp_path / "quantised.json").read_text())["points"]
+    written = json.loads((tmp_path / "quantised.json").read_text())
+    before, own = written["retrained"]
+    assert [before["selector_of"], own["selector_of"]] == ["as stored", recipe["retrain"]]
+    # With a threshold that skips next to nothing, both lose what rounding alone does.
+    alone = next(p for p in written["points"] if (p["format"], p["budget"]) == (recipe["retrain"], None))
+    for kind in (before, own):
+        assert kind["points"][0]["kl"] == pytest.approx(alone["kl"], rel=0.2)
+        assert kind["points"][-1]["bytes"] < kind["points"][0]["bytes"]
+    identities = [read_config(tmp_path / name / "selector")["identity"] for name in ("as-stored", recipe["retrain"])]
+    assert identities[0] != identities[1]
+    points = written["points"]
     found = {(p["format"], p["budget"]): p for p in points}
     few, many = BUDGETS
     assert 0 < found["int8", None]["kl"] < found["int4", None]["kl"]

@@ -3,8 +3,9 @@
     python train/quantised.py --config train/quantised.yaml
 
 **Simulated**: experts' weights are rounded to what a format can hold and computed with in the model's own type, so the loss
-is that of weight-only quantisation, and no time is measured. The selector is that of the model before rounding. Writes
-`OUT/quantised.json` and `OUT/quantised.md`, and prints the table.
+is that of weight-only quantisation, and no time is measured. The selector is that of the model before rounding; whether one
+that is trained on the rounded model does better is measured for one format, with two selectors from the same text. Writes
+`OUT/quantised.json` and `OUT/quantised.md`, and prints the tables.
 """
 
 import math
@@ -22,18 +23,24 @@ from lynx_learn.decode.served import TextOptions
 from lynx_learn.decode.simulate import Comparison, Losses, Run, Simulation
 from lynx_learn.decode.tally import Stats
 from lynx_learn.files import write, write_json
+from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.bound import margin
+from lynx_learn.measure.equal_loss import interpolate
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
-from lynx_learn.moe.loading import environment, load_base
+from lynx_learn.moe.loading import LoadedModel, environment, load_base
+from lynx_learn.rules.grids import TAU, TAU_FACTORS
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.progress import track
 from lynx_learn.show.tables import Table
+from lynx_learn.traces.collect import CollectOptions, collect
 
 # Weights that share a scale of 16 bits in the integer formats.
 GROUP = 64
 # Values of a 4-bit float with two exponent bits, and the weights that share a power of two (OCP Microscaling Formats 1.0).
 E2M1, BLOCK = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 32
 STORED = "as stored"
+# Losses that selectors are compared at.
+LEVELS = (0.0075, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Options:
         budgets: nats of KL per token, of the selector's.
         split: part of the corpus.
         batch_size, groups: decode batches of so many sequences, and their number.
+        retrain: format of which a selector is trained and compared at equal loss; None: of none.
+        collect, train: options of these commands for both selectors of that comparison.
     """
 
     selector: str
@@ -56,6 +65,9 @@ class Options:
     split: str = "test"
     batch_size: int = 16
     groups: int = 12
+    retrain: str | None = None
+    collect: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
 
 
 def integers(weights: Tensor, bits: int) -> Tensor:
@@ -116,7 +128,6 @@ def rounded(layers: list[MoeLayer], name: str) -> Iterator[None]:
             matrix.copy_(own)
 
 
-@torch.no_grad()
 def main(options: Options) -> None:
     """Measure every format, with and without skipping, group by group."""
     selector = LynxSelector.from_pretrained(options.selector)
@@ -142,13 +153,54 @@ def main(options: Options) -> None:
                         found.setdefault((name, budget), []).extend(simulation.losses([run]))
     sources = [names for _, names in groups]
     points = [point(name, budget, runs, sources) for (name, budget), runs in found.items()]
-    written = {"options": vars(options), "environment": environment(), "points": points}
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    written = {"options": vars(options), "environment": environment(), "points": points}
+    if options.retrain:
+        written["retrained"] = compare_retrained(options, options.retrain, loaded, layers, simulation, groups)
     write_json(out / "quantised.json", written)
     table = quantised_table(written)
     write(out / "quantised.md", table.encode())
     print(table)
+
+
+def compare_retrained(
+    options: Options,
+    name: str,
+    loaded: LoadedModel,
+    layers: list[MoeLayer],
+    simulation: Simulation,
+    groups: list[tuple[Tensor, list[str]]],
+) -> list[dict[str, Any]]:
+    """On the rounded model, a selector of the model before rounding and one of its own: bytes where both lose as much, against
+    the model as it is stored."""
+    model = options.text.get("model") or LynxSelector.from_pretrained(options.selector).config.base_model
+    thresholds = [factor * TAU * options.batch_size**0.5 for factor in TAU_FACTORS]
+    policies = {}
+    for kind in (STORED, name):
+        folder = Path(options.out) / kind.replace(" ", "-")
+        with rounded(layers, kind):
+            trace = collect(CollectOptions(out=str(folder / "trace"), model=model, **options.collect), loaded)
+            selector = folder / "selector"
+            if not (selector / "config.json").exists():
+                train(TrainOptions(trace=str(trace.folder), out=str(selector), **options.train), loaded, trace)
+            own = LynxSelector.from_pretrained(selector)
+            for threshold in thresholds:
+                policies[kind, threshold] = own.at_threshold(threshold)
+                policies[kind, threshold].bind(layers)  # here, since the other model's selector is refused
+    found: dict[tuple[str, float], list[tuple[Losses, Stats]]] = {}
+    for tokens, _ in track(groups, "retrained", len(groups), unit="groups"):
+        simulation.untouched(tokens)
+        with rounded(layers, name):
+            for case, policy in policies.items():
+                found.setdefault(case, []).extend(simulation.losses([Run(tokens, policy)]))
+    sources = [names for _, names in groups]
+    rows = []
+    for kind in (STORED, name):
+        points = [point(name, threshold, found[kind, threshold], sources) for threshold in thresholds]
+        curve = [(p["kl"], p["experts"], p["bytes"]) for p in points]
+        rows.append({"selector_of": kind, "points": points, "at": [interpolate(curve, level) for level in LEVELS]})
+    return rows
 
 
 def point(
@@ -195,8 +247,28 @@ def quantised_table(written: dict[str, Any]) -> str:
             f"untouched; {written['environment']['machine']}, one run.\n",
             Table("", head, rows).markdown,
             "",
+            *retrained_table(written),
         ]
     )
+
+
+def retrained_table(written: dict[str, Any]) -> list[str]:
+    if "retrained" not in written:
+        return []
+    rows = [
+        [
+            "the model as stored" if found["selector_of"] == STORED else "the rounded model",
+            *("not reached" if at is None else f"{at[1]:.1%} / {at[0]:.1f}" for at in found["at"]),
+        ]
+        for found in written["retrained"]
+    ]
+    options = written["options"]
+    return [
+        f"Selectors from {options['collect'].get('tokens', 100_000):,} tokens each, on the model rounded to {options['retrain']}: bytes / experts "
+        "per layer where the loss against the model as stored, rounding included, is\n",
+        Table("", ["selector of", *(f"KL {level:g}" for level in LEVELS)], rows).markdown,
+        "",
+    ]
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python train/stand_ins.py --config train/stand_ins.yaml
 
-Three stand-ins of an expert's output E_e(x) are fitted on the tokens of a trace that were routed to it, and measured on others:
+Stand-ins of an expert's output E_e(x) are fitted on the tokens of a trace that were routed to it, and measured on others:
 
 - `scalar`: a number times the output of one other expert (as ExFold, arXiv 2608.24938), which is the best of all others, as if
   that one were always kept: more than any rule can count on;
 - `surrogate`: the low-rank map of the hidden state that `lynx-learn train` fits, before tuning, of the rank that the selector has;
-- `both`: the surrogate, and a scalar for what it leaves.
+- `both`: the surrogate, and a scalar for what it leaves;
+- `either`: the scalar or the surrogate, for each expert the one that leaves less of the tokens that they were fitted on;
+- `either, oracle`: for each held-out token the one that leaves less of it, which nobody knows beforehand.
 
 Figures are shares of the energy Σ g² ‖E_e(x)‖² that is left, g being the gate's weight. Prints a Markdown table and writes it to `OUT`.
 """
@@ -29,7 +31,7 @@ from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.tables import Table
 from lynx_learn.traces.format import Trace
 
-NAMES = ("scalar", "surrogate", "both")
+NAMES = ("scalar", "surrogate", "both", "either", "either, oracle")
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,15 @@ def measure(layer: MoeLayer, trace: Trace, rank: int, options: Options) -> Tenso
                 continue
             z, z_tested = run(some.x, other), run(tested.x, other)
             for name, target, target_tested in (("scalar", y, y_tested), ("both", r, r_tested)):
-                scalar = inner(target, z, some.weights) / inner(z, z, some.weights).clamp_min(1e-30)
-                left = float(energy(target - scalar * z, some.weights))
+                times = inner(target, z, some.weights) / inner(z, z, some.weights).clamp_min(1e-30)
+                left = float(energy(target - times * z, some.weights))
                 if left < best[name][0]:
-                    best[name] = (left, target_tested - scalar * z_tested)
-        left_over = (y_tested, best["scalar"][1], r_tested, best["both"][1])
+                    best[name] = (left, target_tested - times * z_tested)
+        scalar = best["scalar"]
+        either = scalar[1] if scalar[0] < float(energy(r, some.weights)) else r_tested
+        nearer = scalar[1].square().sum(-1) < r_tested.square().sum(-1)
+        oracle = torch.where(nearer.unsqueeze(-1), scalar[1], r_tested)
+        left_over = (y_tested, scalar[1], r_tested, best["both"][1], either, oracle)
         # As many as there are, not as many as were compared.
         scale = float(held_out.weights.sum() / tested.weights.sum().clamp_min(1e-30))
         found += scale * torch.stack([energy(part, tested.weights) for part in left_over]).double().cpu()
