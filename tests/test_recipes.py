@@ -319,7 +319,7 @@ def test_a_shared_projection_is_found_where_there_is_one() -> None:
 
 def test_other_ways_to_decide_are_read_off_at_equal_loss(tmp_path: Path, script: Script) -> None:
     places = ["--config", "train/decision_kinds.yaml", "--trace", tiny_flow().trace, "--selector", calibrated()]
-    sizes = ["--budget", BUDGETS[1], "--batch_size", 2, "--learned_from", 3, "--measured_on", 2]
+    sizes = ["--budget", BUDGETS[1], "--batch_size", 2, "--length", LENGTH, "--learned_from", 3, "--measured_on", 2]
     said = script("train/decision_kinds.py", *places, "--out", tmp_path / "page.md", *sizes)
     assert (tmp_path / "page.md").read_text() in said
     names = ["learned", "by entropy", "by its own entropy", "oracle", "errors together"]

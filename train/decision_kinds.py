@@ -63,6 +63,7 @@ class Options:
         budget: one that the selector is calibrated for, in nats of KL per token: what is skipped at it says how often costs
             should count, and thresholds lie around its own.
         batch_size: sequences that decode together.
+        length: tokens of a sequence, into which those of the trace are cut; a quarter stands for the prompt.
         learned_from, measured_on: batches of each, at most.
     """
 
@@ -71,8 +72,9 @@ class Options:
     out: str
     budget: float = 0.01
     batch_size: int = 16
-    learned_from: int = 16
-    measured_on: int = 12
+    length: int = 128
+    learned_from: int = 30
+    measured_on: int = 30
 
 
 class Predicted(ThresholdPolicy):
@@ -183,12 +185,12 @@ def fitted(
         features.append(given.features.flatten(0, 1))
         assert isinstance(policy.total, Tensor)
         predicted.append(policy.total.flatten())
-    x, costs, kl = (torch.cat(part).double().numpy() for part in (features, predicted, lost))
+    x, costs, rises = (torch.cat(part).double().numpy() for part in (features, predicted, lost))
     seen = costs > 0
     models = []
     for columns in (KNOWN, KNOWN + 1):
         model = make_pipeline(StandardScaler(), PoissonRegressor(alpha=1e-4, max_iter=1000))
-        ratios = np.maximum(kl[seen], 0) / costs[seen]
+        ratios = np.maximum(rises[seen], 0) / costs[seen]
         model.fit(x[seen, :columns], ratios, poissonregressor__sample_weight=costs[seen] / costs[seen].mean())
         models.append(model)
     return models, float(policy.ready[layers[0].index].thresholds[batches[0].shape[0]])
@@ -201,11 +203,11 @@ def main(options: Options) -> None:
     selector = LynxSelector.from_pretrained(options.selector)
     loaded = load_base(None, selector.config.base_model, selector.config.base_revision, "cpu", "auto", tokenizer=False)
     layers = find_moe_layers(loaded.model)
-    index, length = trace.index(), trace.options.length
-    tokens, sequence = (index[name].view(-1, length) for name in ("tokens", "sequence"))
-    tenth, prompt = sequence[:, 0] % 10, length // 4
+    tokens, sequence = (trace.index()[name].view(-1, options.length) for name in ("tokens", "sequence"))
+    tenth, prompt = sequence[:, 0] % 10, options.length // 4
+    # Whole batches, since thresholds go by their size.
     learn, measured = (
-        tokens[chosen][: most * options.batch_size].split(options.batch_size)
+        tokens[chosen].split(options.batch_size)[: min(most, int(chosen.sum()) // options.batch_size)]
         for chosen, most in ((tenth < CHECK, options.learned_from), (tenth == HELD_OUT, options.measured_on))
     )
     policy = Predicted(selector, selector.config.calibrated(options.budget), "", kernel="torch")

@@ -49,7 +49,7 @@ class Options:
         selector: selector folder, whose rank the surrogates have, and whose decisions make the second round's hidden states.
         out: Markdown file.
         budget: nats of KL per token that skipping loses.
-        batch_size, batches: sequences that decode together, and how many batches.
+        batch_size, batches: sequences that decode together, and how many batches at most.
     """
 
     trace: str
@@ -57,7 +57,7 @@ class Options:
     out: str
     budget: float = 0.01
     batch_size: int = 16
-    batches: int = 40
+    batches: int = 36
 
 
 class Recorded:
@@ -109,7 +109,8 @@ def main(options: Options) -> None:
     layers = find_moe_layers(loaded.model)
     index, length = trace.index(), trace.options.length
     tokens, tenth = (index[name].view(-1, length) for name in ("tokens", "sequence"))
-    places = [slice(n * options.batch_size, (n + 1) * options.batch_size) for n in range(options.batches)]
+    count = min(options.batches, len(tokens) // options.batch_size)
+    places = [slice(n * options.batch_size, (n + 1) * options.batch_size) for n in range(count)]
     seen = []
     for policy in (None, selector.policy(options.budget)):
         found = []
@@ -128,7 +129,7 @@ def main(options: Options) -> None:
     rows.append(["all", *shares(total)])
     page = "\n".join(
         [
-            f"Share of the energy that is left, on held-out tokens; {options.trace}, {options.batches * options.batch_size} "
+            f"Share of the energy that is left, on held-out tokens; {options.trace}, {count * options.batch_size} "
             f"sequences, rank {rank}, skipping at a budget of {options.budget:g} at batch {options.batch_size}; "
             f"{environment()['machine']}; one run.\n",
             Table("", ["layer", *NAMES], rows).markdown,
