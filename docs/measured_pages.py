@@ -17,10 +17,13 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from lynx_learn.show import figures
 from lynx_learn.show.quality import guarantees_table, loss
 from lynx_learn.show.tables import Table
 
 Report = dict[str, Any]
+# Colour and marker of each format of weights, that of the model as it is stored first.
+FORMATS = [(figures.RED, "o"), (figures.BLUE, "s"), (figures.SKY, "^"), (figures.GREEN, "D"), (figures.PURPLE, "v")]
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,32 @@ class Options:
 
     Attributes:
         pages: Markdown files to fill; figures go beside the first.
-        main, second: report folders of `lynx-learn evaluate`, of the reference MoE and of the second model.
-        ablations: `ablations.json` of `ablations.py`.
+        main, large_batches, larger, larger_64, top2, second: report folders of `lynx-learn evaluate`: of the reference MoE at a small batch
+            with all methods and at large ones, of the larger model, of the one with two of eight experts, and of the second one.
+        ablations, longer: `ablations.json` of `ablations.py`.
+        surrogate_kinds, surrogate_kinds_larger, decision_kinds, decision_kinds_larger: Markdown of `surrogate_kinds.py` and of
+            `decision_kinds.py`, of the small and of the larger model.
         coverage: `coverage.json` of `lynx-learn coverage`.
         certificate, large_batch, large_batch_all: Markdown of `certificate.py`: of all texts, of one at batch 64, and of all at batch 64
             and fewer positions.
         long_decode, trained_length: Markdown of `long_decode.py`, beyond the positions that the model was trained on and within them.
-        quantised, quantised_larger, stand_ins, stand_ins_larger: Markdown of `quantised.py` and of `stand_ins.py`, of the small and
-            of the larger model.
+        quantised, quantised_larger: folders of `quantised.py`, of the small and of the larger model.
+        stand_ins, stand_ins_larger: Markdown of `stand_ins.py`, of both.
     """
 
     pages: list[str]
     main: str | None = None
+    large_batches: str | None = None
+    larger: str | None = None
+    larger_64: str | None = None
+    top2: str | None = None
     second: str | None = None
     ablations: str | None = None
+    longer: str | None = None
+    surrogate_kinds: str | None = None
+    surrogate_kinds_larger: str | None = None
+    decision_kinds: str | None = None
+    decision_kinds_larger: str | None = None
     coverage: str | None = None
     certificate: str | None = None
     large_batch: str | None = None
@@ -90,8 +105,9 @@ def ratios(report: Report) -> str:
     return grid([*head, "bytes to formula", "experts to oracle"], rows)
 
 
-def matched(report: Report, size: int) -> str:
-    """Bytes and experts of every method at equal loss, mixed batches of one size."""
+def matched(report: Report) -> str:
+    """Bytes and experts of every method at equal loss, mixed batches of the largest size."""
+    size = max(m["batch_size"] for m in report["matched"])
     own = [m for m in report["matched"] if m["batch_size"] == size and m["batches"] == "mixed"]
     losses = list(dict.fromkeys(loss(m) for m in own))
     cells: dict[str, dict[str, str]] = {}
@@ -184,13 +200,25 @@ def setting(report: Report) -> str:
 # What a block shows, by its name: the option that names its report, and how it is shown.
 BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "frontier": ("main", ratios),
-    "methods": ("main", lambda report: matched(report, 16)),
+    "methods": ("main", matched),
     "sources": ("main", worst_sources),
     "setting": ("main", setting),
+    "large batches": ("large_batches", ratios),
+    "large batches sources": ("large_batches", worst_sources),
+    "larger": ("larger", ratios),
+    "larger 64": ("larger_64", ratios),
+    "top2": ("top2", ratios),
+    "top2 methods": ("top2", matched),
+    "top2 setting": ("top2", setting),
     "second": ("second", ratios),
-    "second methods": ("second", lambda report: matched(report, 16)),
+    "second methods": ("second", matched),
     "second setting": ("second", setting),
     "ablations": ("ablations", ablation_rows),
+    "longer": ("longer", ablation_rows),
+    "surrogate kinds": ("surrogate_kinds", str),
+    "surrogate kinds larger": ("surrogate_kinds_larger", str),
+    "decision kinds": ("decision_kinds", str),
+    "decision kinds larger": ("decision_kinds_larger", str),
     "coverage": ("coverage", coverage_rows),
     "guarantees": ("coverage", lambda report: guarantees_table(report).markdown + "\n"),
     "certificate": ("certificate", str),
@@ -219,15 +247,60 @@ def main(options: Options) -> None:
         texts[page] = f"{start}<!-- {name} -->\n{make(read(given))}{rest[rest.index('<!-- end -->') :]}"
     for page, text in texts.items():
         page.write_text(text)
-    for given, name in ((options.main, "frontier"), (options.second, "frontier-second")):
+    beside = Path(options.pages[0])
+    for given, name in (
+        (options.main, "frontier"),
+        (options.top2, "frontier-top2"),
+        (options.second, "frontier-second"),
+    ):
         if given is not None:
-            shutil.copyfile(Path(given) / "frontier.svg", Path(options.pages[0]).with_name(f"{name}.svg"))
+            shutil.copyfile(Path(given) / "frontier.svg", beside.with_name(f"{name}.svg"))
+    folders = [folder for folder in (options.quantised, options.quantised_larger) if folder is not None]
+    if folders:
+        quantised_figure([json.loads((Path(f) / "quantised.json").read_text()) for f in folders], beside)
+
+
+def quantised_figure(reports: list[Report], beside: Path) -> None:
+    """Write `quantised.svg`: KL against bytes, a panel for each model; rounding alone, and with skipping on top."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+
+    looks = dict(zip(dict.fromkeys(p["format"] for p in reports[0]["points"]), FORMATS, strict=True))
+    with mpl.rc_context(figures.SETTINGS):
+        drawn = Figure(figsize=(4.8 * len(reports) + 1.6, 4.4), layout="constrained")
+        panels = drawn.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+        for panel, report in zip(panels, reports, strict=True):
+            for name, (colour, marker) in looks.items():
+                own = [p for p in report["points"] if p["format"] == name]
+                alone, skipping = ([p for p in own if (p["budget"] is None) == which] for which in (True, False))
+                x, y = ([p[key] for p in skipping] for key in ("bytes", "kl"))
+                panel.plot(x, y, color=colour, marker=marker, label=name)
+                for p in alone:
+                    panel.plot(p["bytes"], p["kl"], color=colour, marker=marker, markerfacecolor="white", markersize=9)
+            panel.set_title(Path(report["options"]["selector"]).name, loc="left", fontweight="bold", fontsize=13)
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            panel.set_ylim(bottom=3e-5)
+            panel.set_xticks([0.1, 0.15, 0.2, 0.3, 0.5, 0.8])
+            panel.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
+            panel.grid(color="#DDDDDD", linewidth=0.8)
+            panel.set_axisbelow(True)
+        panels[0].plot([], [], "o", color=figures.INK, markerfacecolor="white", markersize=9, label="nothing skipped")
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+        drawn.supxlabel("weights read per decode step, relative to the untouched model in 16 bits")
+        drawn.supylabel("KL to the untouched model, nats per token")
+        drawn.savefig(beside.with_name("quantised.svg"), metadata={"Date": None})
 
 
 def read(given: str) -> Any:
-    """A report of a folder or a file, or the text of a Markdown file."""
+    """A report of a folder or a file, or the text of a Markdown file, of a folder without a report its only one."""
     place = Path(given)
-    place = place / "report.json" if place.is_dir() else place
+    if place.is_dir():
+        report = place / "report.json"
+        place = report if report.exists() else next(place.glob("*.md"))
     return place.read_text().strip() + "\n" if place.suffix == ".md" else json.loads(place.read_text())
 
 

@@ -1,6 +1,9 @@
 """One layer of a selector, from its part of a trace and its experts' weights: surrogates, then a scorer."""
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
 from ..selector.surrogates import MOST_RANKS, Fit, Surrogates
 from ..traces.format import Trace
-from .low_rank import Rows, fit_surrogate
+from .low_rank import ROWS_AT_A_TIME, Rows, fit_surrogate
 from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
@@ -88,17 +91,24 @@ def _fit_surrogates(
     """
     hidden, rank = layer.hidden_size, surrogates.rank
     most = max(1, ROWS_BYTES // (hidden * BYTES_OF_A_NUMBER))
-    counts = torch.zeros(layer.num_experts, dtype=torch.int64)
+    counts, fitted = (torch.zeros(layer.num_experts, dtype=torch.int64) for _ in range(2))
+    start = 0
     for shard in trace.layer_shards(layer.index, ("indices",)):
-        counts += torch.bincount(shard["indices"].flatten(), minlength=layer.num_experts)
+        learned = tenth[start : start + len(shard["indices"])] <= CHECK
+        start += len(learned)
+        for sums, indices in ((counts, shard["indices"]), (fitted, shard["indices"][learned])):
+            sums += torch.bincount(indices.flatten(), minlength=layer.num_experts)
     few = float(counts.sum()) < FEW_TOKENS * layer.num_experts * hidden
     spans = [(0, CHECK), *([(0, HALF), (HALF, CHECK)] if few else [])]
     fits: list[list[Fit]] = [[] for _ in spans]
-    for block in blocks_within(counts.tolist(), most):
-        for x, weights, part in gathered(trace, layer.index, tenth, block, counts, most):
+    for block in blocks_within(fitted.tolist(), most):
+        for x, weights, part in gathered(trace, layer.index, tenth, block, fitted, most):
             expert = len(fits[0])
             x = x.to(layer.device, layer.dtype)
-            y = layer.expert_output(expert, x) if len(x) else x
+            y = torch.empty_like(x)
+            for some, into in zip(x.split(ROWS_AT_A_TIME), y.split(ROWS_AT_A_TIME), strict=True):
+                if len(some):
+                    into.copy_(layer.expert_output(expert, some))
             check_finite(layer, y)
             weights, part = weights.to(layer.device), part.to(layer.device)
 
@@ -109,8 +119,18 @@ def _fit_surrogates(
             for which, (start, end) in enumerate(spans):
                 found = fit_surrogate(rows((part >= start) & (part < end)), check, rank, min(MOST_RANKS * rank, hidden))
                 fits[which].append(_aside(found, scratch / f"{which}-{expert}.safetensors"))
+            _give_back()
     surrogates.put(fits[0])
     return fits[1:]
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, where the C library can be asked to.
+
+    Experts have different numbers of tokens: what one has freed is too small for the next, and the heap would grow with each.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _aside(fit: Fit, file: Path) -> Fit:
@@ -140,9 +160,17 @@ def gathered(
     """Of each expert of `block` its assignments' inputs, squared weights and tenths, without held-out ones.
 
     Every shard is read once, whatever the number of experts. An expert with more than `most` assignments has every n-th.
+
+    Args:
+        counts: assignments of each expert `(experts,)`, without held-out ones.
     """
-    parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {expert: [] for expert in block}
-    seen = dict.fromkeys(block, 0)
+    steps = [max(-(-int(counts[expert]) // most), 1) for expert in block]
+    starts = [0]
+    for expert, step in zip(block, steps, strict=True):
+        starts.append(starts[-1] + -(-int(counts[expert]) // step))
+    # In full at once: in parts that are joined, and given back one by one, memory would be torn.
+    columns: list[Tensor] = []
+    seen, filled = [0] * len(block), starts[:-1]
     start = 0
     for shard in trace.layer_shards(layer, ("hidden", "indices", "weights")):
         tokens, top_k = shard["indices"].shape
@@ -150,17 +178,21 @@ def gathered(
         start += tokens
         order = flat.argsort(stable=True)
         ends = [0, *torch.bincount(flat, minlength=len(counts)).cumsum(0).tolist()]
-        for expert in block:
+        squares = shard["weights"].flatten().square()
+        if not columns:
+            kinds = (shard["hidden"], squares, own)
+            columns = [part.new_empty(starts[-1], *part.shape[1:]) for part in kinds]
+        for place, expert in enumerate(block):
             rows = order[ends[expert] : ends[expert + 1]]
             rows = rows[own[rows // top_k] <= CHECK]
-            step = -(-int(counts[expert]) // most)
-            kept = rows[-seen[expert] % step :: step] if step > 1 else rows
-            seen[expert] += len(rows)
-            token = kept // top_k
-            weights = shard["weights"].flatten()[kept].square()
-            parts[expert].append((shard["hidden"][token], weights, own[token]))
-    for expert in block:
-        x, weights, part = (torch.cat(column) for column in zip(*parts.pop(expert), strict=True))
+            kept = rows[-seen[place] % steps[place] :: steps[place]]
+            seen[place] += len(rows)
+            token, into = kept // top_k, slice(filled[place], filled[place] + len(kept))
+            filled[place] = into.stop
+            for whole, part in zip(columns, (shard["hidden"][token], squares[kept], own[token]), strict=True):
+                whole[into] = part
+    for first, last in pairwise(starts):
+        x, weights, part = (column[first:last] for column in columns)
         yield x, weights, part
 
 

@@ -112,9 +112,9 @@ def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = No
     share = (fit.weights.double() / total).to(fit.x)
     mean_x, mean_y = share @ fit.x, share @ fit.y
     root = fit.weights.to(fit.x).sqrt().unsqueeze(1)
-    x, y = (fit.x - mean_x) * root, (fit.y - mean_y) * root
+    x, y = (fit.x - mean_x).mul_(root), (fit.y - mean_y).mul_(root)
     best, chosen = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu()), 0.0
-    scale = float(x.double().square().sum()) / hidden
+    scale = float(torch.linalg.vector_norm(x, dim=1).double().square().sum()) / hidden
     lowest = check.error(zero, zero, mean_y)
     if not rank or not scale > 0:
         return best
