@@ -34,7 +34,7 @@ from torch.nn import functional
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.fit import layer as fit_of_layer
-from lynx_learn.fit.layer import shard_routing
+from lynx_learn.fit.layer import CHECK, blocks_within, gathered, shard_routing
 from lynx_learn.fit.scorer import quality
 from lynx_learn.fit.train import train
 from lynx_learn.moe import loading
@@ -302,6 +302,28 @@ def test_an_expert_that_overflows_is_refused_and_leaves_nothing(
         train(train_options(flow, tmp_path / "s", model=str(broken), surrogate_share=share))
     assert "--dtype float32" in one_line(error)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("most", [10**6, 40])
+def test_an_expert_is_fitted_on_every_nth_of_its_tokens(most: int) -> None:
+    trace = Trace.open(tiny_flow().trace)
+    tenth = trace.index()["sequence"] % 10
+    names = ("hidden", "indices", "weights")
+    hidden, indices, weights = (torch.cat(column) for column in zip(*(
+        [shard[name] for name in names] for shard in trace.layer_shards(1, names)
+    ), strict=True))  # fmt: skip
+    learned = tenth <= CHECK
+    counts = torch.bincount(indices[learned].flatten(), minlength=trace.options.num_experts)
+    blocks = list(blocks_within(counts.tolist(), most))
+    assert len(blocks) == (1 if most > counts.sum() else len(counts))
+    found = [rows for block in blocks for rows in gathered(trace, 1, tenth, block, counts, most)]
+    for expert, (x, squares, part) in enumerate(found):
+        token, slot = ((indices == expert) & learned.unsqueeze(-1)).nonzero(as_tuple=True)
+        kept = slice(None, None, -(-len(token) // most))
+        assert torch.equal(x, hidden[token[kept]])
+        assert torch.equal(squares, weights[token, slot][kept].square())
+        assert torch.equal(part, tenth[token[kept]])
+    assert any(len(x) < count for (x, *_), count in zip(found, counts.tolist(), strict=True)) == (most == 40)
 
 
 @pytest.mark.slow
