@@ -48,7 +48,7 @@ RESERVED = {
     "onnx": {"graph.export", "graph.graph"},
     "onnxscript": {"graph.export"},
     "onnxruntime": {"graph.onnx_runtime"},
-    "triton": {"moe.kernels.grouping", "selector.kernels.answers", "selector.kernels.triton"},
+    "triton": {"moe.kernels.grouping", *(f"selector.kernels.{name}" for name in ("answers", "in_place", "triton"))},
     "numba": {"selector.kernels.cpu", "moe.kernels.arithmetic", "moe.kernels.gated"},
 }
 

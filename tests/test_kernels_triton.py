@@ -354,7 +354,8 @@ class Compile:
 
         def launch(*arguments: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
             given = dict(zip(self.kernel.arg_names, arguments, strict=False))
-            signature = {n: f"*{TYPES[a.dtype]}" if isinstance(a, Tensor) else "i32" for n, a in given.items()}
+            kinds = {int: "i32", float: "fp32"}
+            signature = {n: f"*{TYPES[a.dtype]}" if isinstance(a, Tensor) else kinds[type(a)] for n, a in given.items()}
             signature |= dict.fromkeys(constants, "constexpr")
             source = ASTSource(self.kernel, signature, constants)
             options = {"num_warps": num_warps, "num_stages": num_stages}

@@ -24,11 +24,11 @@ from lynx_learn.integrations.vllm import metrics as vllm_metrics
 from lynx_learn.integrations.vllm.acting import acting as vllm_acting
 from lynx_learn.integrations.vllm.acting import audit as vllm_audit
 from lynx_learn.integrations.vllm.acting.acting import Acting
-from lynx_learn.integrations.vllm.acting.layer import CHECK, NAME
+from lynx_learn.integrations.vllm.acting.layer import NAME
 from lynx_learn.integrations.vllm.acting.rows import Levels
 from lynx_learn.integrations.vllm.layers import EngineLayer
 from lynx_learn.integrations.vllm.settings import Settings, UnsupportedError
-from lynx_learn.moe.decision import Routing
+from lynx_learn.moe.decision import Routing, Sums
 from lynx_learn.moe.families import find_moe_layers
 from lynx_learn.moe.identity import Passing
 from lynx_learn.selector.selector import ThresholdPolicy
@@ -344,7 +344,7 @@ def test_self_check_passes_when_every_layer_ran_the_decision() -> None:
     assert found.outcomes["acted"] == 1 + vllm_acting.CHECK_EVERY
     assert found.asked == {"7": 0.0}
     assert not found.rows.acts
-    assert not found.sums[:, CHECK].any()
+    assert not found.sums[:, Sums.CHECK].any()
 
 
 @pytest.mark.parametrize("second", [False, True], ids=["first runner", "second runner"])

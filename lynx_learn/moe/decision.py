@@ -1,6 +1,7 @@
 """What decides at decode: the small interface that a selector and every published rule share."""
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -27,6 +28,21 @@ class Routing(NamedTuple):
 # Where a vector of counts has the decode batches, their active tokens, the assignments of these that surrogates answer, and
 # from where on the batches that loaded each expert, as routed and then as run.
 BATCHES, TOKENS, ANSWERED, LOADS = range(4)
+
+
+class Sums(IntEnum):
+    """Where a vector has what an engine's layer sums over the steps that it acts on, int64."""
+
+    ROUTED = 0
+    """Distinct experts as routed."""
+    LOADED = 1
+    """Distinct experts as run."""
+    ASSIGNMENTS = 2
+    """Of active tokens."""
+    ANSWERED = 3
+    """Those of them that surrogates answer."""
+    CHECK = 4
+    """The sum of what was decided less that of what was run: 0."""
 
 
 class Decision(NamedTuple):

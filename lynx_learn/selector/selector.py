@@ -27,6 +27,7 @@ from .scorers import SCORERS
 
 if TYPE_CHECKING:
     from .kernels.compiled import Compiled
+    from .kernels.in_place import InPlace
     from .kernels.triton import Fused
 
 KERNELS = ("auto", "torch", "triton", "numba")
@@ -273,6 +274,18 @@ class ThresholdPolicy:
                     return fused.decide(routing, scale, price)
         self.plain.add(index)
         return self._decide_in_pytorch(layer, routing, scale)
+
+    def in_place(self, layer: Layer, factor: float, adds: bool) -> "InPlace | None":
+        """What decides over what an engine's router has chosen; None where kernels do not, or experts have prices.
+
+        Arguments as in `InPlace`.
+        """
+        fused = self.fused.get(layer.index)
+        if fused is None or self.prices.of(layer) is not None:
+            return None
+        from .kernels.in_place import InPlace
+
+        return InPlace(fused, factor, adds)
 
     def _decide_in_pytorch(self, layer: Layer, routing: Routing, scale: Tensor | None = None) -> Decision:
         rows = None if scale is None else scale.unsqueeze(0)

@@ -16,7 +16,7 @@ from ..surrogates import Surrogates
 # The interpreter multiplies the bits of bfloat16 as if they were integers.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Rows of `down` that a program takes at once, and columns of the output.
-_ROWS, _COLUMNS, _SUM_COLUMNS = 16, 128, 256
+_ROWS, _COLUMNS, SUM_COLUMNS = 16, 128, 256
 # Bytes that it reads at once of each row of `down`, and of each column of `up`.
 _ROW_BYTES, _COLUMN_BYTES = 256, 128
 # A tile of a product has this many tokens at least; beyond the most, further programs take the others.
@@ -73,6 +73,7 @@ def _codes(
     starts,
     codes,
     tokens,
+    hidden_stride,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -97,7 +98,7 @@ def _codes(
         for start in range(0, HIDDEN, HIDDEN_BLOCK):
             at = start + tl.arange(0, HIDDEN_BLOCK)
             inside = (token < tokens)[:, None] & (at < HIDDEN)[None, :]
-            x = tl.load(hidden + token[:, None] * HIDDEN + at[None, :], mask=inside, other=0.0)
+            x = tl.load(hidden + token[:, None] * hidden_stride + at[None, :], mask=inside, other=0.0)
             inside = (at < HIDDEN)[:, None] & (row < end)[None, :]
             into = tl.load(down + row[None, :] * HIDDEN + at[:, None], mask=inside, other=0.0)
             products = _times(x.to(into.dtype), into, products)
@@ -151,6 +152,17 @@ def _outputs(
 
 
 @triton.jit
+def total(outputs, weights, token, column, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr):
+    """The sum of what a token's surrogates put out, in these columns."""
+    slot = tl.arange(0, TOP_K_PADDED)
+    place = token * TOP_K + slot
+    weight = tl.load(weights + place, mask=slot < TOP_K, other=0.0).to(tl.float32)
+    inside = (weight != 0.0)[:, None] & (column < HIDDEN)[None, :]
+    output = tl.load(outputs + place[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
+    return tl.sum(output.to(tl.float32), 0)
+
+
+@triton.jit
 def _sum(
     outputs,
     weights,
@@ -160,25 +172,28 @@ def _sum(
     TOP_K_PADDED: tl.constexpr,
     COLUMNS_BLOCK: tl.constexpr,
 ):
-    """A program for each token and block of columns: the sum of what its surrogates put out."""
+    """A program for each token and block of columns."""
     token = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)
-    slot = tl.arange(0, TOP_K_PADDED)
-    place = token * TOP_K + slot
-    weight = tl.load(weights + place, mask=slot < TOP_K, other=0.0).to(tl.float32)
-    inside = (weight != 0.0)[:, None] & (column < HIDDEN)[None, :]
-    output = tl.load(outputs + place[:, None] * HIDDEN + column[None, :], mask=inside, other=0.0)
-    total = tl.sum(output.to(tl.float32), 0)
-    tl.store(addition + token * HIDDEN + column, total.to(addition.dtype.element_ty), mask=column < HIDDEN)
+    sums = total(outputs, weights, token, column, HIDDEN, TOP_K, TOP_K_PADDED)
+    tl.store(addition + token * HIDDEN + column, sums.to(addition.dtype.element_ty), mask=column < HIDDEN)
 
 
-def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """As `Surrogates.answer`; launched on the current device. All arguments lie in memory without gaps."""
+def rows_apart(hidden: Tensor) -> Tensor:
+    """Itself, where the numbers of each row lie side by side; rows may lie anywhere."""
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+
+
+def outputs_of(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """What each surrogate puts out that answers, weighted, `(tokens, top_k, hidden)`; undefined where none does.
+
+    Arguments as in `answer`, but that an expert below 0 is none.
+    """
+    hidden = rows_apart(hidden)
     size, top_k = hidden.shape[-1], indices.shape[-1]
     tokens, experts, rows = indices.numel() // top_k, len(maps.constant), len(maps.down)
     codes = torch.empty(tokens, rows, dtype=maps.down.dtype, device=hidden.device)
     outputs = torch.empty(tokens, top_k, size, dtype=maps.down.dtype, device=hidden.device)
-    addition = torch.empty(hidden.shape, dtype=maps.down.dtype, device=hidden.device)
     block = min(max(triton.next_power_of_2(tokens), _FEWEST_TOKENS), _MOST_TOKENS)
     # Programs for other tokens run side by side, so that what they read is read from memory once.
     shape = {
@@ -197,6 +212,7 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         maps.starts,
         codes,
         tokens,
+        hidden.stride(-2),
         **shape,
         ROWS_BLOCK=_ROWS,
         HIDDEN_BLOCK=_ROW_BYTES // maps.down.element_size(),
@@ -218,14 +234,22 @@ def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tens
         num_warps=4,
         num_stages=3,
     )
-    _sum[(tokens, triton.cdiv(size, _SUM_COLUMNS))](
+    return outputs
+
+
+def answer(maps: Maps, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """As `Surrogates.answer`; launched on the current device. Indices and weights lie in memory without gaps."""
+    outputs = outputs_of(maps, hidden, indices, weights)
+    tokens, top_k, size = outputs.shape
+    addition = torch.empty(hidden.shape, dtype=maps.down.dtype, device=hidden.device)
+    _sum[(tokens, triton.cdiv(size, SUM_COLUMNS))](
         outputs,
         weights,
         addition,
         HIDDEN=size,
         TOP_K=top_k,
-        TOP_K_PADDED=shape["TOP_K_PADDED"],
-        COLUMNS_BLOCK=_SUM_COLUMNS,
+        TOP_K_PADDED=triton.next_power_of_2(top_k),
+        COLUMNS_BLOCK=SUM_COLUMNS,
         num_warps=4,
     )
     return addition

@@ -22,7 +22,7 @@ from ..features import SMALLEST_WEIGHT, TOKEN_PARTS
 from ..prices import Offer, Price
 from ..scorers import LOWEST_LOG_COST, Folded
 from ..surrogates import Surrogates
-from .answers import Maps, answer
+from .answers import Maps, answer, rows_apart
 
 MOST_TOKENS, MOST_EXPERTS, MOST_TOP_K, MOST_WIDTH, MOST_PROJECTED = 512, 512, 16, 127, 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,11 +40,14 @@ def _row(matrix, row, column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _standing(active, scale, token, inside, SCALED: tl.constexpr):
-    """How many times each token's costs count; 0 for those that are not active."""
-    stands = tl.load(active + token, mask=inside, other=0).to(tl.float32)
+def _standing(active, scale, token, inside, MASKED: tl.constexpr, SCALED: tl.constexpr):
+    """How many times each token's costs count; 0 for those that are not active. One of both says so at least."""
     if SCALED:
-        stands = tl.where(stands != 0.0, tl.load(scale + token, mask=inside, other=0.0), 0.0)
+        stands = tl.load(scale + token, mask=inside, other=0.0)
+        if MASKED:
+            stands = tl.where(tl.load(active + token, mask=inside, other=0) != 0, stands, 0.0)
+    else:
+        stands = tl.load(active + token, mask=inside, other=0).to(tl.float32)
     return stands
 
 
@@ -62,13 +65,19 @@ def _costs_by_expert(
     projection,
     outer,
     rows,
+    routed_indices,
+    routed_weights,
+    hidden_stride,
+    factor,
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     PROJECTED: tl.constexpr,
     KEEP_TOP1: tl.constexpr,
+    MASKED: tl.constexpr,
     SCALED: tl.constexpr,
+    COPIED: tl.constexpr,
     ROUNDS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
@@ -78,7 +87,9 @@ def _costs_by_expert(
 ):
     """One program per token: its costs, spread over a row `(experts,)` of `rows`; 0 where it is not active.
 
-    Costs are above 0, so the sign is free: with KEEP_TOP1 it is negative at the token's first expert.
+    Costs are above 0, so the sign is free: with KEEP_TOP1 it is negative at the token's first expert. Weights count `factor`
+    times. With COPIED, experts and weights as they are go into `routed_indices` and `routed_weights`. An expert below 0 is
+    taken for 0.
     """
     token = tl.program_id(0)
     COLUMNS: tl.constexpr = WIDTH + 1
@@ -104,8 +115,13 @@ def _costs_by_expert(
     first_unchosen = tl.max(rest, 0)
 
     # Parts of its assignments, in the order of features.ASSIGNMENT_PARTS.
-    own = tl.load(indices + token * TOP_K + slot, mask=taken, other=0).to(tl.int32)
-    weight = tl.load(weights + token * TOP_K + slot, mask=taken, other=0.0).to(tl.float32)
+    place = token * TOP_K + slot
+    own = tl.load(indices + place, mask=taken, other=0).to(tl.int32)
+    weight = tl.load(weights + place, mask=taken, other=0.0).to(tl.float32)
+    if COPIED:
+        tl.store(routed_indices + place, own, mask=taken)
+        tl.store(routed_weights + place, weight, mask=taken)
+    own, weight = tl.maximum(own, 0), weight * factor
     logit = tl.load(logits + token * EXPERTS + own, mask=taken, other=0.0).to(tl.float32)
     log_weight = tl.log(tl.maximum(weight, _SMALLEST_WEIGHT))
     share = weight / tl.maximum(tl.sum(weight, 0), _SMALLEST_WEIGHT)
@@ -122,17 +138,17 @@ def _costs_by_expert(
     constant += tl.max(share, 0) * _row(of_token, 7, column, COLUMNS)
     constant += tl.min(tl.where(taken, logit, float("inf")), 0) * _row(of_token, 8, column, COLUMNS)
     if PROJECTED > 0:
-        place = tl.arange(0, PROJECTED_PADDED)
+        part = tl.arange(0, PROJECTED_PADDED)
         products = tl.zeros((HIDDEN_BLOCK, PROJECTED_PADDED), tl.float32)
         for start in range(0, HIDDEN, HIDDEN_BLOCK):
             at = start + tl.arange(0, HIDDEN_BLOCK)
-            state = tl.load(hidden + token * HIDDEN + at, mask=at < HIDDEN, other=0.0).to(tl.float32)
-            inside = (at < HIDDEN)[:, None] & (place < PROJECTED)[None, :]
+            state = tl.load(hidden + token * hidden_stride + at, mask=at < HIDDEN, other=0.0).to(tl.float32)
+            inside = (at < HIDDEN)[:, None] & (part < PROJECTED)[None, :]
             products += state[:, None] * tl.load(
-                projection + at[:, None] * PROJECTED + place[None, :], mask=inside, other=0.0
+                projection + at[:, None] * PROJECTED + part[None, :], mask=inside, other=0.0
             )
-        inside = (place < PROJECTED)[:, None] & (column < COLUMNS)[None, :]
-        into = tl.load(of_token + (place + _TOKEN_PARTS)[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
+        inside = (part < PROJECTED)[:, None] & (column < COLUMNS)[None, :]
+        into = tl.load(of_token + (part + _TOKEN_PARTS)[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0)
         constant += tl.sum(tl.sum(products, 0)[:, None] * into, 0)
     inside = taken[:, None] & (column < COLUMNS)[None, :]
     inner = tl.load(of_expert + own[:, None] * COLUMNS + column[None, :], mask=inside, other=0.0) + constant[None, :]
@@ -147,7 +163,7 @@ def _costs_by_expert(
         silu = inner / (1.0 + tl.exp(-inner))
         log_cost += tl.sum(tl.where((column < WIDTH)[None, :], silu * out[None, :], 0.0), 1)
     # A cost that is no number must stay one: it keeps its expert.
-    stands = _standing(active, scale, token, True, SCALED)
+    stands = _standing(active, scale, token, True, MASKED, SCALED)
     cost = stands * tl.exp(tl.maximum(log_cost, _LOWEST_LOG_COST, propagate_nan=tl.PropagateNan.ALL))
 
     hit = (own[:, None] == expert[None, :]) & taken[:, None]
@@ -156,6 +172,65 @@ def _costs_by_expert(
         first = (weight == tl.max(weight, 0))[:, None] & hit
         row = tl.where(tl.max(first.to(tl.int32), 0) > 0, -row, row)
     tl.store(rows + token * EXPERTS + expert, tl.where(stands != 0, row, 0.0), mask=real)
+
+
+@triton.jit
+def choose(
+    rows,
+    active,
+    scale,
+    thresholds,
+    prices,
+    tokens,
+    last,
+    EXPERTS: tl.constexpr,
+    KEEP_TOP1: tl.constexpr,
+    MASKED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PRICED: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOKENS_PADDED: tl.constexpr,
+    TOKENS_BLOCK: tl.constexpr,
+):
+    """Of each expert whether active tokens load it, and whether it is left out; the one that stays in any case; tokens' scales.
+
+    And the number of tokens that count for the threshold.
+    """
+    expert = tl.arange(0, EXPERTS_PADDED)
+    real = expert < EXPERTS
+    sums = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
+    lowest = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
+    for start in range(0, TOKENS_PADDED, TOKENS_BLOCK):
+        token = start + tl.arange(0, TOKENS_BLOCK)
+        inside = (token < tokens)[:, None] & real[None, :]
+        part = tl.load(rows + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
+        sums += tl.abs(part)
+        if KEEP_TOP1:
+            lowest = tl.minimum(lowest, part)
+    total = tl.sum(sums, 0)
+
+    place = tl.arange(0, TOKENS_PADDED)
+    stands = _standing(active, scale, place, place < tokens, MASKED, SCALED)
+    count = tl.sum(((stands > 0.0) & (stands < float("inf"))).to(tl.int32), 0)
+    threshold = tl.load(thresholds + tl.minimum(count, last))
+
+    # The first of the largest totals, where what is no number is larger than any.
+    odd = (total != total).to(tl.int32)
+    height = tl.where(tl.max(odd, 0) > 0, odd.to(tl.float32), total)
+    anchor = tl.argmax(tl.where(real, height, -1.0), 0)
+    limit = threshold
+    if PRICED:
+        limit = threshold * tl.load(prices + expert, mask=real, other=1.0)
+    leave = (total < limit) & (expert != anchor)
+    if KEEP_TOP1:
+        leave = leave & (tl.min(lowest, 0) >= 0.0)
+    return total != 0.0, leave, anchor, stands, count
+
+
+@triton.jit
+def usable(used, leave):
+    """Tokens that are not active run on what the others load; where none is active, all run. As numbers, to be gathered from."""
+    return ((leave == 0) & (used | (tl.max(used.to(tl.int32), 0) == 0))).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["tokens", "last"])
@@ -189,47 +264,36 @@ def _rewrite(
     """One program: what each expert costs, which stay, the assignments rewritten, and what of it is counted."""
     expert = tl.arange(0, EXPERTS_PADDED)
     real = expert < EXPERTS
-    sums = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
-    lowest = tl.zeros((TOKENS_BLOCK, EXPERTS_PADDED), tl.float32)
-    for start in range(0, TOKENS_PADDED, TOKENS_BLOCK):
-        token = start + tl.arange(0, TOKENS_BLOCK)
-        inside = (token < tokens)[:, None] & real[None, :]
-        part = tl.load(rows + token[:, None] * EXPERTS + expert[None, :], mask=inside, other=0.0)
-        sums += tl.abs(part)
-        if KEEP_TOP1:
-            lowest = tl.minimum(lowest, part)
-    total = tl.sum(sums, 0)
-
-    place = tl.arange(0, TOKENS_PADDED)
-    stands = _standing(active, scale, place, place < tokens, SCALED)
-    count = tl.sum(((stands > 0.0) & (stands < float("inf"))).to(tl.int32), 0)
-    threshold = tl.load(thresholds + tl.minimum(count, last))
-
-    # The first of the largest totals, where what is no number is larger than any.
-    odd = (total != total).to(tl.int32)
-    height = tl.where(tl.max(odd, 0) > 0, odd.to(tl.float32), total)
-    anchor = tl.argmax(tl.where(real, height, -1.0), 0)
-    limit = threshold
-    if PRICED:
-        limit = threshold * tl.load(prices + expert, mask=real, other=1.0)
-    leave = (total < limit) & (expert != anchor)
-    if KEEP_TOP1:
-        leave = leave & (tl.min(lowest, 0) >= 0.0)
-    used = total != 0.0
+    used, leave, anchor, stands, _ = choose(
+        rows,
+        active,
+        scale,
+        thresholds,
+        prices,
+        tokens,
+        last,
+        EXPERTS,
+        KEEP_TOP1,
+        True,
+        SCALED,
+        PRICED,
+        EXPERTS_PADDED,
+        TOKENS_PADDED,
+        TOKENS_BLOCK,
+    )
     tl.store(loads + expert, used, mask=real)
     tl.store(loads + EXPERTS + expert, used & (leave == 0), mask=real)
     tl.store(counts + _LOADS + expert, used.to(tl.int64), mask=real)
     tl.store(counts + _LOADS + EXPERTS + expert, (used & (leave == 0)).to(tl.int64), mask=real)
 
-    # Tokens that are not active run on what the others load; where none is active, all run.
-    usable = ((leave == 0) & (used | (tl.max(used.to(tl.int32), 0) == 0))).to(tl.int32)
+    can = usable(used, leave)
     answering = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, TOKENS_PADDED * TOP_K, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tokens * TOP_K
         own = tl.load(indices + at, mask=inside, other=0)
         weight = tl.load(weights + at, mask=inside, other=0.0)
-        stays = tl.gather(usable, own.to(tl.int32), 0) != 0
+        stays = tl.gather(can, own.to(tl.int32), 0) != 0
         tl.store(new_indices + at, tl.where(stays, own, anchor.to(tl.int64)), mask=inside)
         tl.store(new_weights + at, tl.where(stays, weight, 0.0).to(weight.dtype), mask=inside)
         if ANSWERED:
@@ -247,7 +311,7 @@ def _padded(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def supported(folded: Folded, routing: Routing) -> bool:
+def supported(folded: Folded, routing: Routing, integers: Sequence[torch.dtype] = (torch.int64,)) -> bool:
     """Whether the kernels can decide for this batch: one decode batch, in sizes and types they were written for."""
     tokens, experts = routing.logits.shape[-2:]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
@@ -260,44 +324,80 @@ def supported(folded: Folded, routing: Routing) -> bool:
         and projected <= MOST_PROJECTED
         and all(part.dtype in FLOATS for part in (routing.hidden, routing.logits, routing.weights))
         and all(part.dtype == torch.float32 for part in folded)
-        and routing.indices.dtype == torch.int64
+        and routing.indices.dtype in integers
         # A gradient would not find its way back.
         and not (torch.is_grad_enabled() and routing.weights.requires_grad)
     )
 
 
-def costs_by_expert(folded: Folded, routing: Routing, keep_top1: bool, scale: Tensor | None = None) -> Tensor:
+def costs_by_expert(
+    folded: Folded,
+    routing: Routing,
+    keep_top1: bool,
+    scale: Tensor | None = None,
+    masked: bool = True,
+    factor: float = 1.0,
+    routed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Costs `(T, experts)`, float32, 0 where a token does not vote; negative at its first expert with `keep_top1`.
 
-    Each times the token's scale. The routing is one batch, with a leading dimension or without, as everywhere here.
+    Args:
+        folded: the layer's scorer.
+        routing: one batch, with a leading dimension or without, as everywhere here.
+        keep_top1: whether each token's first expert stays.
+        scale: what each token's costs are multiplied with.
+        masked: whether `routing.active` is read; otherwise all that have a scale above 0 are active.
+        factor: what the router's weights are multiplied with.
+        routed: where experts, int32, and weights, float32, are copied to as they are, both `(T, top_k)`.
     """
     tokens, experts = routing.logits.shape[-2:]
-    top_k, hidden = routing.indices.shape[-1], routing.hidden.shape[-1]
+    top_k, size = routing.indices.shape[-1], routing.hidden.shape[-1]
     width, projected = folded.outer.shape[0], folded.projection.shape[1]
     rows = torch.empty(tokens, experts, dtype=torch.float32, device=routing.logits.device)
     projected_padded = _padded(projected)
     experts_padded, top_k_padded = _padded(experts), _padded(top_k)
+    hidden = rows_apart(routing.hidden)
     _costs_by_expert[(tokens,)](
-        *(part.contiguous() for part in routing),
+        hidden,
+        *(part.contiguous() for part in routing[1:]),
         rows if scale is None else scale.contiguous(),
         *(part.contiguous() for part in folded),
         rows,
+        *(routed or (rows, rows)),
+        hidden.stride(-2),
+        factor,
         EXPERTS=experts,
         TOP_K=top_k,
-        HIDDEN=hidden,
+        HIDDEN=size,
         WIDTH=width,
         PROJECTED=projected,
         KEEP_TOP1=keep_top1,
+        MASKED=masked,
         SCALED=scale is not None,
+        COPIED=routed is not None,
         ROUNDS=min(top_k, experts - 1),
         EXPERTS_PADDED=experts_padded,
         TOP_K_PADDED=top_k_padded,
         COLUMNS_PADDED=_padded(width + 1),
         PROJECTED_PADDED=projected_padded,
-        HIDDEN_BLOCK=min(_padded(hidden), _PROJECTION_TILE // projected_padded),
+        HIDDEN_BLOCK=min(_padded(size), _PROJECTION_TILE // projected_padded),
         num_warps=8 if experts_padded * top_k_padded > 2048 or projected else 4,
     )
     return rows
+
+
+def tiles(tokens: int, experts: int, top_k: int) -> dict[str, int]:
+    """The sizes that a kernel with one program for the whole batch is compiled for."""
+    experts_padded, tokens_padded = _padded(experts), _padded(tokens)
+    return {
+        "EXPERTS": experts,
+        "TOP_K": top_k,
+        "EXPERTS_PADDED": experts_padded,
+        "TOKENS_PADDED": tokens_padded,
+        "TOKENS_BLOCK": min(tokens_padded, _TOTALS_TILE // experts_padded),
+        "BLOCK": min(_padded(tokens * top_k), _REWRITE_TILE),
+        "num_warps": 8,
+    }
 
 
 def rewrite_by(
@@ -318,7 +418,6 @@ def rewrite_by(
     left_out = torch.empty_like(weights) if answers else None
     loads = torch.empty(2, *routing.logits.shape[:-2], experts, dtype=torch.bool, device=device)
     counts = torch.empty(LOADS + 2 * experts, dtype=torch.int64, device=device)
-    experts_padded, tokens_padded = _padded(experts), _padded(tokens)
     prices = None if price is None else _prices(price, rows, thresholds)
     _rewrite[(1,)](
         rows,
@@ -336,17 +435,11 @@ def rewrite_by(
         counts,
         tokens,
         len(thresholds) - 1,
-        EXPERTS=experts,
-        TOP_K=top_k,
         KEEP_TOP1=keep_top1,
         SCALED=scale is not None,
         PRICED=prices is not None,
         ANSWERED=answers,
-        EXPERTS_PADDED=experts_padded,
-        TOKENS_PADDED=tokens_padded,
-        TOKENS_BLOCK=min(tokens_padded, _TOTALS_TILE // experts_padded),
-        BLOCK=min(_padded(tokens * top_k), _REWRITE_TILE),
-        num_warps=8,
+        **tiles(tokens, experts, top_k),
     )
     return Decision(new_indices, new_weights, None, answered, (loads[0], loads[1]), counts=counts), left_out
 
@@ -409,13 +502,17 @@ class Fused:
         if self.maps is None or left_out is None:
             return decision
         with current(routing.logits.device):
-            hidden, indices = routing.hidden.contiguous(), routing.indices.contiguous()
-            return decision._replace(addition=answer(self.maps, hidden, indices, left_out))
+            addition = answer(self.maps, routing.hidden, routing.indices.contiguous(), left_out)
+            return decision._replace(addition=addition)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """Whose shapes the time of a decision depends on."""
+        return (*self.folded, *((self.maps.down,) if self.maps else ()))
 
     def is_faster(self, routing: Routing, plain: "Form") -> bool:
         """Whether it takes less time than `plain`; see `is_faster`."""
-        parts = (*self.folded, *((self.maps.down,) if self.maps else ()))
-        return routing.logits.is_cuda and is_faster(parts, routing, self.decide, plain)
+        return routing.logits.is_cuda and is_faster(self.parts, routing, self.decide, plain)
 
 
 _verdicts: dict[tuple[object, ...], bool] = {}

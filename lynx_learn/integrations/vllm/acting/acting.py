@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from ....errors import LynxError
+from ....moe.decision import Sums
 from ....selector.selector import ThresholdPolicy
 from .. import metrics as metrics
 from ..layers import EngineLayer, Wrapping, check_shape, find_layers, looking, passing_of
 from ..settings import Settings, UnsupportedError, asked_budget, logger, refuse
 from .audit import Audit, check_forward
-from .layer import ASSIGNMENTS, CHECK, NAME, LayerHook
+from .layer import NAME, LayerHook
 from .rows import Levels, Rows
 
 LOG_EVERY_S = 60.0
@@ -47,7 +48,7 @@ class Acting(Wrapping):
         self.scheduled: Any = None
         self.outcome: str | None = None
         self.stopped = False
-        self.sums = torch.zeros(len(layers), CHECK + 1, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(layers), len(Sums), dtype=torch.int64, device=device)
         self.host = torch.zeros(self.sums.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
         self.checked: torch.Tensor | None = None
         self.outcomes = dict.fromkeys((metrics.ACTED, *metrics.SKIPPED), 0)
@@ -199,12 +200,12 @@ class Acting(Wrapping):
             return
         # Later ones do not wait for the device: there the sums may lag behind by a step.
         sums = (self.sums if self.checked is None else self.host).to("cpu", copy=True)
-        risen = sums[:, ASSIGNMENTS] if self.checked is None else sums[:, ASSIGNMENTS] - self.checked
-        wrong = (risen <= 0) | (sums[:, CHECK] != 0)
+        risen = sums[:, Sums.ASSIGNMENTS] - (0 if self.checked is None else self.checked)
+        wrong = (risen <= 0) | (sums[:, Sums.CHECK] != 0)
         if not wrong.any():
             if self.checked is None:
                 logger().info("lynx-learn: self-check passed, every MoE layer ran what was decided for it")
-            self.checked = sums[:, ASSIGNMENTS]
+            self.checked = sums[:, Sums.ASSIGNMENTS]
             return
         self.stop()
         missing = [layer.name for layer, is_wrong in zip(self.layers, wrong.tolist(), strict=True) if is_wrong]

@@ -6,21 +6,21 @@ operations that the graph does not look into; elsewhere vLLM's own operation of 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ....moe.decision import Routing
+from ....moe.decision import Routing, Sums
 from ....selector.selector import ThresholdPolicy
 from ..layers import EngineLayer, Wrapping
 from .rows import Rows
 
+if TYPE_CHECKING:
+    from ....selector.kernels.in_place import InPlace
+
 NAME = "lynx_learn"
 """Under which a MoE runner has its `LayerHook`, and the model runner its `Acting`."""
-
-ROUTED, LOADED, ASSIGNMENTS, ANSWERED, CHECK = range(5)
-"""What a layer sums over the steps acted on; CHECK is the sum of what was decided less that of what was run: 0."""
 
 
 class LayerHook:
@@ -29,7 +29,7 @@ class LayerHook:
     def __init__(
         self, wrapping: Wrapping, layer: EngineLayer, policy: ThresholdPolicy, rows: Rows, sums: Tensor, rank: int
     ) -> None:
-        """`sums` `(CHECK + 1,)` is where it counts, `rank` the worker's among those that share the layer's experts."""
+        """`sums` is where it counts, as in `Sums`; `rank` the worker's among those that share the layer's experts."""
         self.layer, self.policy, self.rows, self.sums = layer, policy, rows, sums
         runner = layer.runner
         self.name = str(runner.layer_name)
@@ -39,7 +39,10 @@ class LayerHook:
         self.adds = runner._fused_output_is_reduced or rank == 0
         # On the CPU the kernel multiplies rows of weight 0 like any other, and which rows stay is known without waiting.
         self.gathers = layer.device.type == "cpu"
-        self.addition: Tensor | None = None
+        self.kernels = policy.in_place(layer, self.scale, self.adds)
+        self.undecided: Callable[[Tensor, Tensor], None] = partial(_finish, sums, None)
+        self.finish = self.undecided
+        """What is still to be done when the experts have run, with their output and what they ran."""
         self.experts: Callable[..., Tensor] = runner.routed_experts.forward_modular
         wrapping.give(runner, NAME, self)
         wrapping.replace(runner.router, "_compute_routing", self._compute_routing)
@@ -71,31 +74,40 @@ class LayerHook:
     @torch.no_grad()
     def decide(self, hidden_states: Tensor, router_logits: Tensor, weights: Tensor, ids: Tensor) -> None:
         """Rewrite what the router has chosen, `weights` and `ids` `(rows, top_k)`, in place."""
-        self.addition = None
         if not self.rows.decide(len(ids)):
             return
         scale = self.rows.scale[: len(ids)]
+        routing = Routing(hidden_states[:, : self.layer.hidden_size], router_logits, ids, weights, scale)
+        kernels = self.kernels
+        if kernels is not None and kernels.takes(routing) and self._faster(kernels, routing):
+            self.finish = kernels.decide(routing, self.sums)
+        else:
+            self.finish = self._decide(routing, self.sums)
+
+    def _faster(self, kernels: "InPlace", routing: Routing) -> bool:
+        return self.policy.kernel == "triton" or kernels.is_faster(routing, self.sums, self._decide)
+
+    def _decide(self, routing: Routing, sums: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """As `InPlace.decide`, by what the policy decides with."""
+        hidden, logits, ids, weights, scale = routing
         active = scale > 0
-        routing = Routing(
-            hidden_states[:, : self.layer.hidden_size],
-            router_logits,
-            ids.long().clamp_min(0),  # rows of padding may name no expert
-            weights * self.scale,
-            active,
-        )
-        decision = self.policy.decide_one(self.layer, routing, scale)
+        # Rows of padding may name no expert.
+        own = Routing(hidden, logits, ids.long().clamp_min(0), weights * self.scale, active)
+        decision = self.policy.decide_one(self.layer, own, scale)
         assert decision.loads is not None
         before, after = (part.sum() for part in decision.loads)
-        answered = torch.zeros_like(before) if decision.answered is None else decision.answered.sum()
-        if decision.addition is not None and self.adds:
-            self.addition = decision.addition / self.scale
+        answered = torch.zeros_like(before)
+        if decision.answered is not None:
+            answered = (decision.answered & active.unsqueeze(-1)).sum()
+        addition = decision.addition / self.scale if decision.addition is not None and self.adds else None
         # The router's own weights, not those that were scaled and back: what stays is as it was to the last bit.
         weights.masked_fill_(decision.weights == 0, 0)
         ids.copy_(torch.where(ids < 0, ids, decision.indices.to(ids.dtype)))
         # What a graph runs while nothing may be skipped is not counted.
         counted = torch.stack([before, after, active.sum() * self.layer.top_k, answered])
-        self.sums[:CHECK] += counted * (active & scale.isfinite()).any()
-        self.sums[CHECK] += ids.sum()
+        sums[: Sums.CHECK] += counted * (active & scale.isfinite()).any()
+        sums[Sums.CHECK] += ids.sum()
+        return partial(_finish, sums, addition)
 
     @torch.no_grad()
     def run_experts(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -104,11 +116,15 @@ class LayerHook:
             return self.experts(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
         run = partial(run_kept, self.experts) if self.gathers else self.experts
         output = run(x=x, topk_weights=topk_weights, topk_ids=topk_ids, **kwargs)
-        self.sums[CHECK] -= topk_ids.sum()
-        if self.addition is not None:
-            output[:, : self.layer.hidden_size] += self.addition.to(output.dtype)
-        self.addition = None
+        self.finish(output, topk_ids)
+        self.finish = self.undecided
         return output
+
+
+def _finish(sums: Tensor, addition: Tensor | None, output: Tensor, ids: Tensor) -> None:
+    sums[Sums.CHECK] -= ids.sum()
+    if addition is not None:
+        output[:, : addition.shape[-1]] += addition.to(output.dtype)
 
 
 def run_kept(own: Callable[..., Tensor], x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **kwargs: Any) -> Tensor:
