@@ -41,7 +41,7 @@ class LayerHook:
         self.gathers = layer.device.type == "cpu"
         self.kernels = policy.in_place(layer, self.scale, self.adds)
         self.undecided: Callable[[Tensor, Tensor], None] = partial(_finish, sums, None)
-        self.finish = self.undecided
+        self.finish: Callable[[Tensor, Tensor], None] = self.undecided
         """What is still to be done when the experts have run, with their output and what they ran."""
         self.experts: Callable[..., Tensor] = runner.routed_experts.forward_modular
         wrapping.give(runner, NAME, self)
