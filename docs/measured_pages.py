@@ -88,6 +88,8 @@ def interval(found: dict[str, float | None] | None) -> str:
 def ratios(report: Report) -> str:
     """The learned method at equal loss, relative to the best rule, the formula and the oracle."""
     known = {(m["batch_size"], m["batches"], m["metric"], m["level"], m["method"]): m for m in report["matched"]}
+    measured = {m["method"] for m in report["matched"]}
+    against = {"bytes_to_best_rule": None, "bytes_to_formula": "formula", "experts_to_oracle": "oracle"}
     rows = []
     for r in report["ratios"]:
         where = (r["batch_size"], r["batches"], r["metric"], r["level"])
@@ -98,7 +100,7 @@ def ratios(report: Report) -> str:
                 loss(r),
                 "not reached" if own["bytes"] is None else f"{own['bytes']:.1%} / {own['experts']:.1f}",
                 "none" if best is None else f"{r['best_rule']} {best['bytes']:.1%} / {best['experts']:.1f}",
-                *(interval(r[key]) for key in ("bytes_to_best_rule", "bytes_to_formula", "experts_to_oracle")),
+                *("–" if other and other not in measured else interval(r[key]) for key, other in against.items()),
             ]
         )
     head = ["batch", "loss", "learned: bytes / experts", "best rule", "bytes to best rule"]

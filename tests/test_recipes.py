@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -152,7 +153,7 @@ def test_second_model_recipe_evens_the_load_by_the_choice_bias(texts: Path, tmp_
     assert max(figures["heldout"]["load"]["heaviest_over_mean"]) < 8 / 2
 
 
-@pytest.mark.parametrize("name", ["reference-moe", "second-moe", "reference-moe-50m"])
+@pytest.mark.parametrize("name", ["reference-moe", "second-moe", "top2-moe", "reference-moe-50m"])
 def test_a_recipe_of_a_model_sets_only_known_options(name: str, script: Script) -> None:
     with pytest.raises(SystemExit) as end:
         script("train/reference_moe.py", "--config", f"train/{name}.yaml", "--print_config")
@@ -207,19 +208,46 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     table = tmp_path / "table.md"
     table.write_text("| a |\n")
     places = ["--config", "docs/measured-pages.yaml", f"--pages={json.dumps(list(map(str, pages)))}"]
-    places += ["--main", report, "--second", "null", "--ablations", f"{ablations}/ablations.json"]
+    reports = ["main", "large_batches"]
+    places += [word for name in reports for word in (f"--{name}", report)]
+    places += [word for name in ("larger", "larger_64", "top2", "second") for word in (f"--{name}", "null")]
+    places += [word for name in ("ablations", "longer") for word in (f"--{name}", f"{ablations}/ablations.json")]
     places += ["--coverage", f"{coverage}/coverage.json"]
+    rounded = tmp_path / "quantised"
+    rounded.mkdir()
+    shutil.copyfile(table, rounded / "quantised.md")
+    points = [
+        {"format": name, "budget": budget, "bytes": 0.5, "kl": 0.01} for name in "abcde" for budget in (None, 0.1)
+    ]
+    (rounded / "quantised.json").write_text(json.dumps({"options": {"selector": "some"}, "points": points}))
     tables = ["certificate", "large_batch", "large_batch_all", "long_decode", "trained_length"]
-    tables += ["quantised", "quantised_larger", "stand_ins", "stand_ins_larger"]
+    tables += [
+        f"{name}{size}" for name in ("stand_ins", "surrogate_kinds", "decision_kinds") for size in ("", "_larger")
+    ]
+    places += [word for name in ("quantised", "quantised_larger") for word in (f"--{name}", rounded)]
     script("docs/measured_pages.py", *places, *(word for name in tables for word in (f"--{name}", table)))
     assert (tmp_path / "frontier.svg").read_text() == (Path(report) / "frontier.svg").read_text()
     assert not (tmp_path / "frontier-second.svg").exists()
+    drawn = (tmp_path / "quantised.svg").read_text()
+    assert drawn.count(">some<") == 2
+    assert all(f">{name}<" in drawn for name in "abcde")
     filled = [page.read_text() for page in pages]
     assert [empty(text) for text in filled] == prose
     assert all("<!-- end -->\n<!--" not in text for text in filled)
-    names = {"frontier", "methods", "ablations", "coverage", "guarantees", *(name.replace("_", " ") for name in tables)}
+    names = {
+        "frontier",
+        "methods",
+        "sources",
+        "large batches",
+        "large batches sources",
+        "ablations",
+        "longer",
+        "coverage",
+    }
+    names |= {"guarantees", "quantised", "quantised larger", *(name.replace("_", " ") for name in tables)}
     assert all(sum(f"<!-- {name} -->\n|" in text for text in filled) == 1 for name in names)
-    assert sum("<!-- second -->\n<!-- end -->" in text for text in filled) == 1
+    for name in ("larger", "larger 64", "top2", "top2 methods", "top2 setting", "second"):
+        assert sum(f"<!-- {name} -->\n<!-- end -->" in text for text in filled) == 1
 
 
 def test_certificate_recipe_puts_every_text_into_one_table(tmp_path: Path, script: Script) -> None:
@@ -470,6 +498,7 @@ def test_no_recipe_is_left_out() -> None:
             "reference-moe.yaml",
             "reference-moe-50m.yaml",
             "second-moe.yaml",
+            "top2-moe.yaml",
             "ablations.yaml",
             "surrogates.yaml",
             "certificate.yaml",

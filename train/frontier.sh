@@ -31,7 +31,7 @@ lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --
 lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
   --batch-sizes 16 --batches mixed --tokens 20000 --card false --out runs/second/report
 python train/quantised.py --config train/quantised.yaml
-python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --out runs/quantised-50m
+python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --retrain null --out runs/quantised-50m
 python train/certificate.py --config train/certificate.yaml
 python train/stand_ins.py --config train/stand_ins.yaml
 python train/stand_ins.py --config train/stand_ins.yaml $larger --out runs/stand-ins/50m.md --compared 512
