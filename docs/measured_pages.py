@@ -32,11 +32,11 @@ class Options:
 
     Attributes:
         pages: Markdown files to fill; figures go beside the first.
-        main, large_batches, larger, larger_64, top2, second: report folders of `lynx-learn evaluate`: of the reference MoE at a small batch
+        main, large_batches, larger, top2, second: report folders of `lynx-learn evaluate`: of the reference MoE at a small batch
             with all methods and at large ones, of the larger model, of the one with two of eight experts, and of the second one.
         ablations, longer: `ablations.json` of `ablations.py`.
-        surrogate_kinds, surrogate_kinds_larger, decision_kinds, decision_kinds_larger: Markdown of `surrogate_kinds.py` and of
-            `decision_kinds.py`, of the small and of the larger model.
+        surrogate_kinds, decision_kinds, decision_kinds_larger: Markdown of `surrogate_kinds.py` and of `decision_kinds.py`, of the small
+            and of the larger model.
         coverage: `coverage.json` of `lynx-learn coverage`.
         certificate, large_batch, large_batch_all: Markdown of `certificate.py`: of all texts, of one at batch 64, and of all at batch 64
             and fewer positions.
@@ -49,13 +49,11 @@ class Options:
     main: str | None = None
     large_batches: str | None = None
     larger: str | None = None
-    larger_64: str | None = None
     top2: str | None = None
     second: str | None = None
     ablations: str | None = None
     longer: str | None = None
     surrogate_kinds: str | None = None
-    surrogate_kinds_larger: str | None = None
     decision_kinds: str | None = None
     decision_kinds_larger: str | None = None
     coverage: str | None = None
@@ -208,7 +206,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "large batches": ("large_batches", ratios),
     "large batches sources": ("large_batches", worst_sources),
     "larger": ("larger", ratios),
-    "larger 64": ("larger_64", ratios),
     "top2": ("top2", ratios),
     "top2 methods": ("top2", matched),
     "top2 setting": ("top2", setting),
@@ -218,7 +215,6 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "ablations": ("ablations", ablation_rows),
     "longer": ("longer", ablation_rows),
     "surrogate kinds": ("surrogate_kinds", str),
-    "surrogate kinds larger": ("surrogate_kinds_larger", str),
     "decision kinds": ("decision_kinds", str),
     "decision kinds larger": ("decision_kinds_larger", str),
     "coverage": ("coverage", coverage_rows),
