@@ -35,7 +35,7 @@ STEPS = 6
 PASSES = 2 + 12
 # Tokens of a pass of the model that is measured, at least.
 PASS_TOKENS = 2048
-# Tokens of a layer's busiest expert over the mean: 1.3 to 1.8 in the reference MoEs' layers, 2.3 with a random router.
+# Tokens of a layer's busiest expert over the mean: 1.3 to 1.8 in the reference MoEs (their `training.json`), more with random routers.
 HEAVIEST = 2.0
 
 

@@ -350,6 +350,26 @@ def test_other_ways_to_decide_are_read_off_at_equal_loss(tmp_path: Path, script:
     assert (tmp_path / "page.md").read_text() in said
     names = ["learned", "by entropy", "by its own entropy", "oracle", "errors together"]
     assert [row[0] for row in cells(said)] == names
+    reached = [cell for row in cells(said) for cell in row[1:] if cell != "not reached"]
+    assert reached
+    assert all(0 < float(cell.split(",")[0]) <= Trace.open(tiny_flow().trace).options.num_experts for cell in reached)
+
+
+def test_what_is_known_of_a_token_is_of_the_step_before() -> None:
+    script = runpy.run_path(str(ROOT / "train" / "decision_kinds.py"))
+    loaded = load_model(tiny_flow().model)
+    tokens = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+    given = script["known"](loaded, find_moe_layers(loaded.model), tokens, 4)
+    with torch.no_grad():
+        log = loaded.model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)
+    assert given.features.shape == (8, 2, 4)
+    for step, sequence in ((0, 1), (5, 0)):
+        place = 4 + step
+        before, own = (-(row.exp() @ row) for row in log[sequence, place - 1 : place + 1])
+        surprise = -log[sequence, place - 1, tokens[sequence, place]]
+        wanted = torch.stack([before, surprise, torch.tensor(float(place)).log(), own])
+        torch.testing.assert_close(given.features[step, sequence], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(given.log[sequence, step], log[sequence, place], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("sign", "kept"), [(1, [True, False, True]), (-1, [False, False, True])])

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
-from lynx_learn.decode.simulate import Comparison, Losses, Run, Simulation, simulated_logits
+from lynx_learn.decode.simulate import METRICS, Losses, Run, Simulation, per_token, simulated_logits
 from lynx_learn.decode.tally import Stats
 from lynx_learn.files import write
 from lynx_learn.fit.layer import CHECK, HELD_OUT
@@ -218,12 +218,11 @@ def main(options: Options) -> None:
         for name, factor, way in ways(selector, models, known(loaded, layers, batch, prompt), center):
             way.bind(layers)
             found.setdefault((name, factor), []).extend(simulation.losses([Run(batch, way)]))
-    sources = [[""] * len(batch) for batch in measured]
     page = "\n".join(
         [
             f"{options.trace}, sequences that neither surrogates nor scorers nor factors were fitted on; "
             f"{len(measured)} batches of {options.batch_size}; {options.selector}; {environment()['machine']}; one run.\n",
-            table(found, sources).markdown,
+            table(found).markdown,
             "",
         ]
     )
@@ -247,20 +246,20 @@ def ways(selector: LynxSelector, models: list, given: Known, center: float) -> I
         yield "errors together", factor, Together(selector, threshold)
 
 
-def table(found: dict[tuple[str, float], list[tuple[Losses, Stats]]], sources: list[list[str]]) -> Table:
+def table(found: dict[tuple[str, float], list[tuple[Losses, Stats]]]) -> Table:
     """Experts at equal loss, and relative to the way that each one changes, with the interval."""
     sweeps = []
     for name in dict.fromkeys(name for name, _ in found):
         rows = []
         for factor in FACTORS:
             losses, stats = (list(column) for column in zip(*found[name, factor], strict=True))
-            sums, tokens, part_sums, part_tokens = map(torch.stack, zip(*losses, strict=True))
-            own = Comparison(name, str(factor), sums, tokens, part_sums, part_tokens, stats, sources)
+            sums = torch.stack([own.sums[:, METRICS.index("kl")].sum() for own in losses])
+            kl = per_token(sums, torch.stack([own.tokens.sum() for own in losses]))
             experts = torch.tensor([sum(s.experts_after) / len(s.experts_after) for s in stats])
-            rows.append((own.group_means("kl"), experts, torch.tensor([s.bytes_ratio for s in stats])))
+            rows.append((kl, experts, torch.tensor([s.bytes_ratio for s in stats])))
         kl, experts, size = (torch.stack(column).double() for column in zip(*rows, strict=True))
         sweeps.append(Sweep(name, {"kl": kl}, experts, size))
-    readings = Readings(sweeps, torch.ones(len(sources)), 0)
+    readings = Readings(sweeps, torch.ones(sweeps[0].bytes.shape[1]), 0)
     lines = []
     for sweep in sweeps:
         name = sweep.method

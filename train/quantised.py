@@ -26,9 +26,10 @@ from lynx_learn.files import write, write_json
 from lynx_learn.fit.train import TrainOptions, train
 from lynx_learn.measure.bound import margin
 from lynx_learn.measure.equal_loss import interpolate
+from lynx_learn.moe.decision import Policy
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.loading import LoadedModel, environment, load_base
-from lynx_learn.rules.grids import TAU, TAU_FACTORS
+from lynx_learn.rules.grids import curves
 from lynx_learn.selector.selector import LynxSelector
 from lynx_learn.show.progress import track
 from lynx_learn.show.tables import Table
@@ -175,8 +176,7 @@ def compare_retrained(
     """On the rounded model, a selector of the model before rounding and one of its own: bytes where both lose as much, against
     the model as it is stored."""
     model = options.text.get("model") or LynxSelector.from_pretrained(options.selector).config.base_model
-    thresholds = [factor * TAU * options.batch_size**0.5 for factor in TAU_FACTORS]
-    policies = {}
+    policies: dict[str, list[Policy]] = {}
     for kind in (STORED, name):
         folder = Path(options.out) / kind.replace(" ", "-")
         with rounded(layers, kind):
@@ -184,20 +184,22 @@ def compare_retrained(
             selector = folder / "selector"
             if not (selector / "config.json").exists():
                 train(TrainOptions(trace=str(trace.folder), out=str(selector), **options.train), loaded, trace)
-            own = LynxSelector.from_pretrained(selector)
-            for threshold in thresholds:
-                policies[kind, threshold] = own.at_threshold(threshold)
-                policies[kind, threshold].bind(layers)  # here, since the other model's selector is refused
-    found: dict[tuple[str, float], list[tuple[Losses, Stats]]] = {}
+            (policies[kind],) = curves(
+                "learned", layers, options.batch_size, None, LynxSelector.from_pretrained(selector)
+            )
+            for policy in policies[kind]:
+                policy.bind(layers)  # here, since the other model's selector is refused
+    found: dict[str, list[list[tuple[Losses, Stats]]]] = {kind: [[] for _ in own] for kind, own in policies.items()}
     for tokens, _ in track(groups, "retrained", len(groups), unit="groups"):
         simulation.untouched(tokens)
         with rounded(layers, name):
-            for case, policy in policies.items():
-                found.setdefault(case, []).extend(simulation.losses([Run(tokens, policy)]))
+            for kind, own in policies.items():
+                for runs, policy in zip(found[kind], own, strict=True):
+                    runs.extend(simulation.losses([Run(tokens, policy)]))
     sources = [names for _, names in groups]
     rows = []
-    for kind in (STORED, name):
-        points = [point(name, threshold, found[kind, threshold], sources) for threshold in thresholds]
+    for kind, measured in found.items():
+        points = [point(name, None, runs, sources) for runs in measured]
         curve = [(p["kl"], p["experts"], p["bytes"]) for p in points]
         rows.append({"selector_of": kind, "points": points, "at": [interpolate(curve, level) for level in LEVELS]})
     return rows
@@ -208,7 +210,8 @@ def point(
 ) -> dict[str, Any]:
     """Loss per token with the margin over groups, and bytes relative to the untouched model in 16 bits."""
     losses, stats = zip(*runs, strict=True)
-    measured = Comparison(name, str(budget), *map(torch.stack, zip(*losses, strict=True)), list(stats), sources)
+    sums, tokens, part_sums, part_tokens = map(torch.stack, zip(*losses, strict=True))
+    measured = Comparison(name, str(budget), sums, tokens, part_sums, part_tokens, list(stats), sources)
     mean, kl = measured.mean_stats(), measured.group_means("kl")
     kept = mean["experts"] / mean["experts_before"]
     bits = 16.0 if name == STORED else FORMATS[name][1]

@@ -34,6 +34,8 @@ from lynx_learn.show.progress import track
 from lynx_learn.show.tables import Table
 from lynx_learn.traces.format import Trace
 
+# Tenths of the sequences to fit on, to choose a penalty by, and to measure on.
+SPANS = ((0, CHECK), (CHECK, HELD_OUT), (HELD_OUT, 10))
 NAMES = ("by gain", "one rank", "shared input", "skipping, by gain", "skipping, second round")
 # Steps of the search for a shared projection at each penalty, which begins where that of the one before ended, and how often it
 # looks at the objective.
@@ -157,13 +159,8 @@ def shares(left: Tensor) -> list[str]:
 def measure(layer: MoeLayer, untouched: Seen, skipping: Seen, rank: int) -> Tensor:
     """What nothing and each of NAMES leaves of the held-out energy, and that energy `(1 + kinds, 2)`."""
     experts = range(layer.num_experts)
-    learn, check, held_out = (
-        [untouched.rows(layer, expert, *span) for expert in experts]
-        for span in ((0, CHECK), (CHECK, HELD_OUT), (HELD_OUT, 10))
-    )
-    again, again_check, again_held_out = (
-        [skipping.rows(layer, expert, *span) for expert in experts]
-        for span in ((0, CHECK), (CHECK, HELD_OUT), (HELD_OUT, 10))
+    (learn, check, held_out), (again, again_check, again_held_out) = (
+        [[seen.rows(layer, expert, *span) for expert in experts] for span in SPANS] for seen in (untouched, skipping)
     )
     most = min(MOST_RANKS * rank, layer.hidden_size)
     fits, second = (
