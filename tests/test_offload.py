@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ALL_COMPLETED, wait
 from pathlib import Path
@@ -308,6 +309,56 @@ def test_a_read_ahead_that_fails_is_tried_again(predictors: Path, monkeypatch: p
         found = decode(offloaded.model, tokens, 4)
         check_held(offloaded, Path(name))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("prefetch", PREDICTORS)
+def test_a_read_ahead_may_take_longer_than_a_step(
+    prefetch: str, predictors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one step foresaw in vain and the next one needs is not used before it has arrived."""
+    name, tokens, late = str(tiny_flow().model), words(1, 40) % 30, 0
+    arriving: dict[Any, threading.Event] = {}
+
+    def slow(may: threading.Event, read: Callable[..., None], disk: Any, expert: int, slot: Tensor) -> None:
+        slot.fill_(255)  # in float32 no number
+        may.wait()
+        read(disk, expert, slot)
+
+    def waiting(futures: Any, **how: Any) -> Any:
+        for future in futures:
+            arriving.get(future, threading.Event()).set()
+        return wait(futures, **how)
+
+    how: dict[str, Any] = {"prefetch": prefetch, "predictors": str(predictors), "readers": 64}
+    with offload_experts(name, 0.8, dtype="float32") as plain:
+        wanted = decode(plain.model, tokens, 4)
+    with offload_experts(name, 0.8, dtype="float32", **how) as offloaded:
+        memory = offloaded.memory
+        read_ahead, pool = memory._read_ahead, memory.pool
+        submit = pool.submit
+
+        def submitted(*args: Any) -> Any:
+            may = threading.Event()
+            future = submit(slow, may, *args)
+            arriving[future] = may
+            return future
+
+        def slowly(index: int, experts: list[int]) -> None:
+            nonlocal late
+            late += len(memory.late)
+            with monkeypatch.context() as patch:
+                patch.setattr(pool, "submit", submitted)
+                read_ahead(index, experts)
+
+        monkeypatch.setattr(memory, "_read_ahead", slowly)
+        monkeypatch.setattr("lynx_learn.offload.memory.wait", waiting)
+        found = decode(offloaded.model, tokens, 4)
+        memory.forget_ahead()
+        check_held(offloaded, Path(name))
+        size, stats = memory.views[0].stored_bytes, memory.stats
+    assert late > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert stats.bytes_read - stats.unused_bytes >= (stats.wanted - stats.hits) * size
 
 
 def test_prices_of_residency_do_not_go_with_prefetch(predictors: Path) -> None:

@@ -219,9 +219,15 @@ class FastMemory:
                 self.slots.empty(slot)
             else:
                 self.late[future] = index, e, slot
-        for future in [future for future in self.late if future.done()]:
-            layer, _, slot = self.late.pop(future)
-            self._settle(future, layer, slot, False)
+        for future, (layer, e, slot) in list(self.late.items()):
+            needed = layer == index and e in wanted
+            if not (needed or future.done()):
+                continue
+            del self.late[future]
+            if future.done():
+                self._settle(future, layer, slot, needed)
+            else:  # foreseen in vain by an earlier step, and still under way
+                coming[future] = e, slot
         return coming
 
     def _settle(self, future: Future[None], index: int, slot: int, used: bool) -> None:
