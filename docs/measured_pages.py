@@ -32,8 +32,9 @@ class Options:
 
     Attributes:
         pages: Markdown files to fill; figures go beside the first.
-        main, large_batches, larger, top2, second: report folders of `lynx-learn evaluate`: of the reference MoE at a small batch
-            with all methods and at large ones, of the larger model, of the one with two of eight experts, and of the second one.
+        main, large_batches, larger, larger_64, top2, second: report folders of `lynx-learn evaluate`: of the reference MoE at a
+            small batch with all methods and at large ones, of the larger model and again at 64, of the one with two of eight
+            experts, and of the second one.
         ablations, longer: `ablations.json` of `ablations.py`.
         surrogate_kinds, decision_kinds, decision_kinds_larger: Markdown of `surrogate_kinds.py` and of `decision_kinds.py`, of the small
             and of the larger model.
@@ -49,6 +50,7 @@ class Options:
     main: str | None = None
     large_batches: str | None = None
     larger: str | None = None
+    larger_64: str | None = None
     top2: str | None = None
     second: str | None = None
     ablations: str | None = None
@@ -206,6 +208,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "large batches": ("large_batches", ratios),
     "large batches sources": ("large_batches", worst_sources),
     "larger": ("larger", ratios),
+    "larger 64": ("larger_64", ratios),
     "top2": ("top2", ratios),
     "top2 methods": ("top2", matched),
     "top2 setting": ("top2", setting),

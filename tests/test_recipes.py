@@ -210,7 +210,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     places = ["--config", "docs/measured-pages.yaml", f"--pages={json.dumps(list(map(str, pages)))}"]
     reports = ["main", "large_batches"]
     places += [word for name in reports for word in (f"--{name}", report)]
-    places += [word for name in ("larger", "top2", "second") for word in (f"--{name}", "null")]
+    places += [word for name in ("larger", "larger_64", "top2", "second") for word in (f"--{name}", "null")]
     places += [word for name in ("ablations", "longer") for word in (f"--{name}", f"{ablations}/ablations.json")]
     places += ["--coverage", f"{coverage}/coverage.json"]
     rounded = tmp_path / "quantised"
@@ -244,7 +244,7 @@ def test_selector_recipe(tmp_path: Path, script: Script) -> None:
     }
     names |= {"guarantees", "quantised", "quantised larger", *(name.replace("_", " ") for name in tables)}
     assert all(sum(f"<!-- {name} -->\n|" in text for text in filled) == 1 for name in names)
-    for name in ("larger", "top2", "top2 methods", "top2 setting", "second"):
+    for name in ("larger", "larger 64", "top2", "top2 methods", "top2 setting", "second"):
         assert sum(f"<!-- {name} -->\n<!-- end -->" in text for text in filled) == 1
 
 

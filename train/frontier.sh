@@ -10,6 +10,7 @@ larger="--selector selectors/reference-moe-50m --trace runs/reference-moe-50m/tr
 lynx-learn evaluate $measured --batch-sizes 8 --tokens 8000 --out runs/frontier-8
 lynx-learn evaluate $measured --batch-sizes 32 64 --tokens 6000 --methods lda layered formula learned --out runs/frontier-32-64
 lynx-learn evaluate $measured $larger --batch-sizes 8 32 --tokens 6000 --methods siftmoe layered learned --out runs/frontier-50m-8-32
+lynx-learn evaluate $measured $larger --batch-sizes 64 --tokens 6000 --methods siftmoe layered learned --out runs/frontier-50m-64
 python train/ablations.py --config train/ablations.yaml
 longer='{"tuned three times as long": {"tune_steps": 360}, "tuned at 8, 16 and 32 together": {"tune_batch_sizes": [8, 16, 32]}}'
 python train/ablations.py --config train/ablations.yaml --variants "$longer" --out runs/ablations-longer
