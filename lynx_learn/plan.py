@@ -18,6 +18,7 @@ from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
 from .moe.families import check_structure, moe_blocks
 from .moe.loading import DTYPES, model_path
+from .rules.oracle import ROWS_AT_A_TIME
 from .selector.features import NAMES
 from .selector.surrogates import MOST_RANKS, rank_for
 from .show.tables import Table, show
@@ -29,6 +30,8 @@ from .traces.target import fewest_tokens
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 # Operations of a full decomposition, in cubes of its side.
 DECOMPOSITION = 9
+# The same of one that gives some of the vectors only.
+SOME_VECTORS = 4
 # Steps of subspace iteration that a fit takes, about: the first penalty more, the later ones fewer.
 STEPS = 6
 # Passes over the calibration text: sampled, predicted untouched, and at the thresholds that are tested.
@@ -272,20 +275,21 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     assigned = tokens * shape.top_k / shape.experts
     rows = assigned * CHECK / 10
     rank = shape.rank(options.surrogate_share)
-    # The layer's weights and its surrogates.
-    numbers = shape.experts * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers
-    held = numbers * shape.itemsize
+    # The layer's surrogates, and one expert at a time: as it is stored, and as it runs.
+    held = (2 * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers) * shape.itemsize
     inputs = (
         min(ROWS_BYTES / BYTES_OF_A_NUMBER, (CHECK + 1) / 10 * tokens * shape.top_k * shape.hidden) * shape.itemsize
     )
     # Of the expert with most tokens: outputs; inputs and outputs that it is fitted on, and centred; and the Gram matrix with what is
-    # made of it. With fewer tokens than width, also both in float64, and turned.
+    # made of it. With fewer tokens than width, also inputs in float64, and outputs turned.
     most = HEAVIEST * assigned
-    copies = 5 * 4 if rows >= shape.hidden else 5 * 4 + 3 * 8
+    copies = 5 * 4 if rows >= shape.hidden else 5 * 4 + 8 + 4
     solved = copies * most * shape.hidden + 4 * 8 * min(HEAVIEST * rows, shape.hidden) ** 2
     kept = min(tokens, MOST_TOKENS)
     scored = kept * (shape.hidden * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
-    memory = held + max(inputs + solved, scored + in_a_pass(shape, options.batch_size * options.length))
+    # Of experts run on what is scored: inputs, outputs, and answers of up to three surrogates with their errors.
+    run_on = (shape.itemsize + 7 * 4) * min(HEAVIEST * assigned, ROWS_AT_A_TIME) * shape.hidden
+    memory = held + max(inputs + solved, scored + run_on)
     run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
     solve = solving(shape, rows, rank)
     if assigned < FEW_TOKENS * shape.hidden:
@@ -297,8 +301,8 @@ def solving(shape: Shape, rows: float, rank: int) -> float:
     """Operations of the fit of one surrogate on so many tokens."""
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
     if rows < shape.hidden:
-        solve = 4 * rows**2 * shape.hidden + (len(PENALTIES) + 2) * DECOMPOSITION * rows**3
-        return solve + 8 * rows * (shape.hidden + rows) * widths
+        solve = 6 * rows**2 * shape.hidden + (DECOMPOSITION + (len(PENALTIES) + 1) * SOME_VECTORS) * rows**3
+        return solve + 4 * rows * (shape.hidden + rows) * widths
     applied = 4 * shape.hidden**2
     solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
     if shape.hidden > NARROW:

@@ -148,7 +148,18 @@ def test_with_few_tokens_scorers_learn_from_errors_on_unseen_sequences(
     by = torch.cat(shards, 1)[:, tenth < fit_of_layer.HELD_OUT]
     for span, answer in ((range(4), 2), (range(4, 8), 1), (range(8, 9), 0)):
         own = torch.isin(learned, torch.tensor(span))
-        assert torch.equal(crossed.costs[own], by[answer][own])
+        torch.testing.assert_close(crossed.costs[own], by[answer][own], rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_left_unexplained_is_of_the_tokens_that_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = tiny_flow()
+    trace, layer = Trace.open(flow.trace), find_moe_layers(load_model(str(flow.model), "cpu").model)[1]
+    tenth = trace.index()["sequence"] % 10
+    monkeypatch.setattr(fit_of_layer, "MOST_TOKENS", trace.collected_tokens // 4)
+    fit, held_out, energy = fit_of_layer._assignments(layer, [lambda _, x: torch.zeros_like(x)], trace, tenth)
+    thinned = len(fit.costs) + len(held_out.costs)
+    assert 0.2 < thinned / trace.collected_tokens < 0.3
+    assert float(held_out.costs.sum()) == pytest.approx(float(energy), rel=1e-5)
 
 
 def of_half(fits: list[Fit], ranks: list[int], expert: int, x: Tensor) -> Tensor:

@@ -1,23 +1,29 @@
-"""One MoE block at a time, straight from a checkpoint's safetensors: the memory of one layer is enough to fit it.
+"""One MoE block at a time, straight from a checkpoint's safetensors, and of its experts one at a time where they lie apart.
 
 The model is built without weights (on torch's meta device). Which of the checkpoint's tensors a block needs is told by the
 names that transformers gives them, and they go through the conversions that transformers applies when it loads a whole
 model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined, weights in
-float8 multiplied with the scales of their blocks.
+float8 multiplied with the scales of their blocks. Experts that only have to be put together are left in the files until one
+of them is run; those that have to be computed are all read with their block.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..moe.experts import run_expert, runs_alone
 from ..moe.families import MoeLayer, check_structure, find_moe_layers, moe_blocks, read_block
 from ..moe.fp8.scaled import cast_rest, is_fp8, quantizer_of, refuse_broken_blocks, stays_fp8
 from ..moe.loading import COMMIT, LoadedModel, hub_commit, model_path, pick_device, pick_dtype
+from .disk import Disk
+from .experts import OneExpert, Part, parts_of
 from .stored import Checkpoint, sources
 
 
@@ -38,6 +44,25 @@ class Layers(Protocol):
 
     def layer(self, index: int) -> Any:
         """A context in which the layer's weights are there; gives a `MoeLayer`."""
+
+
+@dataclass(frozen=True)
+class StoredLayer(MoeLayer):
+    """One whose experts are in files; the module `experts` has their shapes, and no weights."""
+
+    stored: OneExpert = field(kw_only=True, repr=False)
+
+    def expert_weights(self) -> Iterator[tuple[str, Any]]:
+        return self.stored.samples()
+
+    @torch.no_grad()
+    def expert_output(self, expert: int, hidden: Tensor) -> Tensor:
+        """As of any layer. Whoever asks for one expert after the other has each read once.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        return run_expert(self.experts, self.stored.weights(expert), hidden)
 
 
 class LoadedLayers:
@@ -100,34 +125,52 @@ class StoredLayers:
         self.blocks = list(moe_blocks(self.model))
         self.names = tuple(name for name, _, _ in self.blocks)
         self.conversions = lambda: get_model_conversion_mapping(self.model, hf_quantizer=self.quantizer)
-        self.keys = self._keys(checkpoint)
+        self.checkpoint, known = checkpoint, sources(self.model, checkpoint, self.quantizer)
+        self.places = {module: name for name, module in self.model.named_modules()}
+        self.parts = {experts: parts for _, _, experts in self.blocks if (parts := self._parts(experts, known))}
+        self.keys = self._keys(known)
 
     @contextmanager
     def layer(self, index: int) -> Iterator[MoeLayer]:
-        """A context in which the layer's weights are on the device.
+        """A context in which the layer's weights are on the device, but those of experts that can be read one by one.
 
         Raises:
             ModelError: the checkpoint lacks some of them, or the block cannot be acted on.
         """
         name, block, experts = self.blocks[index]
-        try:
+        parts = self.parts.get(experts)
+        apart = set() if parts is None else {id(value) for value in experts.parameters(recurse=False)}
+        with ExitStack() as stack:
+            stack.callback(block.to, "meta")
             self._load(self.keys[name])
             held = [*block.named_parameters(), *block.named_buffers()]
-            if missing := sorted(key for key, value in held if value.is_meta):
+            if missing := sorted(key for key, value in held if value.is_meta and id(value) not in apart):
                 raise ModelError(f"model {self.name!r} lacks {len(missing)} weights of {name} ({missing[0]}, …)")
             if self.quantizer is not None:
                 cast_rest(block, self.dtype)
-            yield read_block(self.model.eval(), index, name, block, experts)
-        finally:
-            block.to("meta")
+            layer = read_block(self.model.eval(), index, name, block, experts)
+            if parts is not None:
+                disk = Disk(self.checkpoint.files)
+                stack.callback(disk.close)
+                layer = StoredLayer(**vars(layer), stored=OneExpert(parts, disk, layer.dtype, layer.device))
+            yield layer
 
-    def _keys(self, checkpoint: Checkpoint) -> dict[str, dict[str, Path]]:
-        """For each block the checkpoint's names of its tensors, and the files that hold them."""
+    def _parts(self, experts: nn.Module, known: Mapping[str, dict[Any, list[str]]]) -> list[Part] | None:
+        """Where each expert of a block lies; None where all are read together."""
+        if self.quantizer is None and runs_alone(experts):
+            with suppress(ModelError):  # another layout, or what is refused when all are read
+                return parts_of(self.places[experts], experts, known, self.checkpoint)
+        return None
+
+    def _keys(self, known: Mapping[str, dict[Any, list[str]]]) -> dict[str, dict[str, Path]]:
+        """For each block the checkpoint's names of its tensors, and the files that hold them, without experts read one by one."""
+        checkpoint = self.checkpoint
+        apart = {f"{self.places[experts]}.{part.name}" for experts, parts in self.parts.items() for part in parts}
         owner = {key: name for name, block, _ in self.blocks for key in (f"{name}.{own}" for own in block.state_dict())}
         found: dict[str, dict[str, Path]] = {name: {} for name in self.names}
         shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in checkpoint.tensors.items()}
-        for parameter, places in sources(self.model, checkpoint, self.quantizer).items():
-            if parameter in owner:
+        for parameter, places in known.items():
+            if parameter in owner and parameter not in apart:
                 keys = [key for part in places.values() for key in part]
                 if self.quantizer is not None:
                     refuse_broken_blocks(shapes, keys, self.quantizer.quantization_config.weight_block_size, self.name)

@@ -199,7 +199,7 @@ def gathered(
 def _assignments(
     layer: MoeLayer, answers: list[Answer], trace: Trace, tenth: Tensor
 ) -> tuple[Assignments, Assignments, Tensor]:
-    """Features and true costs for fitting and held out, and the held-out energy without any surrogate.
+    """Features and true costs for fitting and held out, and the energy of the latter without any surrogate.
 
     Args:
         answers: of all surrogates; and, for costs that are cross-fitted, of those of the first half and of the second.
@@ -208,36 +208,33 @@ def _assignments(
     thinning = torch.Generator().manual_seed(layer.index)
     sizes = [len(shard["indices"]) for shard in trace.layer_shards(layer.index, ("indices",))]
     chosen = torch.cat([torch.rand(size, generator=thinning) < keep for size in sizes])
-    sides = (tenth != HELD_OUT, tenth == HELD_OUT)
-    counts = [int((chosen & side).sum()) for side in sides]
-    if not counts[1]:
+    sides = [(chosen & side).nonzero().flatten() for side in (tenth != HELD_OUT, tenth == HELD_OUT)]
+    if not len(sides[1]):
         raise TraceError(
             f"{trace.folder} has too few sequences to hold some out: collect at least 10 of them (--tokens {10 * trace.options.length} or more)"
         )
-    joined: list[Assignments] = []
-    energy = torch.zeros(())
-    start, filled = 0, [0, 0]
-    for shard in trace.layer_shards(layer.index):
-        place = slice(start, start + len(shard["indices"]))
-        start = place.stop
-        own = tenth[place].unsqueeze(-1)
-        errors = squared_errors(layer, answers, shard_routing(shard))[:, 0]
-        costs, squares = errors[0], errors[-1]
-        if len(answers) > 1:
-            costs = torch.where(own < HALF, errors[2], torch.where(own < CHECK, errors[1], costs))
-        energy += squares[sides[1][place]].sum()
-        features = assignment_features(shard["logits"], shard["indices"], shard["weights"])
-        columns = (features, shard["indices"], costs, shard["hidden"])
-        if not joined:  # in full at once: in parts that are joined, hidden states would be there twice
-            joined = [Assignments(*(c.new_empty(count, *c.shape[1:]) for c in columns)) for count in counts]
-        for which, side in enumerate(sides):
-            mine = (chosen & side)[place]
-            rows = slice(filled[which], filled[which] + int(mine.sum()))
-            filled[which] = rows.stop
-            for whole, column in zip(vars(joined[which]).values(), columns, strict=True):
-                whole[rows] = column[mine]
-    check_finite(layer, *(rows.costs for rows in joined))
-    return joined[0], joined[1], energy
+    # Those to fit on come first; put in place shard by shard, since joined parts would hold the hidden states twice.
+    order = torch.cat(sides)
+    into = torch.full((len(tenth),), -1)
+    into[order] = torch.arange(len(order))
+    whole: dict[str, Tensor] = {}
+    for shard, places in zip(trace.layer_shards(layer.index), into.split(sizes), strict=True):
+        mine = places >= 0
+        rows = {name: shard[name][mine] for name in ("hidden", "logits", "indices", "weights")}
+        for name, part in rows.items():
+            whole.setdefault(name, part.new_empty(len(order), *part.shape[1:]))[places[mine]] = part
+    # Over all tokens, so that each expert is read once.
+    errors = squared_errors(layer, answers, shard_routing(whole))[:, 0]
+    costs, squares, own = errors[0], errors[-1], tenth[order].unsqueeze(-1)
+    if len(answers) > 1:
+        costs = torch.where(own < HALF, errors[2], torch.where(own < CHECK, errors[1], costs))
+    check_finite(layer, costs)
+    features = assignment_features(whole["logits"], whole["indices"], whole["weights"])
+    columns = [
+        part.split([len(side) for side in sides]) for part in (features, whole["indices"], costs, whole["hidden"])
+    ]
+    fit, held_out = (Assignments(*parts) for parts in zip(*columns, strict=True))
+    return fit, held_out, squares[len(sides[0]) :].sum()
 
 
 def check_finite(layer: MoeLayer, *outputs: Tensor) -> None:

@@ -7,7 +7,8 @@ smaller one of X'X and XX' (of width and tokens), in float64. Where tokens are f
 model is wide, it is not decomposed: the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..selector.surrogates import Fit
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Tokens whose inputs and outputs are in float64 at a time.
 ROWS_AT_A_TIME = 4096
-# Up to this width a full decomposition takes less time than an iteration.
+# Up to this width, or so many tokens, exact work takes no time: a full decomposition in place of an iteration, and float64.
 NARROW = 512
 # Directions iterated with beyond those that are wanted.
 MORE = 8
@@ -63,33 +64,52 @@ class _ByWidth:
 
 
 class _ByTokens:
-    """The same where there are fewer tokens than width, from XX' = U diag(k) U' and YY', and exact.
+    """The same where there are fewer tokens than width, from XX' = U diag(k) U' and YY'.
 
-    Y'PY has the eigenvalues of S'YY'S with S = U diag(k / (k + penalty))^½, which has a row and a column for each token.
+    Y'PY has the eigenvalues of S'YY'S with S = U diag(k / (k + penalty))^½, which has a row and a column for each token. XX' is
+    decomposed in float64, since penalties are small beside its largest values; errors of the rest are relative to the largest of
+    what is explained, and many tokens are worked with in float32.
     """
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x.double(), y.double()
-        values, self.basis = torch.linalg.eigh(self.x @ self.x.T)
-        self.values = values.clamp_min(0)
-        turned = self.basis.T @ self.y
-        self.outputs = turned @ turned.T
+        wide = x.double()
+        values, basis = torch.linalg.eigh(wide @ wide.T)
+        kind = torch.float64 if len(x) <= NARROW else torch.float32
+        self.x, self.values, self.basis = x.to(kind), values.clamp_min(0), basis.to(kind)
+        self.turned = self.basis.T @ y.to(kind)
+        self.outputs = self.turned @ self.turned.T
 
     def penalise(self, penalty: float) -> None:
-        self.inverse = 1 / (self.values + penalty)
-        self.root = (self.values * self.inverse).sqrt()
+        inverse = 1 / (self.values + penalty)
+        self.inverse, self.root = inverse.to(self.x).unsqueeze(1), (self.values * inverse).sqrt().to(self.x)
 
     def leading(self, count: int) -> tuple[Tensor, Tensor]:
-        """As `_leading`. Errors of float32 are relative to the largest of what is explained."""
-        inner = self.root.unsqueeze(1) * self.outputs * self.root
-        energy, vectors = (part.double().flip(-1)[..., :count] for part in torch.linalg.eigh(inner.float()))
-        energy = energy.clamp_min(0)
-        up = self.y.T @ (self.basis @ (self.root.unsqueeze(1) * vectors))
-        return torch.nn.functional.normalize(up, dim=0).T, energy
+        """As `_leading`."""
+        energy, vectors = _largest(self.root.unsqueeze(1) * self.outputs * self.root, count)
+        vectors = self.root.unsqueeze(1) * vectors
+        up = self.turned.T @ vectors
+        # What explains no more than rounding does is none: it would point anywhere.
+        some = energy > len(self.root) * torch.finfo(energy.dtype).eps * energy[0]
+        scale = torch.where(some, 1 / torch.linalg.vector_norm(up, dim=0), 0.0)
+        self.vectors = vectors * scale
+        return (up * scale).T, torch.where(some, energy, 0.0).double()
 
     def down(self, up: Tensor) -> Tensor:
-        turned = self.basis.T @ (self.y @ up.T)
-        return (self.x.T @ (self.basis @ (self.inverse.unsqueeze(1) * turned))).T
+        """Of the directions that `leading` gave last."""
+        return (self.x.T @ (self.basis @ (self.inverse * (self.outputs @ self.vectors)))).T
+
+
+def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues of a symmetric matrix, falling, and their vectors as columns."""
+    size = len(matrix)
+    if matrix.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(matrix)
+    else:  # of the smaller ones no vectors are worked out, which saves more than half of the time
+        from scipy.linalg import eigh
+
+        own: Any = {"subset_by_index": (size - count, size - 1), "driver": "evr", "check_finite": False}
+        values, vectors = (torch.from_numpy(part) for part in eigh(matrix.numpy(), overwrite_a=True, **own))
+    return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
@@ -113,29 +133,44 @@ def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = No
     mean_x, mean_y = share @ fit.x, share @ fit.y
     root = fit.weights.to(fit.x).sqrt().unsqueeze(1)
     x, y = (fit.x - mean_x).mul_(root), (fit.y - mean_y).mul_(root)
-    best, chosen = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu()), 0.0
+    best = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu())
     scale = float(torch.linalg.vector_norm(x, dim=1).double().square().sum()) / hidden
     lowest = check.error(zero, zero, mean_y)
     if not rank or not scale > 0:
         return best
     ridge = (_ByTokens if len(x) < hidden else _ByWidth)(x, y)
-    start = None
-    for penalty in PENALTIES:
-        ridge.penalise(penalty * scale)
+    start: Tensor | None = None
+
+    def error(number: int) -> float:
+        nonlocal start
+        ridge.penalise(PENALTIES[number] * scale)
         up, _, start = _leading(ridge, y, rank, start)
         down = ridge.down(up)
-        error = check.error(down, up, mean_y - (mean_x.to(down) @ down.T) @ up)
-        if error < lowest:
-            lowest, chosen = error, penalty
-    if not chosen:
+        return check.error(down, up, mean_y - (mean_x.to(down) @ down.T) @ up)
+
+    chosen, found_error = _least(error, len(PENALTIES))
+    if not found_error < lowest:
         return best
-    ridge.penalise(chosen * scale)
+    ridge.penalise(PENALTIES[chosen] * scale)
     up, gains, _ = _leading(ridge, y, count, None)
     down = ridge.down(up)
     found = Fit(zero, zero.clone(), none, best.mean_x, best.mean_y)
     for whole, part in ((found.down, down), (found.up, up), (found.gains, gains)):
         whole[: len(part)] = part.float().cpu()
     return found
+
+
+def _least(error: Callable[[int], float], count: int) -> tuple[int, float]:
+    """Number and value of the least of so many values, which fall and then rise; from the middle on, as far as they fall."""
+    best = count // 2
+    least = error(best)
+    for step in (-1, 1):
+        start = best
+        while 0 <= best + step < count and (value := error(best + step)) < least:
+            best, least = best + step, value
+        if best != start:
+            break
+    return best, least
 
 
 def _leading(

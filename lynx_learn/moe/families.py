@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .fp8.scaled import computed_in, refuse_other_small
+from .fp8.scaled import computed_in, refuse_other_small, weights_of
 from .loading import device_of, in_memory
 from .routing_rules import ScoringRule, matching_rule
 
@@ -99,6 +99,12 @@ class MoeLayer:
         """Logits `(tokens, experts)` out of the router's output; of probabilities their logarithm, which does as well."""
         part: Tensor = output if self.logits_at is None else output[self.logits_at]
         return _log(part) if self.logits_are_probabilities else part
+
+    def expert_weights(self) -> Iterator[tuple[str, Any]]:
+        """All experts' weights by name, each as a tensor or as something with `numel()` and `at(places)` of its values."""
+        # Those that are offloaded are not read for this.
+        own = {name: value for name, value in self.experts.named_parameters() if not value.is_meta}
+        return weights_of(own, getattr(self.experts, "block_size", None))
 
     @torch.no_grad()
     def expert_output(self, expert: int, hidden: Tensor) -> Tensor:

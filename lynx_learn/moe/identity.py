@@ -57,10 +57,7 @@ def identify(layers: Sequence[Layer], model: nn.Module | None = None) -> Identit
         parts = {"choice bias": layer.rule.bias, "expert scale": layer.rule.expert_scale}
         routers |= {name: sketch([value]) for name, value in parts.items() if value is not None}
         with in_memory(layer.experts):
-            # Those that are offloaded are not read for this.
-            own = {name: value for name, value in layer.experts.named_parameters() if not value.is_meta}
-            weights = weights_of(own, getattr(layer.experts, "block_size", None))
-            experts |= {name: sketch([value]) for name, value in weights}
+            experts |= {name: sketch([value]) for name, value in layer.expert_weights()}
     if model is not None:
         found["rest"] = dict(_rest(model, whole))
     return found

@@ -16,12 +16,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..checkpoint.disk import Disk
+from ..checkpoint.experts import Part
 from ..checkpoint.stored import Checkpoint
 from ..errors import OptionError
 from ..moe.families import MoeLayer
-from .disk import Disk
 from .slots import Eviction, LeastRecent, Slots
-from .spans import Part
 
 # Some CPUs' BLAS rounds by where operands begin, up to multiples of this.
 ALIGNED = 64
@@ -52,7 +52,7 @@ class FastMemory:
     """Slots and what fills them. One caller at a time; its own threads only read.
 
     Args:
-        parts: of each layer, see `spans.expert_parts`.
+        parts: of each layer, see `checkpoint.experts.expert_parts`.
         fast_memory: bytes; a float up to 1 is a share of all experts.
         eviction: which expert makes room, by default `LeastRecent`.
         readers: threads that read.
@@ -324,14 +324,7 @@ class _Views:
 
     def read(self, disk: Disk, expert: int, slot: Tensor) -> None:
         for part, room in self.places(expert, slot):
-            same = part.stored == self.dtype
-            whole = room if same else torch.empty(sum(s.size for s in part.spans[expert]), dtype=torch.uint8)
-            at, out = 0, whole.numpy()
-            for span in part.spans[expert]:
-                disk.read(span, out[at : at + span.size])
-                at += span.size
-            if not same:
-                room.view(self.dtype).copy_(whole.view(part.stored))
+            part.read(disk, expert, room, self.dtype)
 
 
 def _behind(part: Part, own: Tensor, expert: int, size: int) -> int:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.experts import expert_parts
 from ..checkpoint.stored import Checkpoint
 from ..decode.runtime import unwrapped
 from ..errors import ModelError, OptionError
+from ..moe.experts import run_expert, runs_alone
 from ..moe.families import Layer, MoeLayer, find_moe_layers
 from ..moe.hooks import foreign, left_out_of_copies
 from ..moe.loading import LoadedModel
@@ -24,7 +26,6 @@ from .loading import load_without_experts
 from .memory import FastMemory, Foreseen, OffloadStats
 from .predict import PREDICTORS, Predictors, read_predictors
 from .slots import Eviction, Slots
-from .spans import expert_parts
 
 NAME = "lynx_offload"
 SlowMemory = Literal["disk", "host"]
@@ -163,24 +164,9 @@ class Offloading:
             for e, slot in ordered:
                 own = rows[e]
                 weights_of = self.memory.weights(index, e, slot)
-                output = _run_expert(experts, weights_of, hidden.index_select(0, own // top_k))
+                output = run_expert(experts, weights_of, hidden.index_select(0, own // top_k))
                 by_slot.index_copy_(0, own, output * flat.index_select(0, own).unsqueeze(-1))
         return by_slot.unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)
-
-
-def _run_expert(experts: Any, own: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """Output of one expert, by its parameters, for rows of hidden states."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        matrix = own[name] if experts.is_transposed else own[name].T
-        output = x.to(matrix.dtype) @ matrix
-        return output + own[f"{name}_bias"] if experts.has_bias else output
-
-    if experts.has_gate:
-        inner = experts._apply_gate(linear(rows, "gate_up_proj"))
-    else:
-        inner = experts.act_fn(linear(rows, "up_proj"))
-    return linear(inner, "down_proj")
 
 
 class _Config:
@@ -246,7 +232,7 @@ def _check(layers: list[MoeLayer], slow_memory: SlowMemory | None) -> SlowMemory
             f"a GPU's fast memory is filled from the host's, not from disk: the model is on {devices[0]}; leave out slow_memory"
         )
     for layer in layers:
-        if not hasattr(vars(layer.experts).get("config"), "_experts_implementation"):
+        if not runs_alone(layer.experts):
             raise ModelError(f"layer {layer.name} has experts that run in code of their own: they cannot be offloaded")
     return slow_memory or ("host" if on_gpu else "disk")
 

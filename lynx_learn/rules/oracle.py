@@ -10,6 +10,8 @@ from ..moe.families import Layer, MoeLayer
 from ..selector.selector import LynxSelector, ThresholdPolicy
 
 Answer = Callable[[int, Tensor], Tensor]
+# Tokens of an expert that are run at a time.
+ROWS_AT_A_TIME = 4096
 
 
 class Oracle(ThresholdPolicy):
@@ -41,7 +43,7 @@ def squared_errors(layer: MoeLayer, answers: Sequence[Answer], routing: Routing)
     """The true cost of each assignment in squares: weight² × ‖E_e(x) − f_e(x)‖² for each kind of answer f, and then, for none
     at all, weight² × ‖E_e(x)‖².
 
-    `(answers + 1, G, T, top_k)` in float32, 0 for tokens that are not active. Each expert runs once. The routing may be on
+    `(answers + 1, G, T, top_k)` in float32, 0 for tokens that are not active. Experts run one after the other. The routing may be on
     another device than the layer: inputs are brought there expert by expert.
 
     Args:
@@ -53,11 +55,12 @@ def squared_errors(layer: MoeLayer, answers: Sequence[Answer], routing: Routing)
     live = routing.active.flatten().unsqueeze(-1)
     for expert in range(layer.num_experts):
         token, slot = ((indices == expert) & live).nonzero(as_tuple=True)
-        if not len(token):
-            continue
-        x = hidden[token].to(layer.device, layer.dtype)
-        output = layer.expert_output(expert, x).float()
-        errors = [*(output - answer(expert, x) for answer in answers), output]
-        squares = torch.stack([error.square().sum(-1) for error in errors]).to(weights.device)
-        found[:, token, slot] = weights[token, slot].square() * squares
+        for some, where in zip(token.split(ROWS_AT_A_TIME), slot.split(ROWS_AT_A_TIME), strict=True):
+            if not len(some):
+                continue
+            x = hidden[some].to(layer.device, layer.dtype)
+            output = layer.expert_output(expert, x).float()
+            errors = [*(output - answer(expert, x) for answer in answers), output]
+            squares = torch.stack([error.square().sum(-1) for error in errors]).to(weights.device)
+            found[:, some, where] = weights[some, where].square() * squares
     return found.view(-1, *routing.weights.shape)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.stored import Span
 from ..errors import ModelError
+from .stored import Span
 
 # Direct reads begin and end at multiples of this, in the file and in memory.
 ALIGNED = 4096
