@@ -14,6 +14,7 @@ from .decode.real import COPIED_BYTES
 from .errors import ModelError, OptionError
 from .fit.layer import BYTES_OF_A_NUMBER, CHECK, FEW_TOKENS, MOST_TOKENS, ROWS_BYTES
 from .fit.low_rank import MORE, NARROW, PENALTIES
+from .fit.low_rank import ROWS_AT_A_TIME as ROWS_IN_DOUBLE
 from .fit.train import TrainOptions
 from .measure.calibrate import CalibrateOptions
 from .moe.families import check_structure, moe_blocks
@@ -98,6 +99,8 @@ class Shape(NamedTuple):
     """Numbers of all weights that are no routed expert's."""
     vocabulary: int
     itemsize: int
+    together: bool = False
+    """Whether the experts of a layer are read together, as those of quantized checkpoints are."""
 
     @property
     def bytes(self) -> int:
@@ -177,7 +180,8 @@ def read_shape(name: str, dtype: str = "auto") -> Shape:
     try:
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-        if hasattr(config, "quantization_config"):  # which says how weights are stored, not how many there are
+        quantized = hasattr(config, "quantization_config")
+        if quantized:  # which says how weights are stored, not how many there are
             del config.quantization_config
         model = without_weights(config, stored)
     except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
@@ -208,6 +212,7 @@ def read_shape(name: str, dtype: str = "auto") -> Shape:
         rest=sum(p.numel() for p in model.parameters()) - routed,
         vocabulary=text.vocab_size,
         itemsize=(stored if dtype == "auto" else getattr(torch, dtype)).itemsize,
+        together=quantized,
     )
 
 
@@ -275,16 +280,17 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     assigned = tokens * shape.top_k / shape.experts
     rows = assigned * CHECK / 10
     rank = shape.rank(options.surrogate_share)
-    # The layer's surrogates, and one expert at a time: as it is stored, and as it runs.
-    held = (2 * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers) * shape.itemsize
+    # The layer's surrogates, and one expert at a time, as it is stored and as it runs; or all.
+    experts = shape.experts if shape.together else 2
+    held = (experts * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers) * shape.itemsize
     inputs = (
         min(ROWS_BYTES / BYTES_OF_A_NUMBER, (CHECK + 1) / 10 * tokens * shape.top_k * shape.hidden) * shape.itemsize
     )
-    # Of the expert with most tokens: outputs; inputs and outputs that it is fitted on, and centred; and the Gram matrix with what is
-    # made of it. With fewer tokens than width, also inputs in float64, and outputs turned.
+    # Of the expert with most tokens: outputs; inputs and outputs that it is fitted on and checked on, and centred; and the Gram
+    # matrix with what is made of it. In float64 inputs; where tokens are no fewer than width, of some tokens, and outputs too.
     most = HEAVIEST * assigned
-    copies = 5 * 4 if rows >= shape.hidden else 5 * 4 + 8 + 4
-    solved = copies * most * shape.hidden + 4 * 8 * min(HEAVIEST * rows, shape.hidden) ** 2
+    copies = most * 6 * 4 + (most * (8 + 4) if rows < shape.hidden else 2 * 8 * min(most, ROWS_IN_DOUBLE))
+    solved = copies * shape.hidden + 4 * 8 * min(HEAVIEST * rows, shape.hidden) ** 2
     kept = min(tokens, MOST_TOKENS)
     scored = kept * (shape.hidden * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
     # Of experts run on what is scored: inputs, outputs, and answers of up to three surrogates with their errors.
