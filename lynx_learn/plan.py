@@ -99,8 +99,6 @@ class Shape(NamedTuple):
     """Numbers of all weights that are no routed expert's."""
     vocabulary: int
     itemsize: int
-    together: bool = False
-    """Whether the experts of a layer are read together, as those of quantized checkpoints are."""
 
     @property
     def bytes(self) -> int:
@@ -180,8 +178,7 @@ def read_shape(name: str, dtype: str = "auto") -> Shape:
     try:
         config = AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-        quantized = hasattr(config, "quantization_config")
-        if quantized:  # which says how weights are stored, not how many there are
+        if hasattr(config, "quantization_config"):  # which says how weights are stored, not how many there are
             del config.quantization_config
         model = without_weights(config, stored)
     except Exception as error:  # transformers and the hub raise many kinds; to the user they are one
@@ -212,7 +209,6 @@ def read_shape(name: str, dtype: str = "auto") -> Shape:
         rest=sum(p.numel() for p in model.parameters()) - routed,
         vocabulary=text.vocab_size,
         itemsize=(stored if dtype == "auto" else getattr(torch, dtype)).itemsize,
-        together=quantized,
     )
 
 
@@ -280,9 +276,8 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     assigned = tokens * shape.top_k / shape.experts
     rows = assigned * CHECK / 10
     rank = shape.rank(options.surrogate_share)
-    # The layer's surrogates, and one expert at a time, as it is stored and as it runs; or all.
-    experts = shape.experts if shape.together else 2
-    held = (experts * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers) * shape.itemsize
+    # The layer's surrogates, and one expert at a time, as it is stored and as it runs.
+    held = (2 * shape.expert_numbers + shape.selector(options.surrogate_share) / shape.layers) * shape.itemsize
     inputs = (
         min(ROWS_BYTES / BYTES_OF_A_NUMBER, (CHECK + 1) / 10 * tokens * shape.top_k * shape.hidden) * shape.itemsize
     )
@@ -296,7 +291,7 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     # Of experts run on what is scored: inputs, outputs, and answers of up to three surrogates with their errors.
     run_on = (shape.itemsize + 7 * 4) * min(HEAVIEST * assigned, ROWS_AT_A_TIME) * shape.hidden
     memory = held + max(inputs + solved, scored + run_on)
-    run = 2 * 2 * tokens * shape.top_k * shape.expert_numbers
+    run = 2 * (tokens + kept) * shape.top_k * shape.expert_numbers
     solve = solving(shape, rows, rank)
     if assigned < FEW_TOKENS * shape.hidden:
         solve += 2 * solving(shape, rows / 2, rank)

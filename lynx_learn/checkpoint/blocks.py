@@ -3,8 +3,8 @@
 The model is built without weights (on torch's meta device). Which of the checkpoint's tensors a block needs is told by the
 names that transformers gives them, and they go through the conversions that transformers applies when it loads a whole
 model: experts in one tensor each are stacked, tensors of older checkpoints renamed, gate and up projections joined, weights in
-float8 multiplied with the scales of their blocks. Experts that only have to be put together are left in the files until one
-of them is run; those that have to be computed are all read with their block.
+float8 multiplied with the scales of their blocks. Experts are left in the files until one of them is run; only those in another
+layout are all read with their block.
 """
 
 from collections.abc import Iterator, Mapping
@@ -157,7 +157,7 @@ class StoredLayers:
 
     def _parts(self, experts: nn.Module, known: Mapping[str, dict[Any, list[str]]]) -> list[Part] | None:
         """Where each expert of a block lies; None where all are read together."""
-        if self.quantizer is None and runs_alone(experts):
+        if runs_alone(experts):
             with suppress(ModelError):  # another layout, or what is refused when all are read
                 return parts_of(self.places[experts], experts, known, self.checkpoint)
         return None
@@ -170,11 +170,14 @@ class StoredLayers:
         found: dict[str, dict[str, Path]] = {name: {} for name in self.names}
         shapes = {key: (tensor.dtype, tensor.shape) for key, tensor in checkpoint.tensors.items()}
         for parameter, places in known.items():
-            if parameter in owner and parameter not in apart:
+            if parameter in owner:
                 keys = [key for part in places.values() for key in part]
                 if self.quantizer is not None:
                     refuse_broken_blocks(shapes, keys, self.quantizer.quantization_config.weight_block_size, self.name)
-                found[owner[parameter]] |= {key: checkpoint.files[checkpoint.tensors[key].span.file] for key in keys}
+                if parameter not in apart:
+                    found[owner[parameter]] |= {
+                        key: checkpoint.files[checkpoint.tensors[key].span.file] for key in keys
+                    }
         return found
 
     def _load(self, keys: dict[str, Path]) -> None:

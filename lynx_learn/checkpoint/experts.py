@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..moe.families import MoeLayer
+from ..moe.fp8.scaled import KIND, SCALE
 from .disk import Disk
-from .stored import Checkpoint, Span, sources
+from .stored import Checkpoint, Span, Stored, sources
 
 # Bytes between values that are read together, and how many are read at a time.
 NEAR, AT_A_TIME = 2**16, 2**24
+EIGHT_BITS = {"F8_E4M3": KIND}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -24,7 +27,8 @@ class Part:
     """One parameter of every expert of a layer.
 
     `spans[expert]` hold its values one after the other, in `stored` precision; `shape` is that of one expert. `whole`: all
-    experts' are one tensor of the file.
+    experts' are one tensor of the file. `scales[expert]`: for each of its spans those of the blocks of its values, if these are
+    in float8.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Part:
     stored: torch.dtype
     spans: list[list[Span]]
     whole: bool
+    scales: list[list[Stored]] | None = None
 
     def read(self, disk: Disk, expert: int, room: Tensor, dtype: torch.dtype) -> None:
         """Fill the bytes `room` of one expert's values in precision `dtype`.
@@ -45,16 +50,39 @@ class Part:
         for span in self.spans[expert]:
             disk.read(span, out[at : at + span.size])
             at += span.size
-        if not same:
-            room.view(dtype).copy_(whole.view(self.stored))
+        if same:
+            return
+        values, into = whole.view(self.stored), room.view(dtype)
+        if self.scales is None:
+            into.copy_(values)
+            return
+        at = 0
+        for number, span in enumerate(self.spans[expert]):
+            scale = self._scale(disk, expert, number)
+            blocks = values[at : at + span.size].view(
+                scale.shape[0], -1, scale.shape[1], self.shape[-1] // scale.shape[1]
+            )
+            into[at : at + span.size] = (blocks.float() * scale[:, None, :, None]).flatten()
+            at += span.size
+
+    def _scale(self, disk: Disk, expert: int, number: int) -> Tensor:
+        """Of the blocks of one span `(rows of blocks, columns of blocks)`, float32."""
+        assert self.scales is not None
+        stored = self.scales[expert][number]
+        room = np.empty(stored.span.size, np.uint8)
+        disk.read(stored.span, room)
+        return torch.from_numpy(room).view(DTYPES[stored.dtype]).view(stored.shape).float()
 
     def sample(self, disk: Disk, places: Any) -> Tensor:
-        """Values `(places,)` in `stored` precision at places, rising, in the flattened tensor of all experts.
+        """Values `(places,)` at places, rising, in the flattened tensor of all experts; in `stored` precision, or float32
+        where they have scales.
 
         Raises:
             ModelError: they cannot be read.
         """
-        item, found = self.stored.itemsize, [self._place(int(place)) for place in places]
+        located = [self._place(int(place)) for place in places]
+        item = self.stored.itemsize
+        found = [(span.file, span.start + behind) for span, _, _, behind in located]
         values = np.empty((len(found), item), np.uint8)
         first = 0
         for last in range(1, len(found) + 1):
@@ -68,15 +96,26 @@ class Part:
             for row in range(first, last):
                 values[row] = near[found[row][1] - start :][:item]
             first = last
-        return torch.from_numpy(values).view(self.stored).flatten()
+        whole = torch.from_numpy(values).view(self.stored).flatten()
+        return whole if self.scales is None else whole.float() * self._scales_at(disk, located)
 
-    def _place(self, place: int) -> tuple[int, int]:
-        """The file of a value, and its first byte there."""
+    def _scales_at(self, disk: Disk, located: Sequence[tuple[Span, int, int, int]]) -> Tensor:
+        """Of the blocks of values that `_place` has found."""
+        columns, factors = self.shape[-1], []
+        for (expert, number), own in groupby(located, lambda place: place[1:3]):
+            scale = self._scale(disk, expert, number)
+            rows, columns_of_blocks = scale.shape
+            high, wide = self.spans[expert][number].size // columns // rows, columns // columns_of_blocks
+            factors += [scale[behind // columns // high, behind % columns // wide] for *_, behind in own]
+        return torch.stack(factors)
+
+    def _place(self, place: int) -> tuple[Span, int, int, int]:
+        """The span of a value, its expert, the number of the span there, and the bytes before it in it."""
         expert, number = divmod(place, torch.Size(self.shape).numel())
         behind = number * self.stored.itemsize
-        for span in self.spans[expert]:
+        for which, span in enumerate(self.spans[expert]):
             if behind < span.size:
-                return span.file, span.start + behind
+                return span, expert, which, behind
             behind -= span.size
         raise AssertionError(f"{self.name} has no place {place}")
 
@@ -109,41 +148,60 @@ def parts_of(
 
 
 def _part(full: str, name: str, shape: tuple[int, ...], sources: dict[Any, list[str]], checkpoint: Checkpoint) -> Part:
-    experts, folder = shape[0], checkpoint.folder
-    if not sources:
+    experts, folder, tensors = shape[0], checkpoint.folder, checkpoint.tensors
+    # The scales of blocks come through patterns of their own.
+    plain = {place: keys for place, own in sources.items() if (keys := [key for key in own if not key.endswith(SCALE)])}
+    if not plain:
         raise ModelError(f"checkpoint {folder} has no weights for {full}: it is of another model")
-    keys = [key for part in sources.values() for key in part]
-    stored = [checkpoint.tensors[key] for key in keys]
-    dtypes = {tensor.dtype for tensor in stored}
-    if len(dtypes) > 1 or not dtypes <= DTYPES.keys():
+    keys = [key for part in plain.values() for key in part]
+    dtypes = {tensors[key].dtype for key in keys}
+    scaled = any(len(own) for place, own in sources.items() if place not in plain)
+    if len(dtypes) > 1 or not dtypes <= (EIGHT_BITS if scaled else DTYPES).keys():
         raise ModelError(
             f"checkpoint {folder} keeps {full} as {', '.join(sorted(dtypes))}: expected one of {', '.join(DTYPES)}"
         )
-    converter: Any = next((place[0] for place in sources if place is not None), None)
-    steps = [re.sub(r"[^\w]", "", type(step).__name__) for step in converter.operations] if converter else []
-    stacked = not steps and len(keys) == 1 and stored[0].shape == shape
+    converter: Any = next((place[0] for place in plain if place is not None), None)
+    # What multiplies with scales comes first, and leaves alone what has none.
+    operations = [step for step in converter.operations if type(step).__name__ != "Fp8Dequantize"] if converter else []
+    steps = [re.sub(r"[^\w]", "", type(step).__name__) for step in operations]
+    stacked = not steps and len(keys) == 1 and tensors[keys[0]].shape == shape and not scaled
+    scales: list[list[Stored]] | None = None
     if stacked:
-        whole, size = stored[0].span, stored[0].span.size // experts
+        whole, size = tensors[keys[0]].span, tensors[keys[0]].span.size // experts
         spans = [[whole._replace(start=whole.start + e * size, size=size)] for e in range(experts)]
-    elif steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and _stacks(converter.operations):
+    elif steps in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and _stacks(operations):
         # Of each source pattern one tensor for every expert, whose rows come one after the other.
-        ordered = [
-            sources[converter, pattern] for pattern in converter.source_patterns if (converter, pattern) in sources
-        ]
+        ordered = [plain[converter, pattern] for pattern in converter.source_patterns if (converter, pattern) in plain]
         if any(len(part) != experts for part in ordered):
             raise ModelError(f"checkpoint {folder} does not have {experts} experts for {full}: it is of another model")
-        spans = [[checkpoint.tensors[part[e]].span for part in ordered] for e in range(experts)]
+        spans = [[tensors[part[e]].span for part in ordered] for e in range(experts)]
+        if scaled:
+            scales = [[_scales(part[e], full, checkpoint) for part in ordered] for e in range(experts)]
     else:
-        done = ", ".join(steps) or f"shape {stored[0].shape}"
+        done = ", ".join(steps) or f"shape {tensors[keys[0]].shape}"
         raise ModelError(
             f"checkpoint {folder} keeps {full} in a layout that transformers converts when it loads ({done}), so that no "
             "expert can be read on its own: save the loaded model again with save_pretrained(save_original_format=False)"
         )
-    dtype = DTYPES[stored[0].dtype]
+    dtype = (EIGHT_BITS if scaled else DTYPES)[tensors[keys[0]].dtype]
     wanted = torch.Size(shape[1:]).numel() * dtype.itemsize
     if any(sum(span.size for span in own) != wanted for own in spans):
         raise ModelError(f"checkpoint {folder} has {full} in another size than the model: it is of another model")
-    return Part(name, shape[1:], dtype, spans, stacked)
+    return Part(name, shape[1:], dtype, spans, stacked, scales)
+
+
+def _scales(key: str, full: str, checkpoint: Checkpoint) -> Stored:
+    """Of the blocks of a weight in float8, which are as many as fit it.
+
+    Raises:
+        ModelError: there are none, or others.
+    """
+    found, weight = checkpoint.tensors.get(f"{key}{SCALE}"), checkpoint.tensors[key]
+    if found is None or found.dtype not in DTYPES or len(found.shape) != 2 or len(weight.shape) != 2:
+        raise ModelError(f"checkpoint {checkpoint.folder} keeps {full} in float8 without scales of its blocks")
+    if any(side % count for side, count in zip(weight.shape, found.shape, strict=True)):
+        raise ModelError(f"checkpoint {checkpoint.folder} keeps {full} in float8 with blocks that do not fill it")
+    return found
 
 
 def _stacks(operations: Sequence[Any]) -> bool:
