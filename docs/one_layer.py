@@ -189,7 +189,7 @@ def main(
     Args:
         out: folder for the model and the trace; what is there is used again.
         shape: whose layer.
-        experts: fewer than the shape has: a layer of DeepSeek-V3 is 22.5 GB.
+        experts: fewer than the shape has: a layer of DeepSeek-V3 takes 22.5 GB of disk, and the fit as much again.
         tokens: of the trace.
         share: size of the surrogates, as in `lynx-learn train`.
         fitting: be that process.
@@ -205,7 +205,7 @@ def main(
     if not (trace / "manifest.json").exists():
         write_trace(model, trace, tokens)
     words = [sys.executable, __file__, *sys.argv[1:], "--fitting", "true"]
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
     print(f"{shape}, {experts or 'all'} experts, {tokens:,} tokens (GB, seconds): {done.stdout.strip()}")
 
 

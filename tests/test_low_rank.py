@@ -159,3 +159,22 @@ def test_uneven_ranks_explain_more_than_even_ones() -> None:
     assert module.ranks.tolist() == [4, 0]
     assert hard.error(*module.of(0)) < hard.error(*fitted(hard, hard, 2))
     torch.testing.assert_close(module.output(1, hard.x.float()), torch.ones_like(hard.y).float())
+
+
+def test_directions_that_explain_nothing_may_be_left_out() -> None:
+    """Four tokens give three directions."""
+    few, many = tokens(4, 31), tokens(300, 32)
+    fits = [fit_surrogate(rows, many, 4, 6) for rows in (few, many)]
+    assert fits[0].gains.count_nonzero() == 3
+    whole, trimmed = Surrogates(2, HIDDEN, 4), Surrogates(2, HIDDEN, 4)
+    for part in trimmed.parameters():
+        part.data.fill_(1.0)
+    whole.put(fits)
+    trimmed.put(
+        [fit._replace(down=fit.down[:count], up=fit.up[:count]) for fit, count in zip(fits, (3, 6), strict=True)]
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), trimmed.parameters(), strict=True))
+    assert torch.equal(whole.owner, trimmed.owner)
+    short = fits[0]._replace(down=fits[0].down[:3], up=fits[0].up[:3])
+    for rank in (2, 4):
+        torch.testing.assert_close(short.output(many.x, rank), fits[0].output(many.x, rank))

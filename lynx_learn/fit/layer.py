@@ -134,12 +134,13 @@ def _give_back() -> None:
 
 
 def _aside(fit: Fit, file: Path) -> Fit:
-    """The same with its directions in a file, from which they are mapped.
+    """The same with its directions in a file, from which they are mapped; those that explain nothing are left out.
 
     Raises:
         OptionError: it cannot be written.
     """
-    write(file, save({"down": fit.down, "up": fit.up}))
+    some = int(fit.gains.count_nonzero())
+    write(file, save({"down": fit.down[:some].contiguous(), "up": fit.up[:some].contiguous()}))
     return fit._replace(**load_file(file))
 
 

@@ -89,8 +89,8 @@ class Surrogates(nn.Module):
         self.owner.copy_(torch.arange(self.experts).repeat_interleave(torch.tensor(ranks)))
         for expert, (fit, rank) in enumerate(zip(fits, ranks, strict=True)):
             down, up, constant = self.of(expert)
-            down.copy_(fit.down[:rank])
-            up.copy_(fit.up[:rank])
+            for whole, part in ((down, fit.down[:rank]), (up, fit.up[:rank])):
+                whole.zero_()[: len(part)] = part
             constant.copy_(fit.constant(rank))
 
     @torch.no_grad()
@@ -230,7 +230,10 @@ def choose_ranks(gains: list[Tensor], rows: int) -> list[int]:
 
 
 class Fit(NamedTuple):
-    """One expert's surrogate at any rank: directions in the order of what they explain."""
+    """One expert's surrogate at any rank: directions in the order of what they explain.
+
+    Those that explain nothing need not be there but for their gains.
+    """
 
     down: Tensor
     """(directions, hidden)."""
