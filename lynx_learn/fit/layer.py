@@ -51,6 +51,7 @@ def fit_layer(
         tenth: the sequence number modulo 10 of every token of the trace.
         reference: whether to fit the scorer that others are compared with, too.
     """
+    _give_back()  # what the last layer had
     torch.manual_seed(options.seed * 1009 + layer.index)
     answers: list[Answer] = [own.surrogates.output]
     if own.surrogates.rank:
@@ -127,7 +128,8 @@ def _fit_surrogates(
 def _give_back() -> None:
     """Give freed memory back to the system, where the C library can be asked to.
 
-    Experts have different numbers of tokens: what one has freed is too small for the next, and the heap would grow with each.
+    Experts have different numbers of tokens: what one has freed is too small for the next, and the heap would grow with each,
+    and with each layer.
     """
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
