@@ -182,6 +182,7 @@ def main(
     experts: int | None = None,
     tokens: int = 20_000,
     share: float = 0.08,
+    workers: int = 1,
     fitting: bool = False,
 ) -> None:
     """Write what is not there yet, fit in a process of its own, and print GB and seconds.
@@ -192,6 +193,8 @@ def main(
         experts: fewer than the shape has: a layer of DeepSeek-V3 takes 22.5 GB of disk, and the fit as much again.
         tokens: of the trace.
         share: size of the surrogates, as in `lynx-learn train`.
+        workers: fit so many layers at once, all the same, as `lynx-learn train --workers` does; then a layer takes its share of
+            the longest one's seconds.
         fitting: be that process.
     """
     folder = Path(out)
@@ -205,8 +208,18 @@ def main(
     if not (trace / "manifest.json").exists():
         write_trace(model, trace, tokens)
     words = [sys.executable, __file__, *sys.argv[1:], "--fitting", "true"]
-    done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
-    print(f"{shape}, {experts or 'all'} experts, {tokens:,} tokens (GB, seconds): {done.stdout.strip()}")
+    alone = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {}
+    running = [
+        subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **alone}) for _ in range(workers)
+    ]
+    results = [process.communicate()[0].strip() for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("a fit failed: see above")
+    for result in results:
+        print(f"{shape}, {experts or 'all'} experts, {tokens:,} tokens (GB, seconds): {result}")
+    if workers > 1:
+        each = max(json.loads(result)["fit_s"] for result in results) / workers
+        print(f"{workers} layers at once: {each:.1f} seconds a layer")
 
 
 if __name__ == "__main__":

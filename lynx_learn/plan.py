@@ -33,6 +33,8 @@ TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 DECOMPOSITION = 9
 # The same of one that gives some of the vectors only.
 SOME_VECTORS = 4
+# The same of outputs' products, in terms of what inputs' decomposition gives.
+TURNED = 4
 # Steps of subspace iteration that a fit takes, about: the first penalty more, the later ones fewer.
 STEPS = 6
 # Passes over the calibration text: sampled, predicted untouched, and at the thresholds that are tested.
@@ -281,11 +283,12 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     inputs = (
         min(ROWS_BYTES / BYTES_OF_A_NUMBER, (CHECK + 1) / 10 * tokens * shape.top_k * shape.hidden) * shape.itemsize
     )
-    # Of the expert with most tokens: outputs; inputs and outputs that it is fitted on and checked on, and centred; and the Gram
-    # matrix with what is made of it. In float64 inputs; where tokens are no fewer than width, of some tokens, and outputs too.
+    # Of the expert with most tokens: outputs; and inputs or outputs in float32, and centred. Where tokens are no fewer than width,
+    # both are held at once, and some in float64. Then the Gram matrix with what is made of it: of tokens, more.
     most = HEAVIEST * assigned
-    copies = most * 6 * 4 + (most * (8 + 4) if rows < shape.hidden else 2 * 8 * min(most, ROWS_IN_DOUBLE))
-    solved = copies * shape.hidden + 4 * 8 * min(HEAVIEST * rows, shape.hidden) ** 2
+    by_tokens = rows < shape.hidden
+    copies = most * (shape.itemsize + 2 * 4) if by_tokens else most * 6 * 4 + 2 * 8 * min(most, ROWS_IN_DOUBLE)
+    solved = copies * shape.hidden + (8 if by_tokens else 4) * 8 * min(HEAVIEST * rows, shape.hidden) ** 2
     kept = min(tokens, MOST_TOKENS)
     scored = kept * (shape.hidden * shape.itemsize + shape.top_k * (4 * len(NAMES) + 12))
     # Of experts run on what is scored: inputs, outputs, and answers of up to three surrogates with their errors.
@@ -294,16 +297,17 @@ def fit_cost(shape: Shape, options: PlanOptions, tokens: int) -> tuple[float, fl
     run = 2 * (tokens + kept) * shape.top_k * shape.expert_numbers
     solve = solving(shape, rows, rank)
     if assigned < FEW_TOKENS * shape.hidden:
-        solve += 2 * solving(shape, rows / 2, rank)
+        solve += 2 * solving(shape, rows / 2, rank, multiplied=by_tokens)
     return memory, shape.layers * (run + (shape.experts * solve if rank else 0))
 
 
-def solving(shape: Shape, rows: float, rank: int) -> float:
-    """Operations of the fit of one surrogate on so many tokens."""
+def solving(shape: Shape, rows: float, rank: int, multiplied: bool = False) -> float:
+    """Operations of the fit of one surrogate on so many tokens; `multiplied` where their inner products are there."""
     widths = len(PENALTIES) * (rank + MORE) + MOST_RANKS * rank + MORE
     if rows < shape.hidden:
-        solve = 6 * rows**2 * shape.hidden + (DECOMPOSITION + (len(PENALTIES) + 1) * SOME_VECTORS) * rows**3
-        return solve + 4 * rows * (shape.hidden + rows) * widths
+        products = 0.0 if multiplied else 4 * rows**2 * shape.hidden
+        decomposed = (DECOMPOSITION + TURNED + (len(PENALTIES) + 1) * SOME_VECTORS) * rows**3
+        return products + decomposed + 4 * rows**2 * widths + 4 * rows * shape.hidden * MOST_RANKS * rank
     applied = 4 * shape.hidden**2
     solve = 4 * rows * shape.hidden**2 + (len(PENALTIES) + 1) * 4 / 3 * shape.hidden**3
     if shape.hidden > NARROW:

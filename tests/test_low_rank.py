@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lynx_learn.fit import low_rank
-from lynx_learn.fit.low_rank import PENALTIES, Rows, fit_surrogate
+from lynx_learn.fit.low_rank import PENALTIES, Rows, fit_surrogate, fit_surrogates
 from lynx_learn.selector.surrogates import Surrogates
 
 HIDDEN = 12
@@ -66,6 +66,34 @@ def test_as_much_is_explained_as_by_the_exact_solution(
         up = found.up[:part].double()
         matrix = (vectors.T * energy) @ vectors
         assert float((up @ matrix @ up.T).trace()) == pytest.approx(wanted, rel=1e-4)
+
+
+@given(st.integers(6, 60), st.integers(8, 40), st.integers(1, 4), st.sampled_from([0, 512]), st.booleans())
+@settings(max_examples=40)
+def test_fits_on_parts_are_those_of_the_parts_alone(
+    count: int, hidden: int, rank: int, narrow: int, mixed: bool
+) -> None:
+    """Of all of an expert's tokens and of both halves of them, by tokens and by width, checked on others.
+
+    Solutions may turn where two directions explain as much as one another, so it is errors and gains that must agree.
+    """
+    rows = tokens(count, 3, hidden)
+    if not narrow:  # with products in float32
+        rows = Rows(*(whole.float() for whole in rows))
+    number = torch.arange(count) if not mixed else torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    check = number % 5 == 4
+    parts = [~check, ~check & (number % 2 == 0), ~check & (number % 2 == 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "NARROW", narrow)
+        together = fit_surrogates(rows, parts, check, rank, 2 * rank)
+        for part, found in zip(parts, together, strict=True):
+            fit, others = (Rows(*(whole[mask] for whole in rows)) for mask in (part, check))
+            alone = fit_surrogate(fit, others, rank, 2 * rank)
+            torch.testing.assert_close(found.gains, alone.gains, rtol=1e-3, atol=1e-3 * float(alone.gains.sum()) + 1e-9)
+            error, expected = (
+                others.error(own.down[:rank], own.up[:rank], own.constant(rank)) for own in (found, alone)
+            )
+            assert error == pytest.approx(expected, rel=1e-3)
 
 
 def squared_error(rows: Rows, down: Tensor, up: Tensor, constant: Tensor) -> float:

@@ -20,7 +20,7 @@ from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
 from ..selector.surrogates import MOST_RANKS, Fit, Surrogates
 from ..traces.format import Trace
-from .low_rank import ROWS_AT_A_TIME, Rows, fit_surrogate
+from .low_rank import ROWS_AT_A_TIME, Rows, fit_surrogates
 from .scorer import Assignments, ScorerOptions, boosted_reference, new_scorer, predicted_costs, quality, train_scorer
 
 # Of every ten sequences of a trace one checks the ridge penalty and one is held out for the reported figures.
@@ -111,15 +111,11 @@ def _fit_surrogates(
                 if len(some):
                     into.copy_(layer.expert_output(expert, some))
             check_finite(layer, y)
-            weights, part = weights.to(layer.device), part.to(layer.device)
-
-            def rows(own: Tensor, x: Tensor = x, y: Tensor = y, weights: Tensor = weights) -> Rows:
-                return Rows(x[own].float(), y[own].float(), weights[own])
-
-            check = rows(part == CHECK)
-            for which, (start, end) in enumerate(spans):
-                found = fit_surrogate(rows((part >= start) & (part < end)), check, rank, min(MOST_RANKS * rank, hidden))
-                fits[which].append(_aside(found, scratch / f"{which}-{expert}.safetensors"))
+            rows, part = Rows(x, y, weights.to(layer.device)), part.to(layer.device)
+            parts = [(part >= start) & (part < end) for start, end in spans]
+            found = fit_surrogates(rows, parts, part == CHECK, rank, min(MOST_RANKS * rank, hidden))
+            for which, fit in enumerate(found):
+                fits[which].append(_aside(fit, scratch / f"{which}-{expert}.safetensors"))
             _give_back()
     surrogates.put(fits[0])
     return fits[1:]

@@ -7,7 +7,7 @@ smaller one of X'X and XX' (of width and tokens), in float64. Where tokens are f
 model is wide, it is not decomposed: the leading directions come from subspace iteration (Halko, Martinsson and Tropp 2011).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from ..selector.surrogates import Fit
 
 # Ridge penalties tried, as multiples of the mean diagonal of X'X; the last leaves little but the mean.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Tokens whose inputs and outputs are in float64 at a time.
-ROWS_AT_A_TIME = 4096
+# Tokens whose inputs and outputs are in float64 at a time, and columns of all of them.
+ROWS_AT_A_TIME, COLUMNS_AT_A_TIME = 4096, 1024
 # Up to this width, or so many tokens, exact work takes no time: a full decomposition in place of an iteration, and float64.
 NARROW = 512
 # Directions iterated with beyond those that are wanted.
@@ -41,62 +41,159 @@ class Rows(NamedTuple):
 
 
 class _ByWidth:
-    """Y'PY and the ridge solutions where there are at least as many tokens as width, from X'X and X'Y alone."""
+    """Solutions where there are at least as many tokens as width, from X'X and X'Y alone."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.gram, self.cross = (x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64) for _ in range(2))
+    def __init__(self, rows: Rows, own: Tensor, check: Tensor, mean_x: Tensor, mean_y: Tensor) -> None:
+        self.check = Rows(*(_single(whole[check]) for whole in rows))
+        root = rows.weights[own].to(mean_x).sqrt().unsqueeze(1)
+        x, y = ((_single(whole[own]) - mean).mul_(root) for whole, mean in ((rows.x, mean_x), (rows.y, mean_y)))
+        self.mean_x, self.mean_y, hidden = mean_x, mean_y, x.shape[1]
+        self.gram, self.cross = (x.new_zeros(hidden, hidden, dtype=torch.float64) for _ in range(2))
         for some_x, some_y in zip(x.split(ROWS_AT_A_TIME), y.split(ROWS_AT_A_TIME), strict=True):
             wide = some_x.double()
             self.gram.addmm_(wide.T, wide)
             self.cross.addmm_(wide.T, some_y.double())
+        self.scale = float(self.gram.diagonal().mean())
+        none = x.new_zeros(0, hidden)
+        self.lowest = self.check.error(none, none, mean_y)
+        self.start: Tensor | None = None
 
-    def penalise(self, penalty: float) -> None:
-        self.factor = _factor(self.gram, penalty)
+    def error(self, penalty: float, rank: int) -> float:
+        """Of the tokens to check on."""
+        down, up, _ = self.solve(penalty, rank)
+        return self.check.error(down, up, self.mean_y - (self.mean_x.to(down) @ down.T) @ up)
+
+    def solve(self, penalty: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`down` and `up` `(count, hidden)` and what each direction explains, falling; the next penalty starts from them."""
+        self.factor = torch.linalg.cholesky(_raised(self.gram, penalty))
         self.half = torch.linalg.solve_triangular(self.factor, self.cross, upper=False)
+        up, gains = self._leading(count)
+        return torch.cholesky_solve(self.cross @ up.T, self.factor).T, up, gains
 
-    def explained(self, directions: Tensor) -> Tensor:
+    def _explained(self, directions: Tensor) -> Tensor:
         """Y'PY `directions` `(hidden, n)`."""
         return self.half.T @ (self.half @ directions)
 
-    def down(self, up: Tensor) -> Tensor:
-        """Inputs' directions `(rank, hidden)` that answer with `up` `(rank, hidden)`."""
-        return torch.cholesky_solve(self.cross @ up.T, self.factor).T
+    def _leading(self, count: int) -> tuple[Tensor, Tensor]:
+        """The leading directions of Y'PY, as rows, and what each explains. Equal input gives equal output."""
+        hidden, device = len(self.gram), self.gram.device
+        if hidden <= NARROW:
+            energy, vectors = torch.linalg.eigh(self._explained(torch.eye(hidden, dtype=torch.float64, device=device)))
+            return vectors.T.flip(0)[:count], energy.flip(0)[:count].clamp_min(0)
+        width = min(count + MORE, hidden)
+        if self.start is None or self.start.shape[1] != width:
+            noise = torch.randn(hidden, width, generator=torch.Generator().manual_seed(0))
+            self.start = torch.linalg.qr(noise.to(device, torch.float64)).Q
+        start, explained = self.start, -1.0
+        for _ in range(MOST_STEPS):
+            image = self._explained(start)
+            energy, rotation = torch.linalg.eigh(start.T @ image)
+            reached = float(energy[-count:].clamp_min(0).sum())
+            if reached <= explained * (1 + CONVERGED):
+                break
+            explained, start = reached, torch.linalg.qr(image).Q
+        self.start = start
+        return (start @ rotation).T.flip(0)[:count], energy.flip(0)[:count].clamp_min(0)
+
+
+class Inner(NamedTuple):
+    """Inner products of some tokens, which are off the mean first: of inputs in float64, and of outputs, `(n, n)` each.
+
+    Those of fewer tokens are their part, and so are those with other weights and means: tokens that are fitted on more than
+    once are multiplied once.
+    """
+
+    tokens: Tensor
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, tokens: Tensor) -> "Inner":
+        """Of the tokens with these numbers, rising; penalties are small beside the largest values of X'X, hence float64."""
+        exact = len(tokens) <= NARROW or rows.y.dtype == torch.float64
+        kinds = (torch.float64, torch.float64 if exact else torch.float32)
+        return cls(tokens, *(cls._products(part, tokens, kind) for part, kind in zip(rows[:2], kinds, strict=True)))
+
+    @staticmethod
+    def _products(part: Tensor, tokens: Tensor, kind: torch.dtype) -> Tensor:
+        from scipy.linalg import blas
+
+        whole = torch.zeros(len(tokens), len(tokens), dtype=kind, device=part.device)
+        add = blas.dsyrk if kind == torch.float64 else blas.ssyrk
+        for columns in part.split(COLUMNS_AT_A_TIME, dim=1):
+            some = columns[tokens].to(kind)
+            some -= some.mean(0)
+            if part.device.type != "cpu":
+                whole.addmm_(some, some.T)
+            else:  # of one triangle, in half of the time
+                add(1.0, some.numpy().T, trans=1, beta=1.0, c=whole.numpy().T, overwrite_c=True)
+        return whole if part.device.type != "cpu" else whole.tril() + whole.tril(-1).T
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """Where these tokens are."""
+        return torch.searchsorted(self.tokens, tokens)
+
+
+def _centred(products: Tensor, own: Tensor, share: Tensor, check: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Products of tokens `own` and of `check` with `own`, and squares of `check`, off the mean of `own` by their `share`."""
+    share, some = share.to(products), products[:, own]
+    with_mean = some @ share
+    mean = share @ with_mean[own]
+    squares = products.diagonal()[check] - 2 * with_mean[check] + mean
+    some -= with_mean.unsqueeze(1)
+    some -= with_mean[own] - mean
+    return some[own], some[check], squares
 
 
 class _ByTokens:
-    """The same where there are fewer tokens than width, from XX' = U diag(k) U' and YY'.
+    """Solutions where there are fewer tokens than width, from XX' = U diag(k) U' and YY'.
 
     Y'PY has the eigenvalues of S'YY'S with S = U diag(k / (k + penalty))^½, which has a row and a column for each token. XX' is
-    decomposed in float64, since penalties are small beside its largest values; errors of the rest are relative to the largest of
-    what is explained, and many tokens are worked with in float32.
+    decomposed in float64; errors of the rest are relative to the largest of what is explained. The tokens to check on are
+    answered from their inner products with the others, so nothing that is as wide as the model is multiplied for a penalty.
     """
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        wide = x.double()
-        values, basis = torch.linalg.eigh(wide @ wide.T)
-        kind = torch.float64 if len(x) <= NARROW else torch.float32
-        self.x, self.values, self.basis = x.to(kind), values.clamp_min(0), basis.to(kind)
-        self.turned = self.basis.T @ y.to(kind)
-        self.outputs = self.turned @ self.turned.T
+    def __init__(
+        self, rows: Rows, own: Tensor, check: Tensor, mean_x: Tensor, mean_y: Tensor, inner: Inner, share: Tensor
+    ) -> None:
+        self.rows, self.own, self.means = rows, own, (mean_x, mean_y)
+        self.check_weights = rows.weights[check].double()
+        here, there = inner.places(own), inner.places(check)
+        self.root = rows.weights[own].to(inner.x).sqrt()
+        gram, check_x, _ = _centred(inner.x, here, share, there)
+        gram.mul_(self.root).mul_(self.root.unsqueeze(1))
+        self.scale = float(gram.diagonal().sum()) / rows.x.shape[1]
+        values, basis = torch.linalg.eigh(gram)
+        self.values, self.basis = values.clamp_min(0), basis.to(inner.y)
+        turn = self.root.to(inner.y).unsqueeze(1) * self.basis
+        outputs, check_y, squares = _centred(inner.y, here, share, there)
+        self.outputs, self.check_x, self.check_y = turn.T @ outputs @ turn, check_x.to(turn) @ turn, check_y @ turn
+        self.off = squares.double()
+        self.lowest = float(self.check_weights @ self.off)
 
-    def penalise(self, penalty: float) -> None:
+    def error(self, penalty: float, rank: int) -> float:
+        """Of the tokens to check on."""
+        down, up, _ = self._leading(penalty, rank)
+        answers, wanted = self.check_x @ down, self.check_y @ up
+        return float(self.check_weights @ (self.off + (answers * (answers - 2 * wanted)).double().sum(1)))
+
+    def solve(self, penalty: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`down` and `up` `(count, hidden)` and what each direction explains, falling."""
+        *parts, gains = self._leading(penalty, count)
+        wide = zip(parts, self.rows[:2], self.means, strict=True)
+        turn = self.root.to(self.basis).unsqueeze(1) * self.basis
+        down, up = ((turn @ part).T.to(mean) @ (_single(whole[self.own]) - mean) for part, whole, mean in wide)
+        return down, up, gains
+
+    def _leading(self, penalty: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `down` and `up` are in terms of U `(tokens, count)`, and what each direction explains."""
         inverse = 1 / (self.values + penalty)
-        self.inverse, self.root = inverse.to(self.x).unsqueeze(1), (self.values * inverse).sqrt().to(self.x)
-
-    def leading(self, count: int) -> tuple[Tensor, Tensor]:
-        """As `_leading`."""
-        energy, vectors = _largest(self.root.unsqueeze(1) * self.outputs * self.root, count)
-        vectors = self.root.unsqueeze(1) * vectors
-        up = self.turned.T @ vectors
+        root = (self.values * inverse).sqrt().to(self.basis).unsqueeze(1)
+        energy, vectors = _largest(root * self.outputs * root.T, min(count, len(root)))
         # What explains no more than rounding does is none: it would point anywhere.
-        some = energy > len(self.root) * torch.finfo(energy.dtype).eps * energy[0]
-        scale = torch.where(some, 1 / torch.linalg.vector_norm(up, dim=0), 0.0)
-        self.vectors = vectors * scale
-        return (up * scale).T, torch.where(some, energy, 0.0).double()
-
-    def down(self, up: Tensor) -> Tensor:
-        """Of the directions that `leading` gave last."""
-        return (self.x.T @ (self.basis @ (self.inverse * (self.outputs @ self.vectors)))).T
+        some = energy > len(root) * torch.finfo(energy.dtype).eps * energy[0]
+        up = root * vectors * torch.where(some, energy.rsqrt(), 0.0)
+        return inverse.to(up).unsqueeze(1) * (self.outputs @ up), up, torch.where(some, energy, 0.0).double()
 
 
 def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -108,12 +205,16 @@ def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
         from scipy.linalg import eigh
 
         own: Any = {"subset_by_index": (size - count, size - 1), "driver": "evr", "check_finite": False}
-        values, vectors = (torch.from_numpy(part) for part in eigh(matrix.numpy(), overwrite_a=True, **own))
+        values, vectors = (torch.from_numpy(part) for part in eigh(matrix.numpy().T, overwrite_a=True, **own))
     return values.flip(0)[:count], vectors.flip(1)[:, :count]
 
 
 def _factor(gram: Tensor, penalty: float) -> Tensor:
     return torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
+def _raised(gram: Tensor, penalty: float) -> Tensor:
+    return gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = None) -> Fit:
@@ -124,40 +225,56 @@ def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = No
         check: others, by which the ridge penalty is chosen, at this `rank`.
         directions: how many to give, at least `rank`; by default as many.
     """
-    hidden, count = fit.x.shape[1], directions or rank
-    zero, none = torch.zeros(count, hidden), torch.zeros(count)
-    total = float(fit.weights.double().sum())
-    if total <= 0.0:
-        return Fit(zero, zero.clone(), none, torch.zeros(hidden), torch.zeros(hidden))
-    share = (fit.weights.double() / total).to(fit.x)
-    mean_x, mean_y = share @ fit.x, share @ fit.y
-    root = fit.weights.to(fit.x).sqrt().unsqueeze(1)
-    x, y = (fit.x - mean_x).mul_(root), (fit.y - mean_y).mul_(root)
-    best = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu())
-    scale = float(torch.linalg.vector_norm(x, dim=1).double().square().sum()) / hidden
-    lowest = check.error(zero, zero, mean_y)
-    if not rank or not scale > 0:
-        return best
-    ridge = (_ByTokens if len(x) < hidden else _ByWidth)(x, y)
-    start: Tensor | None = None
+    both = Rows(*(torch.cat(pair) for pair in zip(fit, check, strict=True)))
+    chosen = torch.arange(len(both.x), device=both.x.device) < len(fit.x)
+    return fit_surrogates(both, [chosen], ~chosen, rank, directions)[0]
 
-    def error(number: int) -> float:
-        nonlocal start
-        ridge.penalise(PENALTIES[number] * scale)
-        up, _, start = _leading(ridge, y, rank, start)
-        down = ridge.down(up)
-        return check.error(down, up, mean_y - (mean_x.to(down) @ down.T) @ up)
 
-    chosen, found_error = _least(error, len(PENALTIES))
-    if not found_error < lowest:
-        return best
-    ridge.penalise(PENALTIES[chosen] * scale)
-    up, gains, _ = _leading(ridge, y, count, None)
-    down = ridge.down(up)
-    found = Fit(zero, zero.clone(), none, best.mean_x, best.mean_y)
-    for whole, part in ((found.down, down), (found.up, up), (found.gains, gains)):
-        whole[: len(part)] = part.float().cpu()
+def fit_surrogates(
+    rows: Rows, parts: Sequence[Tensor], check: Tensor, rank: int, directions: int | None = None
+) -> list[Fit]:
+    """Surrogates of one expert, as `fit_surrogate`, each fitted on a part of its tokens; what they share is worked out once.
+
+    Args:
+        parts: which tokens to fit on `(tokens,)`, bool, for each surrogate; a part of another comes after it.
+        check: which to choose the penalty by.
+    """
+    hidden, count = rows.x.shape[1], directions or rank
+    found, inner = [], None
+    for part in parts:
+        zero, none = torch.zeros(count, hidden), torch.zeros(count)
+        weights = rows.weights[part]
+        total = float(weights.double().sum())
+        if total <= 0.0:
+            found.append(Fit(zero, zero.clone(), none, torch.zeros(hidden), torch.zeros(hidden)))
+            continue
+        share = weights.double() / total
+        mean_x, mean_y = (share.to(whole) @ whole for whole in (_single(whole[part]) for whole in rows[:2]))
+        best = Fit(zero, zero.clone(), none, mean_x.float().cpu(), mean_y.float().cpu())
+        found.append(best)
+        if not rank:
+            continue
+        own, others = (mask.nonzero().flatten() for mask in (part, check))
+        ridge: _ByWidth | _ByTokens
+        if len(own) < hidden:
+            if inner is None or not torch.isin(own, inner.tokens).all():
+                inner = Inner.of(rows, (part | check).nonzero().flatten())
+            ridge = _ByTokens(rows, own, others, mean_x, mean_y, inner, share)
+        else:
+            ridge = _ByWidth(rows, own, others, mean_x, mean_y)
+        if not ridge.scale > 0:
+            continue
+        chosen, error = _least(lambda number: ridge.error(PENALTIES[number] * ridge.scale, rank), len(PENALTIES))  # noqa: B023
+        if not error < ridge.lowest:
+            continue
+        for whole, some in zip(best[:3], ridge.solve(PENALTIES[chosen] * ridge.scale, count), strict=True):
+            whole[: len(some)] = some.float().cpu()
     return found
+
+
+def _single(part: Tensor) -> Tensor:
+    """In float32 at least."""
+    return part.to(torch.promote_types(part.dtype, torch.float32))
 
 
 def _least(error: Callable[[int], float], count: int) -> tuple[int, float]:
@@ -171,35 +288,3 @@ def _least(error: Callable[[int], float], count: int) -> tuple[int, float]:
         if best != start:
             break
     return best, least
-
-
-def _leading(
-    ridge: _ByWidth | _ByTokens, y: Tensor, count: int, start: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The leading directions of Y'PY, as rows, what each explains, falling, and where to start for a like penalty.
-
-    There are fewer than `count` where there are fewer tokens. Equal input gives equal output.
-    """
-    most = min(y.shape)
-    if isinstance(ridge, _ByTokens):
-        return *ridge.leading(min(count, most)), None
-    if y.shape[1] <= NARROW:
-        energy, vectors = torch.linalg.eigh(
-            ridge.explained(torch.eye(y.shape[1], dtype=torch.float64, device=y.device))
-        )
-        count = min(count, most)
-        return vectors.T.flip(0)[:count], energy.flip(0)[:count].clamp_min(0), None
-    width = min(count + MORE, most)
-    if start is None or start.shape[1] != width:
-        noise = torch.randn(y.shape[1], width, generator=torch.Generator().manual_seed(0))
-        start = torch.linalg.qr(noise.to(y.device, torch.float64)).Q
-    explained = -1.0
-    for _ in range(MOST_STEPS):
-        image = ridge.explained(start)
-        energy, rotation = torch.linalg.eigh(start.T @ image)
-        reached = float(energy[-count:].clamp_min(0).sum())
-        if reached <= explained * (1 + CONVERGED):
-            break
-        explained, start = reached, torch.linalg.qr(image).Q
-    up = (start @ rotation).T.flip(0)[:count]
-    return up, energy.flip(0)[:count].clamp_min(0), start

@@ -11,12 +11,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from ..selector.features import NAMES
 from ..selector.scorers import SCORERS, Scorer
+from .low_rank import COLUMNS_AT_A_TIME
 from .trainer import CSVLogger, L, fit_module
 
 # Costs are divided by the layer's mean; below this share of it they count as this, so that a logarithm stays finite.
 SMALLEST_COST = 1e-6
-# Columns of the hidden states that are in float32 at a time.
-COLUMNS_AT_A_TIME = 1024
 # Rows the gradient-boosted reference is fitted on; its time grows with them, its figures hardly.
 REFERENCE_ROWS = 60_000
 
