@@ -1,5 +1,6 @@
 """Train: costs and figures against loops written here, equal seeds give equal bytes, and nothing is left half-written."""
 
+import gc
 import json
 import os
 import shutil
@@ -34,8 +35,9 @@ from torch.nn import functional
 from lynx_learn.decode.runtime import skip_experts
 from lynx_learn.errors import OptionError, TraceError
 from lynx_learn.fit import layer as fit_of_layer
+from lynx_learn.fit import train as training
 from lynx_learn.fit.layer import CHECK, blocks_within, gathered, shard_routing
-from lynx_learn.fit.scorer import quality
+from lynx_learn.fit.scorer import Assignments, quality
 from lynx_learn.fit.train import train
 from lynx_learn.moe import loading
 from lynx_learn.moe.decision import Routing
@@ -162,6 +164,24 @@ def test_what_is_left_unexplained_is_of_the_tokens_that_are_looked_at(monkeypatc
     thinned = len(fit.costs) + len(held_out.costs)
     assert 0.2 < thinned / trace.collected_tokens < 0.3
     assert float(held_out.costs.sum()) == pytest.approx(float(energy), rel=1e-5)
+
+
+def test_a_layers_tokens_are_given_back_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's objects hold each other, and what they were trained on, until they are collected."""
+    flow, left = tiny_flow(), []
+
+    def counted(*args: Any) -> Any:
+        left.append(sum(isinstance(thing, Assignments) for thing in gc.get_objects()))
+        return fit_of_layer.fit_layer(*args)
+
+    monkeypatch.setattr(training, "fit_layer", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        train(train_options(flow, tmp_path / "s"))
+    finally:
+        gc.enable()
+    assert left == [0] * LAYERS
 
 
 def of_half(fits: list[Fit], ranks: list[int], expert: int, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from lynx_learn.moe.families import MoeLayer, find_moe_layers
 from lynx_learn.moe.hooks import Routing, intercept
+from lynx_learn.moe.loading import has_native_bfloat16
 from lynx_learn.traces.documents import read_documents
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -314,9 +315,8 @@ def measure(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, heldout:
 
 
 def precision() -> Literal["bf16-mixed", "32-true"]:
-    """bfloat16 on a GPU, and on a CPU that multiplies it in tiles; with AVX-512's it is no faster than float32 (0.7 times)."""
-    fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if fast else "32-true"
+    """bfloat16 on a GPU, and on a CPU that multiplies in it."""
+    return "bf16-mixed" if torch.cuda.is_available() or has_native_bfloat16() else "32-true"
 
 
 def main(options: Options) -> None:

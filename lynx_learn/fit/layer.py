@@ -51,7 +51,6 @@ def fit_layer(
         tenth: the sequence number modulo 10 of every token of the trace.
         reference: whether to fit the scorer that others are compared with, too.
     """
-    _give_back()  # what the last layer had
     torch.manual_seed(options.seed * 1009 + layer.index)
     answers: list[Answer] = [own.surrogates.output]
     if own.surrogates.rank:
@@ -116,12 +115,12 @@ def _fit_surrogates(
             found = fit_surrogates(rows, parts, part == CHECK, rank, min(MOST_RANKS * rank, hidden))
             for which, fit in enumerate(found):
                 fits[which].append(_aside(fit, scratch / f"{which}-{expert}.safetensors"))
-            _give_back()
+            give_back()
     surrogates.put(fits[0])
     return fits[1:]
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Give freed memory back to the system, where the C library can be asked to.
 
     Experts have different numbers of tokens: what one has freed is too small for the next, and the heap would grow with each,

@@ -1,5 +1,6 @@
 """`lynx-learn train`: from a trace and the model's expert weights to a selector, layer by layer."""
 
+import gc
 import json
 import math
 import shutil
@@ -29,7 +30,7 @@ from ..selector.surrogates import rank_for
 from ..show.progress import track
 from ..traces.format import Trace
 from .fitted import FOLDER, FittedLayers
-from .layer import HELD_OUT, fit_layer
+from .layer import HELD_OUT, fit_layer, give_back
 from .scorer import ScorerOptions
 from .sensitivity import measure_sensitivities, scale_to_nats
 from .trainer import Team, TeamOptions, joined
@@ -203,6 +204,8 @@ def _fit_layers(
                 figures = fit_layer(layer, own, trace, tenth, scorer, options.reference, logs)
                 losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
         fitted.write(index, own, figures, losses)
+        gc.collect()  # a trainer and what it trains hold each other, and with them the layer's tokens
+        give_back()
 
 
 def _check_identity(trace: Trace, stored: Identity, found: Identity) -> None:
