@@ -8,6 +8,8 @@ The processes are started by a launcher, by hand, or by the command itself throu
 on a Ray or Dask cluster with `--backend`.
 """
 
+import ctypes
+import gc
 import logging
 import os
 import signal
@@ -190,6 +192,20 @@ class Share:
 
 # All parts are one process's.
 ALL = Share()
+
+
+def give_back(collect: bool = False) -> None:
+    """Give memory that a part, or a piece of one, has freed back to the system, where the C library can be asked to.
+
+    Where pieces are of different sizes, what one has freed is too small for the next, and the heap would grow with each.
+
+    Args:
+        collect: free what only holds itself first, as a trainer and what it trains do; takes longer.
+    """
+    if collect:
+        gc.collect()
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_workers(command: Command) -> Command:

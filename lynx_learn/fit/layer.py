@@ -1,8 +1,6 @@
 """One layer of a selector, from its part of a trace and its experts' weights: surrogates, then a scorer."""
 
-import ctypes
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from ..errors import TraceError
 from ..files import write
 from ..moe.decision import Routing
 from ..moe.families import MoeLayer
+from ..parts import give_back
 from ..rules.oracle import Answer, squared_errors
 from ..selector.features import LOG_WEIGHT, assignment_features
 from ..selector.layer import LayerSelector
@@ -115,19 +114,9 @@ def _fit_surrogates(
             found = fit_surrogates(rows, parts, part == CHECK, rank, min(MOST_RANKS * rank, hidden))
             for which, fit in enumerate(found):
                 fits[which].append(_aside(fit, scratch / f"{which}-{expert}.safetensors"))
-            give_back()
+            give_back()  # experts have different numbers of tokens
     surrogates.put(fits[0])
     return fits[1:]
-
-
-def give_back() -> None:
-    """Give freed memory back to the system, where the C library can be asked to.
-
-    Experts have different numbers of tokens: what one has freed is too small for the next, and the heap would grow with each,
-    and with each layer.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _aside(fit: Fit, file: Path) -> Fit:

@@ -1,6 +1,5 @@
 """`lynx-learn train`: from a trace and the model's expert weights to a selector, layer by layer."""
 
-import gc
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from ..files import check_empty, digest
 from ..moe.families import MoeLayer, find_moe_layers
 from ..moe.identity import Identity, differences, identify, part_of
 from ..moe.loading import LoadedModel, load_base, versions
-from ..parts import Share, deciding, in_workers
+from ..parts import Share, deciding, give_back, in_workers
 from ..selector.config import RUN, SelectorConfig
 from ..selector.layer import LayerSelector
 from ..selector.saving import is_made_by, run_record, write_card
@@ -30,7 +29,7 @@ from ..selector.surrogates import rank_for
 from ..show.progress import track
 from ..traces.format import Trace
 from .fitted import FOLDER, FittedLayers
-from .layer import HELD_OUT, fit_layer, give_back
+from .layer import HELD_OUT, fit_layer
 from .scorer import ScorerOptions
 from .sensitivity import measure_sensitivities, scale_to_nats
 from .trainer import Team, TeamOptions, joined
@@ -204,8 +203,7 @@ def _fit_layers(
                 figures = fit_layer(layer, own, trace, tenth, scorer, options.reference, logs)
                 losses = {f"logs/{file.relative_to(logs)}": file.read_text() for file in sorted(logs.rglob("*.csv"))}
         fitted.write(index, own, figures, losses)
-        gc.collect()  # a trainer and what it trains hold each other, and with them the layer's tokens
-        give_back()
+        give_back(collect=True)  # the layer's tokens, too, which its scorer's trainer holds
 
 
 def _check_identity(trace: Trace, stored: Identity, found: Identity) -> None:

@@ -20,7 +20,7 @@ from ..moe.families import MoeLayer, alike, find_moe_layers, model_type
 from ..moe.hooks import intercept
 from ..moe.identity import identify
 from ..moe.loading import LoadedModel, load_model
-from ..parts import Share, ShareOptions, in_workers
+from ..parts import Share, ShareOptions, give_back, in_workers
 from ..show.progress import say, track
 from . import corpus as corpora
 from .format import PHASES, Trace, TracedModel, TraceOptions, TraceWriter
@@ -264,6 +264,7 @@ def _write_shards(writer: TraceWriter, tracer: Tracer, share: Share) -> None:
             rows, traced = tracer.run(rows, options, shard)
             first = shard * options.sequences_per_shard
             writer.write(shard, traced, _index(rows, first, prompt, [sources.index(n) for n in names]))
+            give_back()
     if not writer.complete:
         shards, missing = target.end(len(given))
         share.check_all_there(missing, shards, "shards", writer.folder)
