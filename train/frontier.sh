@@ -27,8 +27,8 @@ python train/reference_moe.py --config train/second-moe.yaml
 second="--model runs/second-moe/model"
 lynx-learn collect --config train/selector/collect.yaml $second --out runs/second/trace
 lynx-learn train --config train/selector/train.yaml --trace runs/second/trace --reference false --out runs/second/selector
-lynx-learn evaluate --config train/selector/evaluate.yaml $second --trace runs/second/trace --selector runs/second/selector \
-  --batch-sizes 16 --batches mixed --tokens 20000 --card false --out runs/second/report
+lynx-learn evaluate $measured $second --trace runs/second/trace --selector runs/second/selector --batch-sizes 16 --tokens 6000 \
+  --methods lynx xshare sere siftmoe exfold k1k2 gate_sq gate_max layered lda formula learned oracle --out runs/second/report
 python train/quantised.py --config train/quantised.yaml
 python train/quantised.py --config train/quantised.yaml --selector selectors/reference-moe-50m --retrain null --out runs/quantised-50m
 python train/certificate.py --config train/certificate.yaml

@@ -65,20 +65,15 @@ class _ByWidth:
 
     def solve(self, penalty: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """`down` and `up` `(count, hidden)` and what each direction explains, falling; the next penalty starts from them."""
-        self.factor = torch.linalg.cholesky(_raised(self.gram, penalty))
-        self.half = torch.linalg.solve_triangular(self.factor, self.cross, upper=False)
-        up, gains = self._leading(count)
-        return torch.cholesky_solve(self.cross @ up.T, self.factor).T, up, gains
+        factor = _factor(self.gram, penalty)
+        up, gains = self._leading(torch.linalg.solve_triangular(factor, self.cross, upper=False), count)
+        return torch.cholesky_solve(self.cross @ up.T, factor).T, up, gains
 
-    def _explained(self, directions: Tensor) -> Tensor:
-        """Y'PY `directions` `(hidden, n)`."""
-        return self.half.T @ (self.half @ directions)
-
-    def _leading(self, count: int) -> tuple[Tensor, Tensor]:
-        """The leading directions of Y'PY, as rows, and what each explains. Equal input gives equal output."""
-        hidden, device = len(self.gram), self.gram.device
+    def _leading(self, half: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The leading directions of Y'PY = `half`'`half`, as rows, and what each explains. Equal input gives equal output."""
+        hidden, device = len(half), half.device
         if hidden <= NARROW:
-            energy, vectors = torch.linalg.eigh(self._explained(torch.eye(hidden, dtype=torch.float64, device=device)))
+            energy, vectors = torch.linalg.eigh(half.T @ half)
             return vectors.T.flip(0)[:count], energy.flip(0)[:count].clamp_min(0)
         width = min(count + MORE, hidden)
         if self.start is None or self.start.shape[1] != width:
@@ -86,7 +81,7 @@ class _ByWidth:
             self.start = torch.linalg.qr(noise.to(device, torch.float64)).Q
         start, explained = self.start, -1.0
         for _ in range(MOST_STEPS):
-            image = self._explained(start)
+            image = half.T @ (half @ start)
             energy, rotation = torch.linalg.eigh(start.T @ image)
             reached = float(energy[-count:].clamp_min(0).sum())
             if reached <= explained * (1 + CONVERGED):
@@ -172,7 +167,7 @@ class _ByTokens:
         self.lowest = float(self.check_weights @ self.off)
 
     def error(self, penalty: float, rank: int) -> float:
-        """Of the tokens to check on."""
+        """Of the tokens to check on; directions are orthonormal, so it is a sum over them."""
         down, up, _ = self._leading(penalty, rank)
         answers, wanted = self.check_x @ down, self.check_y @ up
         return float(self.check_weights @ (self.off + (answers * (answers - 2 * wanted)).double().sum(1)))
@@ -213,10 +208,6 @@ def _factor(gram: Tensor, penalty: float) -> Tensor:
     return torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
-def _raised(gram: Tensor, penalty: float) -> Tensor:
-    return gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-
-
 def fit_surrogate(fit: Rows, check: Rows, rank: int, directions: int | None = None) -> Fit:
     """The surrogate of one expert, in float32.
 
@@ -236,7 +227,8 @@ def fit_surrogates(
     """Surrogates of one expert, as `fit_surrogate`, each fitted on a part of its tokens; what they share is worked out once.
 
     Args:
-        parts: which tokens to fit on `(tokens,)`, bool, for each surrogate; a part of another comes after it.
+        parts: which tokens to fit on `(tokens,)`, bool, for each surrogate; one that lies in another shares its products if
+            it comes later.
         check: which to choose the penalty by.
     """
     hidden, count = rows.x.shape[1], directions or rank
