@@ -77,8 +77,9 @@ def write_model(folder: Path, shape: str, experts: int | None) -> None:
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * SCALE).to(torch.bfloat16)
 
+    # Without biases on the choice of experts: those of a trained router even the load, random ones do the opposite.
     rest = {
-        name: random(*value.shape).to(value.dtype)
+        name: random(*value.shape).to(value.dtype) * (not name.endswith("bias"))
         for name, value in without_weights(config, torch.bfloat16).state_dict().items()
         if ".experts." not in name
     }
