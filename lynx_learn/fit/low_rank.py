@@ -113,16 +113,16 @@ class Inner(NamedTuple):
     def _products(part: Tensor, tokens: Tensor, kind: torch.dtype) -> Tensor:
         from scipy.linalg import blas
 
-        whole = torch.zeros(len(tokens), len(tokens), dtype=kind, device=part.device)
+        whole, on_cpu = torch.zeros(len(tokens), len(tokens), dtype=kind, device=part.device), part.device.type == "cpu"
         add = blas.dsyrk if kind == torch.float64 else blas.ssyrk
         for columns in part.split(COLUMNS_AT_A_TIME, dim=1):
             some = columns[tokens].to(kind)
             some -= some.mean(0)
-            if part.device.type != "cpu":
-                whole.addmm_(some, some.T)
-            else:  # of one triangle, in half of the time
+            if on_cpu:  # of one triangle, in half of the time
                 add(1.0, some.numpy().T, trans=1, beta=1.0, c=whole.numpy().T, overwrite_c=True)
-        return whole if part.device.type != "cpu" else whole.tril() + whole.tril(-1).T
+            else:
+                whole.addmm_(some, some.T)
+        return whole.tril() + whole.tril(-1).T if on_cpu else whole
 
     def places(self, tokens: Tensor) -> Tensor:
         """Where these tokens are."""
@@ -154,15 +154,15 @@ class _ByTokens:
         self.rows, self.own, self.means = rows, own, (mean_x, mean_y)
         self.check_weights = rows.weights[check].double()
         here, there = inner.places(own), inner.places(check)
-        self.root = rows.weights[own].to(inner.x).sqrt()
+        root = rows.weights[own].to(inner.x).sqrt().unsqueeze(1)
         gram, check_x, _ = _centred(inner.x, here, share, there)
-        gram.mul_(self.root).mul_(self.root.unsqueeze(1))
+        gram.mul_(root).mul_(root.T)
         self.scale = float(gram.diagonal().sum()) / rows.x.shape[1]
         values, basis = torch.linalg.eigh(gram)
-        self.values, self.basis = values.clamp_min(0), basis.to(inner.y)
-        turn = self.root.to(inner.y).unsqueeze(1) * self.basis
+        self.values, self.turn = values.clamp_min(0), root.to(inner.y) * basis.to(inner.y)
         outputs, check_y, squares = _centred(inner.y, here, share, there)
-        self.outputs, self.check_x, self.check_y = turn.T @ outputs @ turn, check_x.to(turn) @ turn, check_y @ turn
+        self.outputs = self.turn.T @ outputs @ self.turn
+        self.check_x, self.check_y = check_x.to(self.turn) @ self.turn, check_y @ self.turn
         self.off = squares.double()
         self.lowest = float(self.check_weights @ self.off)
 
@@ -176,14 +176,13 @@ class _ByTokens:
         """`down` and `up` `(count, hidden)` and what each direction explains, falling."""
         *parts, gains = self._leading(penalty, count)
         wide = zip(parts, self.rows[:2], self.means, strict=True)
-        turn = self.root.to(self.basis).unsqueeze(1) * self.basis
-        down, up = ((turn @ part).T.to(mean) @ (_single(whole[self.own]) - mean) for part, whole, mean in wide)
+        down, up = ((self.turn @ part).T.to(mean) @ (_single(whole[self.own]) - mean) for part, whole, mean in wide)
         return down, up, gains
 
     def _leading(self, penalty: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `down` and `up` are in terms of U `(tokens, count)`, and what each direction explains."""
         inverse = 1 / (self.values + penalty)
-        root = (self.values * inverse).sqrt().to(self.basis).unsqueeze(1)
+        root = (self.values * inverse).sqrt().to(self.outputs).unsqueeze(1)
         energy, vectors = _largest(root * self.outputs * root.T, min(count, len(root)))
         # What explains no more than rounding does is none: it would point anywhere.
         some = energy > len(root) * torch.finfo(energy.dtype).eps * energy[0]
